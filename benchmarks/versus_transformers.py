@@ -1,0 +1,185 @@
+"""Is our bfloat16 path faster than what a user would pick instead? Ours and Hugging Face transformers, in one run.
+
+Both sides run the same weights (below 8,192 tokens Qwen-1 and Qwen2ForCausalLM are the same maths), on the same
+threads, in turn, and the median of several rounds is printed. Prefill: one prompt of 512 tokens. Decode: greedy tokens
+after a short prompt; a decoded token reads every weight but the embedding, 3.05 GB for Qwen-1.8B, so decode is also
+given in GB/s beside the read speed measured in the same run.
+
+    qwenlet random OUT --like qwen-1.8b          # once: full size, random weights, 3.7 GB
+    python benchmarks/versus_transformers.py OUT --threads 2
+
+The last line is one JSON document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import qwenlet
+from qwenlet.checkpoint import Checkpoint
+from qwenlet.checkpoint.names import parts_of
+
+
+def transformers_model(path: Path) -> Any:
+    """Qwen2ForCausalLM over the same files: our tensors cut into its names."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    checkpoint = Checkpoint.open(path)
+    ours, weights = checkpoint.config, checkpoint.weights()
+    config = Qwen2Config(
+        vocab_size=ours.vocab_size,
+        hidden_size=ours.hidden_size,
+        intermediate_size=ours.intermediate_size,
+        num_hidden_layers=ours.num_hidden_layers,
+        num_attention_heads=ours.num_attention_heads,
+        num_key_value_heads=ours.num_key_value_heads,
+        max_position_embeddings=ours.max_position_embeddings,
+        rms_norm_eps=ours.rms_norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": ours.rope_theta},
+        tie_word_embeddings=False,
+        use_cache=True,
+    )
+    state = {}
+    for name in weights.names():
+        # clone: transformers itself would read the file into memory of its own
+        tensor = weights.read(name, torch.bfloat16).clone()
+        parts = parts_of(name, tensor.shape[0], "qwen2", ours)
+        for part, piece in zip(parts, tensor.split([part.rows for part in parts]), strict=True):
+            state[part.name] = piece.contiguous()
+    with torch.device("meta"):
+        model = Qwen2ForCausalLM(config)
+    model.load_state_dict(state, strict=True, assign=True)
+    # buffers made on the meta device have no values; the rotary embedding is made again on the CPU
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    return model.eval()
+
+
+def read_speed() -> float:
+    """GB/s of summing 2 GB of float32 with torch on all threads, best of five."""
+    data = torch.ones(500_000_000)
+    best = min(timed(data.sum)[0] for _ in range(5))
+    return data.nbytes / best / 1e9
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = work()
+    return time.perf_counter() - start, result
+
+
+class Ours:
+    name = "qwenlet"
+
+    def __init__(self, path: Path) -> None:
+        self.llm = qwenlet.load(str(path), dtype="bf16", device="cpu")
+
+    def prefill(self, ids: Sequence[int]) -> float:
+        """Seconds from the prompt to its last logits."""
+        completion = self.llm.generate(ids, qwenlet.SamplingParams(temperature=0, max_new_tokens=1, ignore_eos=True))
+        return completion.timings.prefill_seconds or 0.0
+
+    def decode(self, ids: Sequence[int], count: int) -> tuple[float, list[int]]:
+        """Seconds for `count` tokens after the first one."""
+        params = qwenlet.SamplingParams(
+            temperature=0, repetition_penalty=1.0, max_new_tokens=count + 1, ignore_eos=True
+        )
+        completion = self.llm.generate(ids, params)
+        assert completion.completion_tokens == count + 1
+        return completion.timings.decode_seconds or 0.0, list(completion.token_ids)
+
+
+class Transformers:
+    name = "transformers"
+
+    def __init__(self, path: Path) -> None:
+        self.model = transformers_model(path)
+
+    @torch.inference_mode()
+    def prefill(self, ids: Sequence[int]) -> float:
+        tokens = torch.tensor([list(ids)])
+        return timed(lambda: self.model(tokens, use_cache=True, logits_to_keep=1).logits[0, -1].argmax())[0]
+
+    @torch.inference_mode()
+    def decode(self, ids: Sequence[int], count: int) -> tuple[float, list[int]]:
+        """Its own `generate`, timed as the whole minus the prefill that it starts with."""
+        tokens = torch.tensor([list(ids)])
+        mask = torch.ones_like(tokens)
+        options = {"do_sample": False, "attention_mask": mask, "eos_token_id": None, "pad_token_id": 0}
+        first, _ = timed(lambda: self.model.generate(tokens, max_new_tokens=1, **options))
+        whole, out = timed(lambda: self.model.generate(tokens, max_new_tokens=count + 1, **options))
+        return whole - first, out[0, len(ids) :].tolist()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=24)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+
+    generator = torch.Generator().manual_seed(0)
+    long = torch.randint(1000, 100_000, (options.prompt,), generator=generator).tolist()
+    sides: list[Ours | Transformers] = [Ours(options.model), Transformers(options.model)]
+    config = Checkpoint.open(options.model).config
+    token_bytes = 2 * (config.parameter_count - config.vocab_size * config.hidden_size)
+
+    prefill: dict[str, list[float]] = {side.name: [] for side in sides}
+    decode: dict[str, list[float]] = {side.name: [] for side in sides}
+    first_tokens: dict[str, list[int]] = {}
+    for side in sides:  # warm up
+        side.prefill(long)
+        side.decode(long[:16], 2)
+    for _ in range(options.rounds):
+        for side in sides:
+            prefill[side.name].append(options.prompt / side.prefill(long))
+        for side in sides:
+            seconds, tokens = side.decode(long[:16], options.tokens)
+            decode[side.name].append(options.tokens / seconds)
+            first_tokens[side.name] = tokens
+
+    same = sum(a == b for a, b in zip(first_tokens["qwenlet"], first_tokens["transformers"], strict=True))
+    speed = read_speed()
+    rows = {}
+    print(f"{platform.processor() or platform.machine()}, {options.threads} threads, torch {torch.__version__}, bf16")
+    print(f"read speed {speed:.1f} GB/s; greedy tokens equal: {same} of {options.tokens + 1}")
+    print(f"{'':22}{'qwenlet':>10}{'transformers':>14}{'ratio':>8}")
+    for title, table in (("prefill tokens/s", prefill), ("decode tokens/s", decode)):
+        a, b = statistics.median(table["qwenlet"]), statistics.median(table["transformers"])
+        ratio = statistics.median(x / y for x, y in zip(table["qwenlet"], table["transformers"], strict=True))
+        rows[title] = {"qwenlet": a, "transformers": b, "ratio": ratio, "all": table}
+        print(f"{title:22}{a:10.2f}{b:14.2f}{ratio:8.2f}")
+    achieved = token_bytes * rows["decode tokens/s"]["qwenlet"] / 1e9  # type: ignore[operator]
+    print(
+        f"ours reads {token_bytes / 1e9:.2f} GB a token: {achieved:.1f} GB/s, {achieved / speed:.0%} of the read speed"
+    )
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    print(
+        json.dumps(
+            {
+                "benchmark": "versus_transformers",
+                "commit": commit,
+                "threads": options.threads,
+                "read_gbs": speed,
+                **rows,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,10 @@
+"""`python -m qwenlet` is the command line."""
+
+from __future__ import annotations
+
+import sys
+
+from qwenlet.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

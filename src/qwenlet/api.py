@@ -1,0 +1,326 @@
+"""LLM: load, generate, stream, chat, score. What a Python user holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from qwenlet import chat, hub
+from qwenlet.cache import Rows
+from qwenlet.chat import Message
+from qwenlet.checkpoint import (
+    DEFAULT_SYSTEM,
+    Checkpoint,
+    LoadReport,
+    Progress,
+    auto_dtype,
+    dtype_by_name,
+    dtype_name,
+    load_model,
+)
+from qwenlet.config import EngineConfig, GenerationDefaults, ModelConfig, SamplingParams
+from qwenlet.engine import Chunk, Completion, Engine, Request
+from qwenlet.errors import ConfigError, MissingTokenizerError, RequestError
+from qwenlet.model import Qwen
+from qwenlet.ops.attention import attention_backend, check_backend
+from qwenlet.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+History = list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Score:
+    """How likely a continuation is after a prompt.
+
+    Attributes:
+        logprob: natural log of the whole continuation's probability.
+        is_greedy: whether greedy decoding would have written exactly this.
+        token_logprobs: of each token of the continuation.
+    """
+
+    logprob: float
+    is_greedy: bool
+    token_logprobs: tuple[float, ...]
+
+
+def load(
+    name_or_path: str,
+    device: str = "auto",
+    dtype: str = "auto",
+    quant: None = None,
+    kv_cache: str = "auto",
+    offline: bool | None = None,
+    *,
+    revision: str | None = None,
+    progress: Progress | None = None,
+    **engine_options: Any,
+) -> LLM:
+    """Loads a model, ready to chat.
+
+    Args:
+        name_or_path: a folder in any layout we read, a .gguf file, a hub id such as "Qwen/Qwen-1_8B-Chat", or "demo".
+        device: "auto" (a GPU if torch can use one, else the CPU), "cpu", "cuda", "cuda:1".
+        dtype: "auto" (what is fast where the model will live), "bf16", "fp16", "fp32".
+        quant, kv_cache: None and "auto", the only values of this version.
+        offline: True forbids any network use; None asks QWENLET_OFFLINE and HF_HUB_OFFLINE.
+        revision: branch, tag or commit on the hub.
+        progress: called with (bytes done, bytes in all, tensor name) while weights are read.
+        engine_options: the fields of EngineConfig, such as max_context=4096.
+    Raises:
+        QwenletError: its branches say what was wrong with the name, the files, the configuration or an option.
+    """
+    if quant is not None:
+        raise ConfigError(f"quant is {quant!r}, but this version runs unquantized weights only", hint="leave quant out")
+    if kv_cache != "auto":
+        raise ConfigError(
+            f"kv_cache is {kv_cache!r}, but this version keeps keys and values in the model's dtype ('auto')"
+        )
+    options = EngineConfig.from_options(engine_options)
+    where = _device(device)
+    chosen, reason = auto_dtype(where) if dtype == "auto" else (dtype_by_name(dtype), "asked for")
+    check_backend(options.attention, where, chosen)
+    path = hub.resolve(str(name_or_path), offline=offline, revision=revision)
+    checkpoint = Checkpoint.open(path)
+    tokenizer = _tokenizer(checkpoint)
+    model, report = load_model(checkpoint, chosen, where, prepack=options.prepack, progress=progress)
+    report.notes.append(
+        f"{dtype_name(chosen)} because {reason}" if dtype == "auto" else f"{dtype_name(chosen)} {reason}"
+    )
+    return LLM(str(name_or_path), checkpoint, model, tokenizer, where, chosen, options, report)
+
+
+class LLM:
+    """A loaded model. Also a context manager; `close` gives its memory back.
+
+    Attributes:
+        tokenizer: raises MissingTokenizerError when used if the checkpoint has no vocabulary.
+        config: shapes and maths.
+        default_system: the system message a conversation starts with unless the user gives one.
+        defaults: what the checkpoint's generation config asks for; a None in SamplingParams means these.
+        load_report: what loading did, `str()` for people.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        checkpoint: Checkpoint,
+        model: Qwen,
+        tokenizer: Tokenizer | None,
+        device: torch.device,
+        dtype: torch.dtype,
+        options: EngineConfig,
+        report: LoadReport,
+    ) -> None:
+        self.name = name
+        self.path = checkpoint.path
+        self.config: ModelConfig = checkpoint.config
+        self.default_system = checkpoint.default_system
+        self.defaults: GenerationDefaults = checkpoint.defaults
+        self.device, self.dtype, self.options = device, dtype, options
+        self.load_report = report
+        self.model = model
+        self._tokenizer = tokenizer
+        self.chat_format = _chat_format(checkpoint.defaults, tokenizer)
+        stops = chat.stop_ids(tokenizer, self.chat_format) if tokenizer is not None else ()
+        self.engine = Engine(model, tokenizer, options, checkpoint.defaults, device, stops)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise MissingTokenizerError(
+                f"{self.path} has no vocabulary, so this model takes and gives token ids only",
+                hint="put qwen.tiktoken beside config.json (every published Qwen-1 checkpoint carries it)",
+            )
+        return self._tokenizer
+
+    @property
+    def context_length(self) -> int:
+        """Positions one request may use."""
+        return self.engine.context_length
+
+    # ---------------------------------------------------------------------------------------------- generation
+
+    @overload
+    def generate(self, prompt: str, params: SamplingParams | None = None) -> Completion: ...
+
+    @overload
+    def generate(
+        self, prompt: Sequence[int] | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Any: ...
+
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Completion | list[Completion]:
+        """Continues one prompt, or several.
+
+        Args:
+            prompt: text, token ids, or a list of either. Control tokens written out in text stay text.
+            params: one for all, or as many as there are prompts.
+        Returns:
+            One Completion for one prompt with n=1; else a list, n after n in the order of the prompts.
+        """
+        single = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], int)) or len(prompt) == 0
+        prompts: list[Prompt] = [prompt] if single else list(prompt)  # type: ignore[list-item, arg-type]
+        if params is None or isinstance(params, SamplingParams):
+            each = [params or SamplingParams()] * len(prompts)
+        else:
+            each = list(params)
+            if len(each) != len(prompts):
+                raise RequestError(f"{len(each)} sampling parameters were given for {len(prompts)} prompts")
+        requests: list[Request] = []
+        try:
+            for one, settings in zip(prompts, each, strict=True):
+                requests += self.engine.submit(self._ids(one), settings)
+            completions = [Completion.from_chunks(self.engine.stream(request)) for request in requests]
+        finally:
+            for request in requests:
+                self.engine.cancel(request)
+        return completions[0] if single and len(completions) == 1 else completions
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Chunk]:
+        """Continues one prompt piece by piece. Closing the iterator cancels the request."""
+        request = self._submit_one(self._ids(prompt), params)
+        return self.engine.stream(request)
+
+    def reply(
+        self, messages: Iterable[Message | Mapping[str, Any]], params: SamplingParams | None = None
+    ) -> Iterator[Chunk]:
+        """The assistant's next message, piece by piece.
+
+        Old turns are left out, oldest first, until the conversation and the reply fit the context (the chunks'
+        `dropped_turns` says how many); the system message and the last question always stay.
+
+        Raises:
+            ContextLengthError: not even these two fit.
+        """
+        params = params or SamplingParams()
+        room = params.max_new_tokens or self.defaults.max_new_tokens or 512
+        fitted = chat.fit(self.tokenizer, list(messages), self.chat_window, min(room, self.chat_window // 2))
+        request = self._submit_one(fitted.ids, params, dropped_turns=fitted.dropped_turns)
+        return self.engine.stream(request)
+
+    @property
+    def chat_window(self) -> int:
+        """Tokens a conversation and its next reply share: the training length, not its stretched maximum."""
+        return min(self.config.seq_length, self.context_length)
+
+    def chat(
+        self,
+        query: str,
+        history: Sequence[tuple[str, str]] | None = None,
+        system: str = DEFAULT_SYSTEM,
+        params: SamplingParams | None = None,
+    ) -> tuple[str, History]:
+        """One turn of a conversation: (response, history with this turn appended); the given history is not changed."""
+        completion = Completion.from_chunks(self.chat_stream(query, history, system, params))
+        return completion.text, [*(history or []), (query, completion.text)]
+
+    def chat_stream(
+        self,
+        query: str,
+        history: Sequence[tuple[str, str]] | None = None,
+        system: str = DEFAULT_SYSTEM,
+        params: SamplingParams | None = None,
+    ) -> Iterator[Chunk]:
+        """The same, piece by piece: each chunk carries the new text only."""
+        return self.reply(chat.history_to_messages(query, history, system), params)
+
+    def _submit_one(self, ids: Sequence[int], params: SamplingParams | None, *, dropped_turns: int = 0) -> Request:
+        params = params or SamplingParams()
+        if params.n != 1:
+            raise RequestError(f"a stream carries one reply, but n is {params.n}", hint="use generate for several")
+        return self.engine.submit(ids, params, dropped_turns=dropped_turns)[0]
+
+    def _ids(self, prompt: Prompt) -> Sequence[int]:
+        return self.tokenizer.encode(prompt, allowed_special=set()) if isinstance(prompt, str) else prompt
+
+    # ---------------------------------------------------------------------------------------------- logits
+
+    @torch.inference_mode()
+    def logits(self, ids: Sequence[int] | Tensor) -> Tensor:
+        """Float32 logits [T, vocab_size] of every position, from one prefill on the CPU side.
+
+        ids: token ids, a list or a LongTensor [T].
+        """
+        tokens = torch.as_tensor(ids, device=self.device)
+        if tokens.dim() != 1 or not len(tokens) or tokens.is_floating_point():
+            raise RequestError(f"logits takes a list of token ids, not a tensor of shape {list(tokens.shape)}")
+        size = self.config.vocab_size
+        if int(tokens.min()) < 0 or int(tokens.max()) >= size:
+            raise RequestError(
+                f"ids run from {int(tokens.min())} to {int(tokens.max())}, this model knows 0 to {size - 1}"
+            )
+        rows = Rows.fresh([len(tokens)], [self.config.ntk_alpha(len(tokens))], self.device)
+        with attention_backend(self.options.attention):
+            return self.model(tokens, rows).float().cpu()
+
+    def score(self, prompt: Prompt, continuation: Prompt) -> Score:
+        """How likely the continuation is. Text is tokenized in two pieces, prompt and continuation."""
+        before, after = list(self._ids(prompt)), list(self._ids(continuation))
+        if not before or not after:
+            raise RequestError(f"score needs tokens on both sides, got {len(before)} and {len(after)}")
+        # the last token's own logits predict what comes after the continuation
+        logits = self.logits([*before, *after][:-1])[len(before) - 1 :]
+        logprobs = logits.log_softmax(-1)
+        target = torch.tensor(after)
+        each = logprobs.gather(1, target[:, None])[:, 0]
+        return Score(float(each.sum()), bool((logits.argmax(-1) == target).all()), tuple(each.tolist()))
+
+    # ---------------------------------------------------------------------------------------------- life
+
+    def close(self) -> None:
+        """Ends what is running and gives the weights and pages back."""
+        for request in [*self.engine.scheduler.running, *self.engine.scheduler.waiting]:
+            self.engine.cancel(request)
+        del self.engine, self.model
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        size = f"{self.load_report.parameters / 1e6:,.0f} M parameters"
+        return f"LLM({self.name!r}, {size}, {dtype_name(self.dtype)}, {self.device})"
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device is {name!r}, expected 'auto', 'cpu', 'cuda' or 'cuda:N'") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"device is {name!r}, but torch {torch.__version__} sees no GPU here", hint="use device='cpu'"
+        )
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device is {name!r}, expected 'auto', 'cpu', 'cuda' or 'cuda:N'")
+    return device
+
+
+def _tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
+    if checkpoint.header is not None:
+        return Tokenizer.from_gguf(checkpoint.header.metadata, str(checkpoint.path))
+    try:
+        return Tokenizer.from_folder(checkpoint.path)
+    except MissingTokenizerError:
+        return None  # the model still takes ids; `LLM.tokenizer` says what is missing
+
+
+def _chat_format(defaults: GenerationDefaults, tokenizer: Tokenizer | None) -> Literal["chatml", "raw"]:
+    if defaults.chat_format is not None:
+        return defaults.chat_format
+    return "chatml" if tokenizer is not None and tokenizer.im_start_id is not None else "raw"

@@ -1,0 +1,141 @@
+"""The past: where keys and values of earlier tokens live. The model calls `past.attend` and knows no more.
+
+    NoPast      rows without a past: training, scoring, one-shot logits
+    PagedPast   rows whose keys and values live in pages: generation
+
+One cache type from the start: 64 tokens a page, per layer [page, kv_head, 64, head_dim] for K and for V, and a table of
+page numbers per row. Keys are stored rotated, so a row's NTK factor must not change while its pages live.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from qwenlet.config import ModelConfig
+from qwenlet.ops.attention import causal_attention, causal_attention_batch, causal_attention_pages
+
+PAGE_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How the tokens of one forward call belong to rows: row after row, without padding.
+
+    Attributes:
+        positions: [N] int64, place of each token in its own row.
+        lengths: new tokens of each row; they sum to N.
+        alphas: dynamic NTK factor of each row.
+    """
+
+    positions: Tensor
+    lengths: tuple[int, ...]
+    alphas: tuple[float, ...]
+
+    @classmethod
+    def fresh(cls, lengths: Sequence[int], alphas: Sequence[float], device: torch.device | str = "cpu") -> Rows:
+        """Rows that all begin at position 0."""
+        positions = [torch.arange(length, device=device) for length in lengths]
+        return cls(
+            torch.cat(positions) if positions else torch.empty(0, dtype=torch.long), tuple(lengths), tuple(alphas)
+        )
+
+    @classmethod
+    def single(cls, start: int, length: int, alpha: float, device: torch.device | str = "cpu") -> Rows:
+        """One row that continues at position `start`."""
+        return cls(torch.arange(start, start + length, device=device), (length,), (alpha,))
+
+
+class Past(Protocol):
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Remembers k and v, and answers q from everything its row has seen.
+
+        q [N, H, D], k and v [N, G, D], rotated, rows one after another -> [N, H, D].
+        """
+        ...
+
+
+class NoPast:
+    """Rows that begin here and leave nothing behind."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.lengths = rows.lengths
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        first = self.lengths[0]
+        if all(length == first for length in self.lengths):
+            shape = (len(self.lengths), first)
+            q, k, v = (x.unflatten(0, shape) for x in (q, k, v))
+            return causal_attention_batch(q, k, v).flatten(0, 1)
+        parts = zip(*(x.split(self.lengths) for x in (q, k, v)), strict=True)
+        return torch.cat([causal_attention(*part) for part in parts])
+
+
+class PagePool:
+    """All pages of all layers, allocated up front (on a CPU the system commits memory only as pages are written)."""
+
+    def __init__(self, config: ModelConfig, pages: int, dtype: torch.dtype, device: torch.device) -> None:
+        shape = (pages, config.num_key_value_heads, PAGE_TOKENS, config.head_dim)
+        self.k = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.v = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.pages = pages
+        self._free = list(range(pages - 1, -1, -1))
+
+    @property
+    def free_pages(self) -> int:
+        return len(self._free)
+
+    def take(self, count: int) -> list[int]:
+        assert count <= len(self._free), f"{count} pages asked for, {len(self._free)} free"
+        return [self._free.pop() for _ in range(count)]
+
+    def give_back(self, pages: Sequence[int]) -> None:
+        self._free.extend(reversed(pages))
+        assert len(self._free) <= self.pages, f"{len(self._free)} free pages of {self.pages}: one was returned twice"
+
+
+def pages_for(tokens: int) -> int:
+    """Pages that `tokens` tokens fill, the last one perhaps in part."""
+    return -(-tokens // PAGE_TOKENS)
+
+
+class PagedPast:
+    """One forward call's view of the pool: which pages belong to each row, and how far each row has come.
+
+    Args:
+        tables: page numbers of each row, in order, enough for its past and its new tokens.
+        starts: tokens each row has stored already.
+    """
+
+    def __init__(self, pool: PagePool, rows: Rows, tables: Sequence[Sequence[int]], starts: Sequence[int]) -> None:
+        self.pool = pool
+        self.lengths = rows.lengths
+        self.starts = tuple(starts)
+        device = pool.k[0].device
+        self.tables = [torch.tensor(table, device=device) for table in tables]
+        for table, start, length in zip(tables, self.starts, self.lengths, strict=True):
+            assert len(table) >= pages_for(start + length), f"{len(table)} pages for {start + length} tokens"
+        split = rows.positions.split(self.lengths)
+        self.page_of = torch.cat([t[p // PAGE_TOKENS] for t, p in zip(self.tables, split, strict=True)])
+        self.slot_of = rows.positions % PAGE_TOKENS
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = self.pool.k[layer], self.pool.v[layer]
+        keys[self.page_of, :, self.slot_of] = k
+        values[self.page_of, :, self.slot_of] = v
+        parts = []
+        offset = 0
+        for start, length, table in zip(self.starts, self.lengths, self.tables, strict=True):
+            new = slice(offset, offset + length)
+            if start == 0:
+                parts.append(causal_attention(q[new], k[new], v[new]))
+            else:
+                end = start + length
+                pages = table[: pages_for(end)]
+                parts.append(causal_attention_pages(q[new], keys[pages], values[pages], end))
+            offset += length
+        return parts[0] if len(parts) == 1 else torch.cat(parts)

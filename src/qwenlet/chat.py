@@ -1,0 +1,281 @@
+"""Messages to token ids and back: the one place where the dialogue format (ChatML) is known. No torch in here.
+
+    render, render_text     messages -> ids, or the same as readable text
+    make_context            the published rule for query and history, truncation included
+    fit                     our own rule: drops old turns until prompt and reply fit the context
+    parse_reply, stop_ids   ids of a reply -> text, and where a reply ends
+
+Control tokens are inserted as ids, and everything people wrote is encoded as plain text: no text can forge a turn.
+The words of tool use (ReAct prompt, calls) belong to another module; here a tool's result only finds its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from qwenlet.errors import ContextLengthError, RequestError, TokenizerError
+from qwenlet.tokenizer import Tokenizer
+
+Role = Literal["system", "user", "assistant", "tool"]
+ChatFormat = Literal["chatml", "raw"]
+ROLES: tuple[Role, ...] = get_args(Role)
+
+_IM_START, _IM_END = "<|im_start|>", "<|im_end|>"
+# how Qwen-1 was taught to see a tool's result, and to go on after it
+_OBSERVATION, _THOUGHT = "\nObservation: ", "\nThought:"
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message of a conversation. Raises RequestError for an unknown role or a content that is not text."""
+
+    role: Role
+    content: str
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise RequestError(f"a message has the role {self.role!r}; known are {', '.join(ROLES)}")
+        if not isinstance(self.content, str):
+            raise RequestError(f"a {self.role} message has the content {self.content!r}, expected text")
+
+    @classmethod
+    def of(cls, value: Message | Mapping[str, Any]) -> Message:
+        """`value` itself, or a message from {"role": ..., "content": ...}."""
+        if isinstance(value, Message):
+            return value
+        if not isinstance(value, Mapping):
+            raise RequestError(f"a message is {value!r}, expected a Message or a dict with role and content")
+        if missing := {"role", "content"} - value.keys():
+            raise RequestError(f"a message has no {' and no '.join(sorted(missing))}: {dict(value)!r}")
+        if unknown := value.keys() - {"role", "content"}:
+            raise RequestError(f"a message has the field {min(unknown)!r}, which is not understood here")
+        return cls(value["role"], value["content"])
+
+
+Messages = Sequence[Message | Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A conversation that fits.
+
+    Attributes:
+        messages: what was kept.
+        ids: their prompt, ready for a reply.
+        dropped_turns: user messages, with their answers, that were left out.
+    """
+
+    messages: tuple[Message, ...]
+    ids: list[int]
+    dropped_turns: int
+
+
+def render(tokenizer: Tokenizer, messages: Messages, add_generation_prompt: bool = True) -> list[int]:
+    """Token ids of a conversation; nothing is added to it, no system message either.
+
+    A tool's result continues the assistant turn before it ("Observation: ..."), and so does the assistant message that
+    follows ("Thought: ..."); a reply asked for right after a result goes on in that open turn.
+
+    Args:
+        add_generation_prompt: end where the assistant's reply begins.
+
+    Raises:
+        RequestError: no messages, or one that has no place.
+        TokenizerError: the vocabulary has no ChatML control tokens, or text that can't be encoded.
+    """
+    chatml = _ChatML(tokenizer)
+    return chatml.join([chatml.encode(turn) for turn in _turns(_checked(messages), add_generation_prompt)])
+
+
+def render_text(messages: Messages, add_generation_prompt: bool = True) -> str:
+    """What `render` encodes, as text to read: in it control tokens and people's words can't be told apart."""
+    return "\n".join(turn.text for turn in _turns(_checked(messages), add_generation_prompt))
+
+
+def make_context(
+    tokenizer: Tokenizer,
+    query: str,
+    history: Iterable[tuple[str, str]] | None = None,
+    system: str = "",
+    max_window_size: int = 6144,
+    chat_format: ChatFormat = "chatml",
+) -> tuple[str, list[int]]:
+    """The published prompt: (raw text, ids).
+
+    The newest turns of `history` are kept while they and the system turn have fewer than `max_window_size` tokens.
+    As published, neither the query nor the reply count, and "raw" is the query alone, its control tokens allowed;
+    `fit` is the rule that counts all.
+    """
+    if _checked_format(chat_format) == "raw":
+        return query, tokenizer.encode(query)
+    chatml = _ChatML(tokenizer)
+    first = _parts(chatml, _Turn("system", system))
+    size = len(first[1])
+    kept = [_parts(chatml, _Turn("assistant", "", open=True)), _parts(chatml, _Turn("user", query))]  # newest first
+    for question, answer in reversed(list(history or ())):
+        turns = [_parts(chatml, _Turn("assistant", answer)), _parts(chatml, _Turn("user", question))]
+        size += sum(len(chatml.newline) + len(ids) for _, ids in turns)
+        if size >= max_window_size:
+            break
+        kept += turns
+    kept.append(first)
+    kept.reverse()
+    return "\n".join(text for text, _ in kept), chatml.join([ids for _, ids in kept])
+
+
+def fit(tokenizer: Tokenizer, messages: Messages, context_length: int, reserve: int) -> Fitted:
+    """Drops the oldest turns until the prompt and a reply of `reserve` tokens fit `context_length`.
+
+    A turn is a user message with everything up to the next one. System messages at the start and the last turn are
+    always kept. Each message is encoded once.
+
+    Raises:
+        ContextLengthError: what must be kept does not fit.
+        RequestError, TokenizerError: as `render`.
+    """
+    if reserve < 0:
+        raise RequestError(f"reserve is {reserve}, expected the reply's tokens, 0 or more")
+    chatml = _ChatML(tokenizer)
+    system, exchanges = _exchanges(_checked(messages))
+    fixed = [chatml.encode(turn) for turn in _turns(system, add_generation_prompt=False)]
+    rendered = [
+        [chatml.encode(turn) for turn in _turns(exchange, add_generation_prompt=exchange is exchanges[-1])]
+        for exchange in exchanges
+    ]
+    sizes = [sum(len(chatml.newline) + len(ids) for ids in turns) for turns in [fixed, *rendered]]
+    prompt_tokens = sum(sizes) - len(chatml.newline)
+    dropped = 0
+    while prompt_tokens + reserve > context_length:
+        if dropped == len(exchanges) - 1:
+            raise ContextLengthError(prompt_tokens, context_length, reserve)
+        dropped += 1
+        prompt_tokens -= sizes[dropped]
+    kept = [message for exchange in exchanges[dropped:] for message in exchange]
+    ids = chatml.join(fixed + [ids for turns in rendered[dropped:] for ids in turns])
+    return Fitted((*system, *kept), ids, dropped)
+
+
+def parse_reply(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """Text of a reply, up to the first id that ends one; white space and the last token are kept."""
+    stops = stop_ids(tokenizer)
+    end = next((index for index, id in enumerate(ids) if id in stops), len(ids))
+    return tokenizer.decode(ids[:end], skip_special_tokens=True)
+
+
+def stop_ids(tokenizer: Tokenizer, chat_format: ChatFormat = "chatml") -> tuple[int, ...]:
+    """Ids that end a reply, as far as the vocabulary has them, and the one its file names as its end."""
+    ids = [tokenizer.eod_id, tokenizer.eos_id]
+    if _checked_format(chat_format) == "chatml":
+        ids = [tokenizer.im_end_id, tokenizer.im_start_id, *ids]
+    return tuple(dict.fromkeys(id for id in ids if id is not None))
+
+
+def history_to_messages(
+    query: str, history: Iterable[tuple[str, str]] | None = None, system: str | None = None
+) -> list[Message]:
+    """Messages of a query after (question, answer) pairs; `system=""` is an empty system turn, None is no such turn."""
+    messages = [] if system is None else [Message("system", system)]
+    for question, answer in history or ():
+        messages += [Message("user", question), Message("assistant", answer)]
+    return [*messages, Message("user", query)]
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """What stands between two control tokens; an open turn is one that the model goes on writing."""
+
+    role: Role
+    content: str
+    open: bool = False
+
+    @property
+    def text(self) -> str:
+        return f"{_IM_START}{self.role}\n{self.content}{'' if self.open else _IM_END}"
+
+
+class _ChatML:
+    """Encodes turns with the control ids of one vocabulary."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        start, end = tokenizer.im_start_id, tokenizer.im_end_id
+        if start is None or end is None:
+            missing = _IM_START if start is None else _IM_END
+            raise TokenizerError(
+                f"the vocabulary of {tokenizer.source} has no {missing}, which chats need",
+                hint="the model was not made for this dialogue format; generate from plain text instead",
+            )
+        self._tokenizer, self._start, self._end = tokenizer, start, end
+        self.newline = self._plain("\n")
+
+    def _plain(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, allowed_special=set())
+
+    def encode(self, turn: _Turn) -> list[int]:
+        # role, line break and content are encoded apart, as published: merges never cross from one to the next
+        ids = [self._start, *self._plain(turn.role), *self.newline, *self._plain(turn.content)]
+        return ids if turn.open else [*ids, self._end]
+
+    def join(self, turns: Sequence[list[int]]) -> list[int]:
+        ids: list[int] = []
+        for index, turn in enumerate(turns):
+            ids += [*self.newline, *turn] if index else turn
+        return ids
+
+
+def _parts(chatml: _ChatML, turn: _Turn) -> tuple[str, list[int]]:
+    return turn.text, chatml.encode(turn)
+
+
+def _checked(messages: Messages) -> list[Message]:
+    if isinstance(messages, (str, Mapping, Message)):
+        raise RequestError(f"messages is {messages!r}, expected a list of messages")
+    checked = [Message.of(message) for message in messages]
+    if not checked:
+        raise RequestError("the conversation has no messages")
+    return checked
+
+
+def _turns(messages: Sequence[Message], add_generation_prompt: bool) -> list[_Turn]:
+    """Turns of a conversation: tool results, and what the assistant made of them, continue its turn."""
+    turns: list[tuple[Role, list[str]]] = []
+    previous: Role | None = None
+    for message in messages:
+        if message.role == "tool":
+            if previous not in ("assistant", "tool"):
+                raise RequestError(
+                    f"a tool message follows {'nothing' if previous is None else f'a {previous} message'}; "
+                    "it belongs after the assistant message that called the tool"
+                )
+            turns[-1][1].append(_OBSERVATION + message.content)
+        elif message.role == "assistant" and previous == "tool":
+            thought = message.content.startswith(_THOUGHT.lstrip())
+            turns[-1][1].append(("\n" if thought else _THOUGHT) + message.content)
+        else:
+            turns.append((message.role, [message.content]))
+        previous = message.role
+    whole = [_Turn(role, "".join(parts)) for role, parts in turns]
+    if not add_generation_prompt:
+        return whole
+    if previous == "tool":
+        return [*whole[:-1], _Turn("assistant", whole[-1].content + _THOUGHT, open=True)]
+    return [*whole, _Turn("assistant", "", open=True)]
+
+
+def _exchanges(messages: Sequence[Message]) -> tuple[list[Message], list[list[Message]]]:
+    """System messages at the start, and the rest cut before each user message; the last exchange may be empty."""
+    first = next((index for index, message in enumerate(messages) if message.role != "system"), len(messages))
+    exchanges: list[list[Message]] = []
+    for message in messages[first:]:
+        if message.role == "user" or not exchanges:
+            exchanges.append([])
+        exchanges[-1].append(message)
+    return list(messages[:first]), exchanges or [[]]
+
+
+def _checked_format(chat_format: Any) -> ChatFormat:
+    if chat_format not in get_args(ChatFormat):
+        raise RequestError(f"chat_format is {chat_format!r}; known are {', '.join(get_args(ChatFormat))}")
+    checked: ChatFormat = chat_format
+    return checked

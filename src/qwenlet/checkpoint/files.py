@@ -1,0 +1,177 @@
+"""Weight files: named tensors somewhere on disk, mapped rather than loaded.
+
+Nothing is unpickled without `weights_only`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from qwenlet.checkpoint.gguf import PLAIN_TYPES, GGUFTensors
+from qwenlet.config import read_json
+from qwenlet.errors import CheckpointError, FormatError
+from qwenlet.gguf_header import GGUFHeader
+
+# A mapped `.bin` is opened anew after so many bytes, so that what was read stops counting as resident.
+_REMAP_BYTES = 256 << 20
+
+
+class WeightFile(Protocol):
+    """Named tensors somewhere on disk."""
+
+    def names(self) -> Iterator[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def stored_dtype(self, name: str) -> torch.dtype | None:
+        """The dtype on disk, None for a quantized tensor."""
+        ...
+
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The tensor in `dtype`: mapped if it is stored like that, else converted into memory of its own."""
+        ...
+
+
+class SafetensorsFiles:
+    def __init__(self, paths: list[Path]) -> None:
+        self.where: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for path in paths:
+            with self._open(path) as file:
+                for name in file.keys():  # noqa: SIM118 - not a mapping
+                    self.where[name] = path
+                    self.shapes[name] = tuple(file.get_slice(name).get_shape())
+
+    def names(self) -> Iterator[str]:
+        return iter(self.where)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.shapes[name]
+
+    def stored_dtype(self, name: str) -> torch.dtype | None:
+        return self._tensor(name).dtype
+
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        return self._tensor(name).to(dtype)
+
+    def _tensor(self, name: str) -> Tensor:
+        # opened per tensor: the mapping goes with the tensor, so what was converted stops counting as resident
+        with self._open(self.where[name]) as file:
+            return file.get_tensor(name)
+
+    @contextmanager
+    def _open(self, path: Path) -> Iterator[safe_open]:
+        try:
+            with safe_open(path, framework="pt") as file:
+                yield file
+        except SafetensorError as error:
+            raise FormatError(
+                f"{path} ({path.stat().st_size} bytes) is not a whole safetensors file: {error}",
+                hint="the file is truncated or damaged; fetch it again and compare its checksum",
+            ) from None
+
+
+class PickledFiles:
+    """PyTorch's own `.bin`, mapped, tensors only."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.where: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._mapped: tuple[Path, dict[str, Tensor], int] | None = None
+        for path in paths:
+            for name, tensor in self._load(path).items():
+                self.where[name], self.shapes[name] = path, tuple(tensor.shape)
+
+    def names(self) -> Iterator[str]:
+        return iter(self.where)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.shapes[name]
+
+    def stored_dtype(self, name: str) -> torch.dtype | None:
+        return self._tensor(name).dtype
+
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        return self._tensor(name).to(dtype)
+
+    def _tensor(self, name: str) -> Tensor:
+        path = self.where[name]
+        if self._mapped is None or self._mapped[0] != path or self._mapped[2] > _REMAP_BYTES:
+            self._mapped = None
+            self._mapped = (path, self._load(path), 0)
+        tensor = self._mapped[1][name]
+        self._mapped = (path, self._mapped[1], self._mapped[2] + tensor.nbytes)
+        return tensor
+
+    def _load(self, path: Path) -> dict[str, Tensor]:
+        try:
+            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except Exception as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise FormatError(
+                f"{path} ({path.stat().st_size} bytes) can't be read as a file of tensors: {reason}",
+                hint="it is truncated, damaged, or holds more than tensors; prefer the .safetensors files",
+            ) from None
+        if not isinstance(state, dict) or any(not isinstance(value, Tensor) for value in state.values()):
+            raise FormatError(f"{path} holds something else than named tensors")
+        return state
+
+
+class GGUFFile:
+    def __init__(self, header: GGUFHeader) -> None:
+        self.header, self.tensors = header, GGUFTensors(header)
+
+    def names(self) -> Iterator[str]:
+        return iter(self.header.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.header.tensors[name].shape
+
+    def stored_dtype(self, name: str) -> torch.dtype | None:
+        return PLAIN_TYPES.get(self.header.tensors[name].type_id)
+
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        return self.tensors.read(name, dtype)
+
+
+def open_folder(folder: Path) -> WeightFile:
+    """The weight files of a model folder. Raises CheckpointError if none are there, or a shard is missing."""
+    readers: tuple[tuple[str, type[SafetensorsFiles] | type[PickledFiles]], ...] = (
+        ("model.safetensors", SafetensorsFiles),
+        ("pytorch_model.bin", PickledFiles),
+    )
+    for name, reader in readers:
+        index = folder / f"{name}.index.json"
+        if index.exists():
+            return reader(_shards(folder, index))
+        if (folder / name).exists():
+            return reader([folder / name])
+    found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+    raise CheckpointError(
+        f"{folder} has no weights: expected model.safetensors, pytorch_model.bin or an index of shards; found {found}",
+        hint="fetch the whole checkpoint, for example with: qwenlet pull NAME",
+    )
+
+
+def _shards(folder: Path, index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise FormatError(f"{index} has no weight_map of tensor names to file names")
+    names = sorted(set(weight_map.values()))
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise FormatError(f"{index} names files outside its folder: {', '.join(outside)}")
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing:
+        raise CheckpointError(
+            f"{index} names {len(names)} files, of which {len(missing)} are missing: {', '.join(missing)}",
+            hint="the download is incomplete; run the same qwenlet pull again, it resumes",
+        )
+    return [folder / name for name in names]

@@ -1,0 +1,216 @@
+"""Disk -> model: a skeleton on the meta device, one tensor at a time, assigned, with one report of all problems.
+
+Peak memory is the weights plus the largest tensor: float files of the right dtype stay mapped and are not copied at
+all; of the others one tensor at a time is mapped, converted and let go.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from qwenlet.checkpoint.files import GGUFFile, WeightFile, open_folder
+from qwenlet.checkpoint.names import Layout, Part, join, parts_of, unpermute
+from qwenlet.config import GenerationDefaults, ModelConfig, config_from_gguf, read_json
+from qwenlet.errors import CheckpointError
+from qwenlet.gguf_header import GGUFHeader, read_header
+from qwenlet.linear import PrepackedLinear, prepack_works, replace_linear
+from qwenlet.model import Qwen
+
+# What the published chat code falls back to.
+DEFAULT_SYSTEM = "You are a helpful assistant."
+
+Progress = Callable[[int, int, str], None]
+
+# Buffers that older code saved beside the weights; all are recomputed from the config.
+_REDUNDANT = re.compile(r"(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)$")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder or a GGUF file, understood but not loaded.
+
+    Attributes:
+        path: the folder or the file.
+        layout: how its tensors are named.
+        header: GGUF metadata, or None for a folder.
+    """
+
+    path: Path
+    config: ModelConfig
+    defaults: GenerationDefaults
+    layout: Layout
+    header: GGUFHeader | None = None
+
+    @classmethod
+    def open(cls, path: str | Path) -> Checkpoint:
+        """Reads the configuration. Raises CheckpointError or ConfigError naming what is missing or not understood."""
+        path = Path(path)
+        if path.is_dir():
+            ggufs = sorted(path.glob("*.gguf"))
+            if not (path / "config.json").exists() and len(ggufs) == 1:
+                return cls.open(ggufs[0])
+            config = ModelConfig.from_file(path)
+            layout: Layout = "qwen" if config.model_type == "qwen" else "qwen2"
+            defaults = GenerationDefaults()
+            if (path / "generation_config.json").exists():
+                file = path / "generation_config.json"
+                defaults = GenerationDefaults.from_dict(read_json(file), str(file))
+            return cls(path, config, defaults, layout)
+        if not path.exists():
+            raise CheckpointError(
+                f"{path} does not exist", hint="give a model folder, a .gguf file, a hub id or 'demo'"
+            )
+        header = read_header(path)
+        config = config_from_gguf(header.metadata, list(header.tensors), str(path))
+        return cls(path, config, _gguf_defaults(config, header), "gguf", header)
+
+    @property
+    def default_system(self) -> str:
+        """The system message the model expects: what its chat template falls back to, or the published one."""
+        template = self.header.metadata.get("tokenizer.chat_template", "") if self.header is not None else ""
+        fallback = re.search(r"<\|im_start\|>system\n([^{}'\"]+?)<\|im_end\|>", template)
+        return fallback[1] if fallback else DEFAULT_SYSTEM
+
+    def weights(self) -> WeightFile:
+        """Opens the weight files. Raises CheckpointError if there are none, or one is missing or damaged."""
+        return open_folder(self.path) if self.header is None else GGUFFile(self.header)
+
+
+# What the published chat checkpoint's generation_config.json says.
+QWEN_CHAT_DEFAULTS = GenerationDefaults(
+    do_sample=True, top_p=0.8, top_k=0, repetition_penalty=1.1, max_new_tokens=512, eos_token_ids=(151643,),
+    chat_format="chatml", max_window_size=6144,
+)  # fmt: skip
+
+
+def _gguf_defaults(config: ModelConfig, header: GGUFHeader) -> GenerationDefaults:
+    """GGUF has no generation config; the first generation's is known, others get what small models need."""
+    if config.model_type == "qwen":
+        return QWEN_CHAT_DEFAULTS
+    chatml = "<|im_start|>" in header.metadata.get("tokenizer.chat_template", "")
+    # greedy with a mild penalty: small models wander when they draw, and repeat themselves when they don't
+    return GenerationDefaults(
+        eos_token_ids=config.eos_token_ids,
+        max_new_tokens=512,
+        repetition_penalty=1.1,
+        chat_format="chatml" if chatml else None,
+    )
+
+
+@dataclass
+class LoadReport:
+    """What loading did. `str()` is one line for people."""
+
+    parameters: int = 0
+    weight_bytes: int = 0
+    seconds: float = 0.0
+    dtype: str = ""
+    prepacked: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        packed = f", {self.prepacked} linears prepacked" if self.prepacked else ""
+        notes = "".join(f"; {note}" for note in self.notes)
+        return (
+            f"{self.parameters / 1e6:,.1f} M parameters in {self.dtype}, loaded in {self.seconds:.1f} s{packed}{notes}"
+        )
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    prepack: bool = False,
+    progress: Progress | None = None,
+) -> tuple[Qwen, LoadReport]:
+    """The model in evaluation mode, with every weight assigned.
+
+    Args:
+        prepack: give bfloat16 linears on a CPU to oneDNN in its own order (inference only).
+        progress: called with (bytes done, bytes in all, tensor name).
+    Raises:
+        CheckpointError: missing, unexpected or wrongly shaped tensors, all of them in one message.
+    """
+    started = time.perf_counter()
+    config = checkpoint.config
+    with torch.device("meta"):
+        model = Qwen(config)
+    model.requires_grad_(False).eval()
+    targets = dict(model.named_parameters())  # a tied head is listed once, as the embedding
+    weights = checkpoint.weights()
+    plan = {name: parts_of(name, p.shape[0], checkpoint.layout, config) for name, p in targets.items()}
+    report = LoadReport(dtype=str(dtype).removeprefix("torch."), parameters=sum(p.numel() for p in targets.values()))
+    check_names(checkpoint, targets, plan, weights, report)
+
+    prepack = prepack and device.type == "cpu" and dtype == torch.bfloat16 and prepack_works()[0]
+    total = report.parameters * dtype.itemsize
+    for module_name, module in list(model.named_modules()):
+        names = {leaf: f"{module_name}.{leaf}" for leaf, _ in module.named_parameters(recurse=False)}
+        tensors = {}
+        for leaf, name in names.items():
+            if name in plan:
+                tensors[leaf] = join([read_part(weights, part, dtype) for part in plan[name]])
+                report.weight_bytes += tensors[leaf].nbytes
+                if progress is not None:
+                    progress(report.weight_bytes, total, name)
+        if prepack and tensors and isinstance(module, nn.Linear):
+            replace_linear(model, module_name, PrepackedLinear(tensors["weight"], tensors.get("bias")))
+            report.prepacked += 1
+            continue
+        for leaf, tensor in tensors.items():
+            setattr(module, leaf, nn.Parameter(tensor.to(device), requires_grad=False))
+    if config.tie_word_embeddings:
+        if prepack:
+            replace_linear(model, "lm_head", PrepackedLinear(model.transformer.wte.weight, None))
+            report.prepacked += 1
+        else:
+            model.tie_weights()
+    report.seconds = time.perf_counter() - started
+    return model, report
+
+
+def read_part(weights: WeightFile, part: Part, dtype: torch.dtype) -> Tensor:
+    tensor = weights.read(part.name, dtype)
+    return unpermute(tensor, part.permuted_heads) if part.permuted_heads else tensor
+
+
+def check_names(
+    checkpoint: Checkpoint,
+    targets: Mapping[str, Tensor],
+    plan: Mapping[str, tuple[Part, ...]],
+    weights: WeightFile,
+    report: LoadReport,
+) -> None:
+    """One report of everything that is missing, unexpected or of the wrong shape."""
+    present = set(weights.names())
+    wanted = {part.name for parts in plan.values() for part in parts}
+    missing = sorted(wanted - present)
+    unexpected = sorted(name for name in present - wanted if not _REDUNDANT.search(name))
+    if checkpoint.config.tie_word_embeddings and "lm_head.weight" in unexpected:
+        unexpected.remove("lm_head.weight")
+        report.notes.append("lm_head.weight ignored: the config ties it to the embedding")
+    wrong = []
+    for name, parts in plan.items():
+        for part in parts:
+            expected = (part.rows, *targets[name].shape[1:])
+            if part.name in present and weights.shape(part.name) != expected:
+                wrong.append(f"{part.name} is {list(weights.shape(part.name))}, expected {list(expected)}")
+    if not (missing or unexpected or wrong):
+        return
+    lines = [f"{checkpoint.path} does not fit its configuration ({checkpoint.config.model_type}):"]
+    for title, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong)):
+        if names:
+            shown = names[:6] + ([f"... and {len(names) - 6} more"] if len(names) > 6 else [])
+            lines.append(f"  {title} ({len(names)}): {', '.join(shown)}")
+    hint = "the config belongs to another checkpoint, or the download is incomplete"
+    if any("qweight" in name for name in unexpected):
+        hint = "these are quantized weights; this version reads unquantized ones"
+    raise CheckpointError("\n".join(lines), hint=hint)

@@ -1,0 +1,224 @@
+"""Model -> disk: the published Qwen-1 layout, tensor by tensor.
+
+Everything is written into a folder beside the target, which takes its name when it is complete: a full disk or a
+Ctrl-C leaves nothing half-written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qwenlet.checkpoint.dtypes import DTYPES, dtype_by_name
+from qwenlet.checkpoint.files import WeightFile
+from qwenlet.checkpoint.load import QWEN_CHAT_DEFAULTS, Checkpoint, LoadReport, Progress, check_names, read_part
+from qwenlet.checkpoint.names import join, parts_of
+from qwenlet.config import GenerationDefaults, ModelConfig
+from qwenlet.errors import CheckpointError, ConfigError
+from qwenlet.model import Qwen
+from qwenlet.tokenizer import Tokenizer
+
+_SHARD_BYTES = 2_000_000_000
+
+
+@contextmanager
+def new_folder(out: str | Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `out` when the block ends well and disappears when it doesn't.
+
+    Raises:
+        CheckpointError: `out` exists and is not an empty folder.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(
+            f"{out} exists already and is not an empty folder", hint="choose another name or remove it"
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    try:
+        yield work
+        if out.exists():
+            out.rmdir()
+        os.replace(work, out)
+    except OSError as error:
+        shutil.rmtree(work, ignore_errors=True)
+        raise CheckpointError(
+            f"{out} could not be written: {error.strerror or error}", hint="is the disk full?"
+        ) from error
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+class ShardWriter:
+    """Writes tensors as they come into `model-0000i-of-0000n.safetensors` and an index; one shard stands in memory."""
+
+    def __init__(self, folder: Path, shard_bytes: int = _SHARD_BYTES) -> None:
+        self.folder, self.shard_bytes = folder, shard_bytes
+        self.pending: dict[str, Tensor] = {}
+        self.shards: list[list[str]] = []
+        self.total = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        size = sum(t.nbytes for t in self.pending.values())
+        if self.pending and size + tensor.nbytes > self.shard_bytes:
+            self._flush()
+        self.pending[name] = tensor.contiguous()
+        self.total += tensor.nbytes
+
+    def _flush(self) -> None:
+        save_file(self.pending, self.folder / f"shard-{len(self.shards)}", metadata={"format": "pt"})
+        self.shards.append(list(self.pending))
+        self.pending = {}
+
+    def close(self) -> None:
+        """Gives the shards their published names, now that their number is known, and writes the index."""
+        if self.pending:
+            self._flush()
+        count = len(self.shards)
+        weight_map = {}
+        for i, names in enumerate(self.shards):
+            file = f"model-{i + 1:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors"
+            os.replace(self.folder / f"shard-{i}", self.folder / file)
+            weight_map.update(dict.fromkeys(names, file))
+        if count > 1:
+            _write_json(
+                self.folder / "model.safetensors.index.json",
+                {"metadata": {"total_size": self.total}, "weight_map": weight_map},
+            )
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write_configs(folder: Path, config: ModelConfig, defaults: GenerationDefaults) -> None:
+    _write_json(folder / "config.json", config.to_published())
+    generation: dict[str, object] = {
+        "chat_format": defaults.chat_format or "raw",
+        "eos_token_id": defaults.eos_token_ids[0] if len(defaults.eos_token_ids) == 1 else list(defaults.eos_token_ids),
+        "pad_token_id": defaults.eos_token_ids[0] if defaults.eos_token_ids else None,
+        "max_window_size": defaults.max_window_size,
+        "max_new_tokens": defaults.max_new_tokens or 512,
+        "do_sample": defaults.do_sample,
+        "temperature": defaults.temperature,
+        "top_k": defaults.top_k,
+        "top_p": defaults.top_p,
+        "min_p": defaults.min_p,
+        "repetition_penalty": defaults.repetition_penalty,
+        "stop_words_ids": [list(words) for words in defaults.stop_words_ids],
+    }
+    _write_json(folder / "generation_config.json", generation)
+    _write_json(
+        folder / "tokenizer_config.json", {"model_max_length": config.seq_length, "tokenizer_class": "QWenTokenizer"}
+    )
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    *,
+    to: str = "qwen",
+    dtype: str | None = None,
+    shard_bytes: int = _SHARD_BYTES,
+    progress: Progress | None = None,
+) -> Path:
+    """Writes a checkpoint of any layout we read in the published Qwen-1 layout, tensor by tensor.
+
+    Args:
+        to: "qwen", the only target of this version.
+        dtype: None keeps 16-bit weights as they are stored; quantized GGUF weights become float16.
+    Raises:
+        ConfigError: the Qwen-1 layout can't express this model (what and why is said).
+        CheckpointError: the source is incomplete, or `out` exists.
+    """
+    if to != "qwen":
+        raise ConfigError(f"convert writes the layout 'qwen'; {to!r} is not written by this version")
+    checkpoint = Checkpoint.open(source)
+    config = checkpoint.config
+    published = config.to_published()  # refuses before anything is written
+    weights = checkpoint.weights()
+    with torch.device("meta"):
+        targets = dict(Qwen(config).named_parameters())
+    plan = {name: parts_of(name, p.shape[0], checkpoint.layout, config) for name, p in targets.items()}
+    check_names(checkpoint, targets, plan, weights, LoadReport())
+    target = dtype_by_name(dtype) if dtype else _stored_dtype(checkpoint, weights)
+    tokenizer = (
+        Tokenizer.from_gguf(checkpoint.header.metadata, str(checkpoint.path)) if checkpoint.header is not None else None
+    )
+    total = sum(p.numel() for p in targets.values()) * target.itemsize
+    with new_folder(out) as folder:
+        writer = ShardWriter(folder, shard_bytes)
+        for name in targets:
+            writer.add(name, join([read_part(weights, part, target) for part in plan[name]]))
+            if progress is not None:
+                progress(writer.total, total, name)
+        writer.close()
+        _write_configs(folder, replace(config, model_type="qwen"), checkpoint.defaults)
+        _write_json(folder / "config.json", published | _precision(target))
+        if tokenizer is not None:
+            tokenizer.save(folder)
+        else:
+            for file in checkpoint.path.iterdir():
+                if file.suffix == ".tiktoken" or file.name in ("generation_config.json", "tokenizer_config.json"):
+                    shutil.copyfile(file, folder / file.name)
+    return Path(out)
+
+
+def _precision(dtype: torch.dtype) -> dict[str, bool]:
+    return {name: DTYPES[name] == dtype and name != "fp32" for name in DTYPES}
+
+
+def _stored_dtype(checkpoint: Checkpoint, weights: WeightFile) -> torch.dtype:
+    """The dtype of the embedding, or float16 where it is quantized."""
+    name = parts_of("transformer.wte.weight", 1, checkpoint.layout, checkpoint.config)[0].name
+    return weights.stored_dtype(name) or torch.float16
+
+
+def write_random(
+    out: str | Path,
+    config: ModelConfig,
+    *,
+    dtype: str = "bf16",
+    seed: int = 0,
+    tokenizer_file: Path | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """A checkpoint of random weights in the published layout, for measuring speed and memory.
+
+    Initialised as published (N(0, 0.02), residual projections scaled down); the same seed gives the same bytes.
+    """
+    target = dtype_by_name(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    total = config.parameter_count * target.itemsize
+    with torch.device("meta"):
+        skeleton = Qwen(config)
+    with new_folder(out) as folder:
+        writer = ShardWriter(folder)
+        for name, parameter in skeleton.named_parameters():
+            std = skeleton.initial_std(name)
+            if std is None:
+                tensor = torch.zeros(parameter.shape, dtype=target)
+            elif std == 0.0:
+                tensor = torch.ones(parameter.shape, dtype=target)
+            else:
+                tensor = torch.empty(parameter.shape, dtype=target).normal_(std=std, generator=generator)
+            writer.add(name, tensor)
+            if progress is not None:
+                progress(writer.total, total, name)
+        writer.close()
+        _write_configs(folder, config, QWEN_CHAT_DEFAULTS)
+        if tokenizer_file is not None:
+            shutil.copyfile(tokenizer_file, folder / "qwen.tiktoken")
+    return Path(out)

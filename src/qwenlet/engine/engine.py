@@ -1,0 +1,241 @@
+"""The loop: schedule -> run -> sample -> emit. Everything that generates goes through `step()`."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+
+from qwenlet.cache import PAGE_TOKENS, PagePool, pages_for
+from qwenlet.config import EngineConfig, GenerationDefaults, SamplingParams
+from qwenlet.engine.records import Chunk, FinishReason
+from qwenlet.engine.request import Request
+from qwenlet.engine.runner import Runner
+from qwenlet.engine.scheduler import Scheduler
+from qwenlet.engine.stop import StopTexts, StopTokens
+from qwenlet.errors import ConfigError, ContextLengthError, RequestError
+from qwenlet.model import Qwen
+from qwenlet.sampling import TokenCounts, TokenLogprob, choose, needs_counts, token_logprob
+from qwenlet.tokenizer import StreamDecoder, Tokenizer
+
+# A checkpoint that names no reply length gets this one, cut to what the context has room for.
+_DEFAULT_NEW_TOKENS = 512
+
+
+class Engine:
+    """Serves requests one row a step.
+
+    Args:
+        tokenizer: None for a checkpoint without one: ids in, ids out, no text.
+        stop_ids: end tokens of this model beside those of its generation config (a chat model's <|im_end|>).
+    """
+
+    def __init__(
+        self,
+        model: Qwen,
+        tokenizer: Tokenizer | None,
+        options: EngineConfig,
+        defaults: GenerationDefaults,
+        device: torch.device,
+        stop_ids: Sequence[int] = (),
+    ) -> None:
+        limit = model.config.context_length
+        if options.max_context is not None and options.max_context > limit:
+            raise ConfigError(
+                f"max_context is {options.max_context}, but this model has published maths for {limit} positions",
+                hint=f"use max_context={limit} or less",
+            )
+        self.model, self.tokenizer, self.options, self.defaults = model, tokenizer, options, defaults
+        self.device = device
+        self.context_length = options.max_context or limit
+        self.stop_ids = frozenset([*defaults.eos_token_ids, *stop_ids])
+        dtype = model.transformer.wte.weight.dtype
+        self.pool = PagePool(model.config, pages_for(self.context_length), dtype, device)
+        self.scheduler = Scheduler(self.pool)
+        self.runner = Runner(model, self.pool, device, options.attention)
+        self._lock = threading.RLock()
+
+    # ---------------------------------------------------------------------------------------------- requests
+
+    def submit(self, prompt: Sequence[int], params: SamplingParams, *, dropped_turns: int = 0) -> list[Request]:
+        """Queues a prompt and returns its `params.n` requests.
+
+        Raises:
+            RequestError: an empty prompt, an id outside the vocabulary, a stop text without a tokenizer.
+            ContextLengthError: prompt and reply don't fit.
+        """
+        prompt = self._check_prompt(prompt)
+        reserved = params.max_new_tokens
+        resolved = params.resolve(self.defaults)
+        room = self.context_length - len(prompt)
+        if room < (reserved or 1):
+            raise ContextLengthError(len(prompt), self.context_length, reserved or 1)
+        if resolved.stop and self.tokenizer is None:
+            raise RequestError("stop texts need a tokenizer, and this model has none", hint="use stop_token_ids")
+        limit = reserved or min(room, resolved.max_new_tokens or _DEFAULT_NEW_TOKENS)
+        seed = secrets.randbits(32) if resolved.seed is None else resolved.seed
+        resolved = replace(resolved, max_new_tokens=limit, seed=seed)
+        alpha = self.model.config.ntk_alpha(len(prompt) + (limit if self.options.ntk == "reserve" else 0))
+        requests = [self._request(prompt, resolved, alpha, choice, dropped_turns) for choice in range(params.n)]
+        with self._lock:
+            for request in requests:
+                self.scheduler.add(request)
+        return requests
+
+    def _check_prompt(self, prompt: Sequence[int]) -> tuple[int, ...]:
+        ids = tuple(int(token) for token in prompt)
+        if not ids:
+            raise RequestError("the prompt is empty", hint="give at least one token")
+        size = self.model.config.vocab_size
+        wrong = next((token for token in ids if not 0 <= token < size), None)
+        if wrong is not None:
+            raise RequestError(f"the prompt has token id {wrong}, but this model knows 0 to {size - 1}")
+        return ids
+
+    def _request(
+        self, prompt: tuple[int, ...], params: SamplingParams, alpha: float, choice: int, dropped_turns: int
+    ) -> Request:
+        own = () if params.ignore_eos else self.stop_ids
+        sequences = () if params.ignore_eos else self.defaults.stop_words_ids
+        return Request(
+            prompt=prompt,
+            params=params,
+            alpha=alpha,
+            stop_tokens=StopTokens([*own, *(params.stop_token_ids or ())], sequences),
+            stop_texts=StopTexts(tuple(params.stop)),
+            decoder=None if self.tokenizer is None else StreamDecoder(self.tokenizer, skip_special_tokens=True),
+            choice=choice,
+            dropped_turns=dropped_turns,
+            counts=TokenCounts(prompt, self.model.config.vocab_size, self.device) if needs_counts(params) else None,
+        )
+
+    def cancel(self, request: Request) -> None:
+        """Ends a request at once and frees its pages. Harmless if it has ended already."""
+        with self._lock:
+            if request.finish_reason is None:
+                self._finish(request, "cancelled", [], None)
+
+    def stream(self, request: Request) -> Iterator[Chunk]:
+        """Steps the engine until this request has ended, yielding its chunks. Closing the iterator cancels it;
+        a request that failed raises what made it fail, after its last chunk."""
+        try:
+            while True:
+                while request.outbox:
+                    chunk = request.outbox.popleft()
+                    yield chunk
+                    if request.failure is not None and chunk.finish_reason == "error":
+                        raise request.failure
+                    if chunk.finish_reason is not None:
+                        return
+                ran = self.step()
+                assert ran or request.outbox, "a request that has not ended was neither waiting nor running"
+        finally:
+            self.cancel(request)
+
+    # ---------------------------------------------------------------------------------------------- the step
+
+    def step(self) -> bool:
+        """Runs one request for one step; False if there was nothing to run."""
+        with self._lock:
+            request = self.scheduler.schedule()
+            if request is None:
+                return False
+            try:
+                self._advance(request)
+            except Exception as error:
+                # the failing request fails alone: its own stream raises, the others go on
+                request.failure = error
+                self._finish(request, "error", [], None, f"{type(error).__name__}: {error}")
+            return True
+
+    def _advance(self, request: Request) -> None:
+        if request.started_at is None:
+            request.started_at = time.perf_counter()
+        tokens = request.next_tokens(self.options.prefill_chunk)
+        logits = self.runner.run(request, tokens)
+        request.stored += len(tokens)
+        if logits is None:
+            self._emit(request, "", [], None)
+            return
+
+        position = len(request.prompt) + len(request.reply)
+        token = choose(logits, request.params, request.counts, request.choice, position)
+        request.latest_token_at = time.perf_counter()
+        if request.first_token_at is None:
+            request.first_token_at = request.latest_token_at
+        logprobs = None
+        if request.params.logprobs is not None:
+            logprobs = [token_logprob(logits, token, request.params.logprobs)]
+        self._accept(request, token, logprobs)
+
+    def _accept(self, request: Request, token: int, logprobs: list[TokenLogprob] | None) -> None:
+        """Takes a sampled token into the reply, and ends the reply if it is the last."""
+        request.reply.append(token)
+        if request.counts is not None:
+            request.counts.add(token)
+        if request.stop_tokens.hit(request.reply):
+            self._finish(request, "stop", [token], logprobs)
+            return
+        piece = "" if request.decoder is None else request.decoder.push(token)
+        text, stopped = request.stop_texts.push(piece)
+        if stopped:
+            self._finish(request, "stop", [token], logprobs, text=text, flush=False)
+        elif len(request.reply) >= request.max_new_tokens:
+            self._finish(request, "length", [token], logprobs, text=text)
+        else:
+            self._emit(request, text, [token], logprobs)
+
+    def _finish(
+        self,
+        request: Request,
+        reason: FinishReason,
+        tokens: Sequence[int],
+        logprobs: list[TokenLogprob] | None,
+        error: str | None = None,
+        *,
+        text: str = "",
+        flush: bool = True,
+    ) -> None:
+        if flush:
+            tail = "" if request.decoder is None else request.decoder.flush()
+            more, stopped = request.stop_texts.push(tail)
+            text += more if stopped else more + request.stop_texts.flush()
+        request.finish_reason = reason
+        self.scheduler.remove(request)
+        self._emit(request, text, tokens, logprobs, error)
+
+    def _emit(
+        self,
+        request: Request,
+        text: str,
+        tokens: Sequence[int],
+        logprobs: list[TokenLogprob] | None,
+        error: str | None = None,
+    ) -> None:
+        wanted = request.params.logprobs is not None
+        request.outbox.append(
+            Chunk(
+                text=text,
+                token_ids=tuple(tokens),
+                finish_reason=request.finish_reason,
+                prompt_tokens=len(request.prompt),
+                prompt_done=min(request.stored, len(request.prompt)),
+                completion_tokens=len(request.reply),
+                seed=request.seed,
+                timings=request.timings,
+                logprobs=tuple(logprobs or ()) if wanted else None,
+                choice=request.choice,
+                dropped_turns=request.dropped_turns,
+                error=error,
+            )
+        )
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """Bytes of keys and values that one token of context takes."""
+        pages = self.pool.k[0]
+        return 2 * len(self.pool.k) * pages[0].numel() * pages.element_size() // PAGE_TOKENS

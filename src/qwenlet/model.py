@@ -1,0 +1,194 @@
+"""All of Qwen in one sitting.
+
+    * RMSNorm before attention and before the feed-forward, and once at the end; rounded to the input's dtype BEFORE the
+      weight multiplies, as published
+    * fused query-key-value projection with a bias, the only biases in the model
+    * rotary embedding over the whole head, in halves, computed in float32
+    * dynamic NTK: a row whose prompt is longer than the training length turns with a larger base (one factor per row)
+    * log-n attention: a query at position p >= seq_length is multiplied by log_seq_length(p + 1)
+    * SwiGLU where w2 is the gate and w1 the up projection
+    * untied head; logits only where they are asked for
+
+The same block with grouped key/value heads, tied embeddings or no biases is a Qwen2 or a Llama: configuration alone.
+Module names are the published checkpoint's, so loading it needs no table.
+
+Left out: storage of keys and values (cache.py), sampling, loading, tokens as text.
+
+Dimension letters: N tokens of all rows, H query heads, G key/value heads, D head size, C hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from qwenlet.cache import NoPast, Past, Rows
+from qwenlet.config import LOGN_TABLE_LENGTH, ModelConfig
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
+
+
+class Rotation:
+    """cos and sin [N, 1, D/2] in float32, and the log-n factor [N, 1, 1] where a row is long enough to have one."""
+
+    def __init__(self, config: ModelConfig, rows: Rows, extend: bool) -> None:
+        device = rows.positions.device
+        alphas = rows.alphas if extend else (1.0,) * len(rows.lengths)
+        if len(set(alphas)) == 1:
+            frequency = inverse_frequencies(config.rope_theta, config.head_dim, alphas[0], device)[None]
+        else:
+            of_row = torch.stack(
+                [inverse_frequencies(config.rope_theta, config.head_dim, alpha, device) for alpha in alphas]
+            )
+            frequency = of_row.repeat_interleave(torch.tensor(rows.lengths, device=device), dim=0)
+        angle = rows.positions.float()[:, None] * frequency
+        self.cos, self.sin = angle.cos()[:, None], angle.sin()[:, None]
+        self.logn: Tensor | None = None
+        if extend and config.use_logn_attn and bool((rows.positions >= config.seq_length).any()):
+            self.logn = logn_table(config.seq_length, device)[rows.positions][:, None, None]
+
+    def turn(self, x: Tensor) -> Tensor:
+        """Rotates x [N, heads, D] by each token's angles: pairs are (i, i + D/2)."""
+        first, second = x.float().chunk(2, dim=-1)
+        turned = torch.cat((first * self.cos - second * self.sin, second * self.cos + first * self.sin), dim=-1)
+        return turned.type_as(x)
+
+
+@lru_cache(maxsize=64)
+def inverse_frequencies(theta: float, head_dim: int, alpha: float, device: torch.device) -> Tensor:
+    """[D/2] float32: theta'^(-2i/D) with theta' = theta * alpha^(D / (D-2)), dynamic NTK as published."""
+    base = theta * alpha ** (head_dim / (head_dim - 2))
+    return 1.0 / (base ** (torch.arange(0, head_dim, 2, device=device).float() / head_dim))
+
+
+@lru_cache(maxsize=8)
+def logn_table(seq_length: int, device: torch.device) -> Tensor:
+    """[32767] float32, by position: log_seq_length(position + 1), but 1 inside the training length."""
+    table = [math.log(i, seq_length) if i > seq_length else 1.0 for i in range(1, LOGN_TABLE_LENGTH + 1)]
+    return torch.tensor(table, device=device)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        self.c_attn = nn.Linear(config.hidden_size, config.qkv_size, bias=config.qkv_bias)
+        self.c_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, rotation: Rotation, past: Past) -> Tensor:
+        qkv = self.c_attn(x).unflatten(-1, (-1, self.head_dim))  # (N, H + 2G, D)
+        # one rotation for queries and keys together: fewer, larger operations
+        turned = rotation.turn(qkv[:, : self.heads + self.kv_heads])
+        q, k = turned.split((self.heads, self.kv_heads), dim=1)
+        if rotation.logn is not None:
+            q = q * rotation.logn.type_as(q)
+        v = qkv[:, self.heads + self.kv_heads :]
+        return self.c_proj(past.attend(self.layer, q, k, v).flatten(1))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.w2 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.c_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(self.w1(x) * F.silu(self.w2(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.ln_1 = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attn = Attention(config, layer)
+        self.ln_2 = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = FeedForward(config)
+
+    def forward(self, x: Tensor, rotation: Rotation, past: Past) -> Tensor:
+        x = x + self.attn(self.ln_1(x), rotation, past)
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.ln_f = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Qwen(nn.Module):
+    """Token ids in, logits out. Build it under `torch.device("meta")` and let checkpoint.py assign the weights."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self.transformer = Transformer(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Makes head and embedding one parameter; needed again after either was assigned."""
+        self.lm_head.weight = self.transformer.wte.weight
+
+    def initial_std(self, name: str) -> float | None:
+        """Spread of a parameter's random start, as published: the initializer range, and range / sqrt(2 * layers) for
+        what writes to the residual stream. 0 stands for a constant 1 (norms), None for a constant 0 (biases)."""
+        if name.endswith("bias"):
+            return None
+        if "ln_" in name:
+            return 0.0
+        scale = math.sqrt(2 * self.config.num_hidden_layers) if name.endswith("c_proj.weight") else 1.0
+        return self.config.initializer_range / scale
+
+    def hidden(self, ids: Tensor, rows: Rows, past: Past | None = None) -> Tensor:
+        """Last hidden states, normed: ids [N] int64 -> [N, C].
+
+        NTK and log-n act in evaluation mode only, as published.
+        """
+        rotation = Rotation(self.config, rows, extend=not self.training)
+        past = NoPast(rows) if past is None else past
+        x = self.transformer.wte(ids)
+        for block in self.transformer.h:
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(block, x, rotation, past, use_reentrant=False)
+            else:
+                x = block(x, rotation, past)
+        return self.transformer.ln_f(x)
+
+    def forward(self, ids: Tensor, rows: Rows, past: Past | None = None, logits_at: Tensor | None = None) -> Tensor:
+        """Logits in the model's dtype: [N, V], or [len(logits_at), V] for the tokens whose indices are given."""
+        x = self.hidden(ids, rows, past)
+        return self.lm_head(x if logits_at is None else x[logits_at])
+
+    def loss(self, ids: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy in float32 of predicting labels [B, T] shifted by one; label -100 is not counted.
+
+        ids [B, T] int64, rows of one length.
+        """
+        batch, length = ids.shape
+        rows = Rows.fresh([length] * batch, [self.config.ntk_alpha(length)] * batch, ids.device)
+        logits = self(ids.flatten(), rows).unflatten(0, (batch, length))
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)

@@ -1,0 +1,1 @@
+"""The kernel house: knows shapes and bits, nothing of Qwen."""

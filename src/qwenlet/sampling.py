@@ -1,0 +1,151 @@
+"""From logits to a token: small functions, composed in one place.
+
+    penalize -> greedy, or temperature -> top-k -> top-p -> min-p -> draw
+
+Everything looks at one row [V] of float32 logits, so a request's tokens can't depend on its neighbours. Randomness is
+counter-based: a draw is a function of (seed, choice, position) alone, so pausing, batching or resuming can't shift it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qwenlet.config import SamplingParams
+from qwenlet.errors import RequestError
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Log-probability of a chosen token under the model's own distribution, before penalties and temperature.
+
+    `top` holds the most likely alternatives (id, log-probability), best first.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class TokenCounts:
+    """Which tokens a request has seen, for the penalties. Built only when a penalty is on."""
+
+    def __init__(self, prompt: Sequence[int], vocab_size: int, device: torch.device) -> None:
+        self.seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+        self.seen[torch.tensor(list(prompt), dtype=torch.long, device=device)] = True
+        self.replied = torch.zeros(vocab_size, device=device)
+
+    def add(self, token_id: int) -> None:
+        self.seen[token_id] = True
+        self.replied[token_id] += 1
+
+
+def needs_counts(params: SamplingParams) -> bool:
+    return params.repetition_penalty not in (None, 1.0) or bool(params.presence_penalty or params.frequency_penalty)
+
+
+def penalize(logits: Tensor, counts: TokenCounts, params: SamplingParams) -> Tensor:
+    """Repetition penalty over prompt and reply: divides positive logits, multiplies others (CTRL, arXiv:1909.05858).
+    Presence and frequency penalties over the reply alone: subtracted once, or per occurrence."""
+    penalty = params.repetition_penalty or 1.0
+    if penalty != 1.0:
+        logits = torch.where(counts.seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    if params.presence_penalty:
+        logits = logits - params.presence_penalty * (counts.replied > 0)
+    if params.frequency_penalty:
+        logits = logits - params.frequency_penalty * counts.replied
+    return logits
+
+
+def top_k(logits: Tensor, ids: Tensor | None, k: int) -> tuple[Tensor, Tensor | None]:
+    """The k most likely of the tokens kept so far: (their logits, their ids); ids None stands for all, in order."""
+    if not 0 < k < logits.shape[0]:
+        return logits, ids
+    values, places = logits.topk(k)
+    return values, places if ids is None else ids[places]
+
+
+def top_p(logits: Tensor, ids: Tensor | None, p: float) -> tuple[Tensor, Tensor | None]:
+    """The smallest set of most likely tokens whose probabilities reach p (arXiv:1904.09751). Exact, and without sorting
+    the whole vocabulary in the usual case: the head of the order is widened until it carries p."""
+    if p >= 1.0:
+        return logits, ids
+    total = logits.logsumexp(0)
+    size, width = logits.shape[0], 128
+    while True:
+        width = min(width, size)
+        values, places = logits.topk(width)
+        mass = (values - total).exp().cumsum(0, dtype=torch.float64)
+        if width == size or mass[-1] >= p:
+            break
+        width *= 16
+    kept = min(int((mass < p).sum()) + 1, width)
+    places = places[:kept]
+    return values[:kept], places if ids is None else ids[places]
+
+
+def min_p(logits: Tensor, ids: Tensor | None, p: float) -> tuple[Tensor, Tensor | None]:
+    """Tokens at least p times as likely as the most likely one (arXiv:2407.01082)."""
+    if p <= 0.0:
+        return logits, ids
+    keep = (logits >= logits.max() + float(np.log(p))).nonzero()[:, 0]
+    return logits[keep], keep if ids is None else ids[keep]
+
+
+def uniform(seed: int, choice: int, position: int) -> float:
+    """A number in [0, 1) that depends on its three arguments alone: Philox 4x64 (Salmon et al., SC 2011)."""
+    bits = np.random.Philox(key=np.array([seed, 0], np.uint64), counter=np.array([position, choice, 0, 0], np.uint64))
+    return float((int(bits.random_raw()) >> 11) * 2.0**-53)
+
+
+def draw(logits: Tensor, ids: Tensor | None, u: float) -> int:
+    """Inverse of the cumulative distribution at u, over kept tokens in the order of their ids."""
+    if ids is not None:
+        ids, order = ids.sort()
+        logits = logits[order]
+    mass = (logits - logits.max()).double().exp().cumsum(0)
+    place = int(torch.searchsorted(mass, mass[-1] * u, right=True))
+    place = min(place, logits.shape[0] - 1)
+    return place if ids is None else int(ids[place])
+
+
+def choose(logits: Tensor, params: SamplingParams, counts: TokenCounts | None, choice: int, position: int) -> int:
+    """One token for one row.
+
+    Args:
+        logits: [V] float32.
+        params: resolved (no None among the sampling fields), with a seed if it draws.
+        counts: needed if `needs_counts(params)`.
+        position: place of the new token in its row.
+    Raises:
+        RequestError: the logits hold NaN, so no token can be chosen.
+    """
+    if bool(logits.isnan().any()):
+        raise RequestError(
+            "the model's logits are not numbers (NaN), so no token can be chosen",
+            hint="float16 overflows in places where bfloat16 and float32 don't; load with dtype='bf16' or 'fp32'",
+        )
+    if counts is not None:
+        logits = penalize(logits, counts, params)
+    if not params.temperature:
+        return int(logits.argmax())
+    # shifted first, so that a temperature near zero can't overflow
+    kept: tuple[Tensor, Tensor | None] = ((logits - logits.max()) / params.temperature, None)
+    kept = top_k(*kept, params.top_k or 0)
+    kept = top_p(*kept, 1.0 if params.top_p is None else params.top_p)
+    kept = min_p(*kept, params.min_p or 0.0)
+    return draw(*kept, uniform(params.seed or 0, choice, position))
+
+
+def token_logprob(logits: Tensor, token_id: int, alternatives: int) -> TokenLogprob:
+    """Log-probability of `token_id` under logits [V] float32, and of so many most likely tokens."""
+    total = logits.logsumexp(0)
+    top: tuple[tuple[int, float], ...] = ()
+    if alternatives:
+        values, ids = logits.topk(min(alternatives, logits.shape[0]))
+        top = tuple(zip(ids.tolist(), (values - total).tolist(), strict=True))
+    return TokenLogprob(token_id, float(logits[token_id] - total), top)

@@ -1,0 +1,48 @@
+"""Flags follow the dataclasses: every field has one, with its help, its default and its type."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from qwenlet.cli.conversation import NOT_FOR_CHAT
+from qwenlet.cli.options import LoadOptions, attribute_docs
+from qwenlet.config import EngineConfig, SamplingParams
+
+
+@pytest.mark.parametrize("cls", [SamplingParams, EngineConfig, LoadOptions])
+def test_every_field_is_explained_and_nothing_else(cls):
+    docs = attribute_docs(cls)
+    assert set(docs) == {field.name for field in dataclasses.fields(cls)}
+    assert all(docs.values())
+
+
+def test_each_field_is_a_flag_of_chat_and_generate(run):
+    chat, generate = run("chat", "--help").out, run("generate", "--help").out
+    for cls in (SamplingParams, EngineConfig, LoadOptions):
+        for field in dataclasses.fields(cls):
+            flag = f"--{field.name.replace('_', '-')} "
+            assert flag in generate
+            assert (flag in chat) == (field.name not in NOT_FOR_CHAT)
+
+
+def test_defaults_and_choices_are_shown(run):
+    text = " ".join(run("chat", "--help").out.split())
+    assert "One of: auto, flash, math, efficient. [default: auto]" in text
+    assert "One of: prompt, reserve. [default: prompt]" in text
+    assert f"[default: {EngineConfig().prefill_chunk}]" in text
+
+
+def test_only_the_flags_that_were_used_are_passed_on(run, api):
+    run("chat", "some/model", "-p", "hi")
+    run("chat", "-p", "hi", "--device", "cpu", "--no-prepack", "--max-context", "32", "--offline", "--seed", "3",
+        "--stop", "a", "--stop", "b", "--stop-token-ids", "5", "--ignore-eos")  # fmt: skip
+    assert api.loaded == [
+        ("some/model", {}),
+        ("demo", {"device": "cpu", "prepack": False, "max_context": 32, "offline": True}),
+    ]
+    assert [params for _, params in api.llm.requests] == [
+        SamplingParams(),
+        SamplingParams(seed=3, stop=("a", "b"), stop_token_ids=(5,), ignore_eos=True),
+    ]
