@@ -121,7 +121,8 @@ def test_a_quantized_checkpoint_is_refused_with_words() -> None:
 def test_gguf_metadata_of_the_first_generation() -> None:
     metadata = {
         "general.architecture": "qwen", "qwen.context_length": 8192, "qwen.embedding_length": 2048,
-        "qwen.block_count": 24, "qwen.feed_forward_length": 11008, "qwen.attention.head_count": 16, "qwen.rope.dimension_count": 128,
+        "qwen.block_count": 24, "qwen.feed_forward_length": 11008, "qwen.attention.head_count": 16,
+        "qwen.rope.dimension_count": 128,
         "qwen.attention.layer_norm_rms_epsilon": 9.999999974752427e-07, "qwen.rope.freq_base": 10000.0,
         "tokenizer.ggml.tokens": [""] * 151936, "tokenizer.ggml.eos_token_id": 151643,
     }  # fmt: skip

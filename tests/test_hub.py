@@ -210,11 +210,11 @@ def test_a_folder_says_what_it_lacks(tmp_path: Path) -> None:
 
 
 def test_a_model_is_fetched_once(hub: FakeHub) -> None:
-    seen: list[tuple[str, int, int]] = []
+    seen: list[tuple[int, int, str]] = []
     folder = qhub.resolve(REPO, progress=lambda *report: seen.append(report))
     assert sorted(path.name for path in folder.iterdir()) == WANTED
     assert all((folder / name).read_bytes() == FILES[name] for name in WANTED)
-    assert seen[-1] == ("model-00002-of-00002.safetensors", len(WEIGHTS), len(WEIGHTS))
+    assert seen[-1] == (len(WEIGHTS), len(WEIGHTS), "model-00002-of-00002.safetensors")
     assert not any(path.endswith((".py", ".bin", ".md")) for _, path, _ in hub.requests)
 
     hub.requests.clear()

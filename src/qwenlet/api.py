@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, overload
@@ -24,7 +24,7 @@ from qwenlet.checkpoint import (
     load_model,
 )
 from qwenlet.config import EngineConfig, GenerationDefaults, ModelConfig, SamplingParams
-from qwenlet.engine import Chunk, Completion, Engine, Request
+from qwenlet.engine import Completion, Engine, Request, Stream
 from qwenlet.errors import ConfigError, MissingTokenizerError, RequestError
 from qwenlet.model import Qwen
 from qwenlet.ops.attention import attention_backend, check_backend
@@ -70,7 +70,7 @@ def load(
         quant, kv_cache: None and "auto", the only values of this version.
         offline: True forbids any network use; None asks QWENLET_OFFLINE and HF_HUB_OFFLINE.
         revision: branch, tag or commit on the hub.
-        progress: called with (bytes done, bytes in all, tensor name) while weights are read.
+        progress: called with (bytes done, bytes in all, what) while files are fetched and weights are read.
         engine_options: the fields of EngineConfig, such as max_context=4096.
     Raises:
         QwenletError: its branches say what was wrong with the name, the files, the configuration or an option.
@@ -85,7 +85,7 @@ def load(
     where = _device(device)
     chosen, reason = auto_dtype(where) if dtype == "auto" else (dtype_by_name(dtype), "asked for")
     check_backend(options.attention, where, chosen)
-    path = hub.resolve(str(name_or_path), offline=offline, revision=revision)
+    path = hub.resolve(str(name_or_path), offline=offline, revision=revision, progress=progress)
     checkpoint = Checkpoint.open(path)
     tokenizer = _tokenizer(checkpoint)
     model, report = load_model(checkpoint, chosen, where, prepack=options.prepack, progress=progress)
@@ -185,14 +185,12 @@ class LLM:
                 self.engine.cancel(request)
         return completions[0] if single and len(completions) == 1 else completions
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Chunk]:
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
         """Continues one prompt piece by piece. Closing the iterator cancels the request."""
         request = self._submit_one(self._ids(prompt), params)
         return self.engine.stream(request)
 
-    def reply(
-        self, messages: Iterable[Message | Mapping[str, Any]], params: SamplingParams | None = None
-    ) -> Iterator[Chunk]:
+    def reply(self, messages: Iterable[Message | Mapping[str, Any]], params: SamplingParams | None = None) -> Stream:
         """The assistant's next message, piece by piece.
 
         Old turns are left out, oldest first, until the conversation and the reply fit the context (the chunks'
@@ -229,7 +227,7 @@ class LLM:
         history: Sequence[tuple[str, str]] | None = None,
         system: str = DEFAULT_SYSTEM,
         params: SamplingParams | None = None,
-    ) -> Iterator[Chunk]:
+    ) -> Stream:
         """The same, piece by piece: each chunk carries the new text only."""
         return self.reply(chat.history_to_messages(query, history, system), params)
 

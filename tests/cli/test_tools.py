@@ -24,7 +24,7 @@ def test_pull_prints_the_path_and_sums_up(run, monkeypatch):
     calls = []
 
     def pull(name, *, progress, **options):
-        progress("weights", 1, 2)
+        progress(1, 2, "weights")
         calls.append((name, options))
         return hub.Pulled(Path("/models/x"), "abc123", 3, 3_674_000_000, 1_200_000)
 

@@ -44,8 +44,6 @@ def chat(
     Text piped into stdin is the prompt; with --prompt it follows the prompt after a blank line. Commands inside the
     conversation begin with a slash: /help lists them.
     """
-    from qwenlet.api import load as load_model
-
     question = _question(prompt)
     if question is None and not console.is_terminal(sys.stdout):
         raise RequestError("a conversation needs a terminal, and stdout is none", hint="ask one question with --prompt")
@@ -55,6 +53,9 @@ def chat(
     # what this command line says outweighs the file
     params = replace(saved.params if saved else SamplingParams(), **sampling)
     model = model or held_with
+
+    from qwenlet.api import load as load_model  # only now, because it takes seconds
+
     with console.Progress() as progress:
         llm = load_model(model, progress=progress.update, **loading, **engine)
     with llm:
@@ -104,6 +105,6 @@ def _converse(llm: LLM, conversation: Conversation, *, stats: bool, keep_history
     if llm.chat_format == "raw":
         console.note("This model was not trained to chat; qwenlet generate continues a text instead.")
     if conversation.exchanges:
-        console.note(f"{len(conversation.exchanges)} exchanges loaded; /history shows them.")
+        console.note(f"{conversation.length} loaded; /history shows it.")
     console.note("/help lists the commands; Ctrl-C stops a reply; Ctrl-D leaves.")
     repl.run(session, keep_history=keep_history)

@@ -45,6 +45,14 @@ class State:
     params: SamplingParams
     exchanges: tuple[Exchange, ...] = ()
 
+    def messages(self, question: str) -> list[dict[str, str]]:
+        """What the model is given when `question` is asked now."""
+        messages = [{"role": "system", "content": self.system}] if self.system else []
+        for exchange in self.exchanges:
+            messages.append({"role": "user", "content": exchange.user})
+            messages.append({"role": "assistant", "content": exchange.assistant})
+        return [*messages, {"role": "user", "content": question}]
+
 
 class Conversation:
     """The present state and the earlier ones.
@@ -66,13 +74,10 @@ class Conversation:
     def params(self) -> SamplingParams:
         return self.state.params
 
-    def messages(self, question: str) -> list[dict[str, str]]:
-        """What the model is given when `question` is asked now."""
-        messages = [{"role": "system", "content": self.state.system}] if self.state.system else []
-        for exchange in self.exchanges:
-            messages.append({"role": "user", "content": exchange.user})
-            messages.append({"role": "assistant", "content": exchange.assistant})
-        return [*messages, {"role": "user", "content": question}]
+    @property
+    def length(self) -> str:
+        count = len(self.exchanges)
+        return "1 exchange" if count == 1 else f"{count} exchanges"
 
     def change(self, what: str, state: State) -> None:
         """Goes over to `state`; `what` says what an undo takes back."""

@@ -26,8 +26,6 @@ def convert(
 
     options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     with console.Progress() as progress:
-        found = hub.resolve(
-            source, offline=offline or None, progress=lambda what, done, total: progress.update(done, total, what)
-        )
+        found = hub.resolve(source, offline=offline or None, progress=progress.update)
         path = checkpoint.convert(found, out, to=to, progress=progress.update, **options)
     print(path)

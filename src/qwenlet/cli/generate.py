@@ -42,12 +42,13 @@ def generate(
 
     The text comes from --prompt, --prompt-file or stdin; one line break at the end of a file or of stdin is dropped.
     """
-    from qwenlet.api import load
-
     text = _prompt(prompt, prompt_file)
     params = SamplingParams(**sampling)
     if params.logprobs is not None and not as_json:
         raise typer.BadParameter("log-probabilities are shown as JSON only: add --json", param_hint="--logprobs")
+
+    from qwenlet.api import load  # only now, because it takes seconds
+
     with console.Progress() as progress:
         llm = load(model, progress=progress.update, **loading, **engine)
     with llm:

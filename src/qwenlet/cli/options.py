@@ -82,7 +82,7 @@ def expand(function: Callable[..., None]) -> Callable[..., None]:
     def wrapper(**values: Any) -> None:
         for group, names in groups.items():
             used = {name: values.pop(name) for name in names}
-            values[group] = {name: value for name, value in used.items() if value is not None and value != []}
+            values[group] = {name: value for name, value in used.items() if value not in (None, [], ())}
         function(**values)
 
     wrapper.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
@@ -120,15 +120,14 @@ def _annotation(field: dataclasses.Field[Any], hint: Any, text: str) -> Any:
 
 def _flag_type(hint: Any) -> tuple[Any, tuple[str, ...]]:
     """The type a flag takes for a field's type, and the values it is limited to."""
-    options = (
-        [t for t in get_args(hint) if t is not type(None)] if get_origin(hint) in (Union, types.UnionType) else [hint]
-    )
-    sequence = next((t for t in options if get_origin(t) is collections.abc.Sequence), None)
+    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    kind = next(kind for kind in kinds if kind is not type(None))
+    sequence = next((kind for kind in kinds if get_origin(kind) is collections.abc.Sequence), None)
     if sequence is not None:
         return list[get_args(sequence)[0]], ()  # type: ignore[misc]
-    if get_origin(options[0]) is Literal:
-        return str, get_args(options[0])
-    return options[0], ()
+    if get_origin(kind) is Literal:
+        return str, get_args(kind)
+    return kind, ()
 
 
 def attribute_docs(cls: type) -> dict[str, str]:

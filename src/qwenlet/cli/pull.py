@@ -29,7 +29,7 @@ def pull(
     with console.Progress() as progress:
         pulled = hub.pull(
             name,
-            progress=lambda what, done, total: progress.update(done, total, what),
+            progress=progress.update,
             **{option: value for option, value in used.items() if value is not None},
         )
     fetched = f"{console.size(pulled.bytes_downloaded)} fetched" if pulled.bytes_downloaded else "nothing to fetch"

@@ -26,12 +26,12 @@ def run(session: Session, *, keep_history: bool = True) -> None:
     while not session.finished:
         try:
             line = editor.prompt("you> ", multiline=session.multiline)
+            if line.strip():
+                handle(session, line)
         except KeyboardInterrupt:
             continue
         except EOFError:
             return
-        if line.strip():
-            handle(session, line)
 
 
 def handle(session: Session, line: str) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qwenlet.cli import console
-from qwenlet.cli.conversation import Conversation, Exchange
+from qwenlet.cli.conversation import Conversation, Exchange, State
 from qwenlet.cli.reply import Reply, show, stats_line
 from qwenlet.config import SamplingParams
 from qwenlet.errors import RequestError
@@ -47,7 +47,8 @@ class Session:
 
         Raises QwenletError as the model does; the conversation is unchanged then.
         """
-        reply = self._reply(question, self.conversation.params)
+        state = self.conversation.state
+        reply = self._reply(state, question, state.params)
         if reply.text:
             self.conversation.add(Exchange(question, reply.text, reply.finish_reason))
         return reply
@@ -57,27 +58,21 @@ class Session:
 
         The old reply stays if the new one brings no text. Raises RequestError when there is no reply yet.
         """
-        conversation = self.conversation
-        if not conversation.exchanges:
+        state = self.conversation.state
+        if not state.exchanges:
             raise RequestError("there is no reply to draw again")
-        before = conversation.state
-        question = before.exchanges[-1].user
-        shortened = replace(before, exchanges=before.exchanges[:-1])
-        params = replace(conversation.params, seed=seed)
+        *earlier, last = state.exchanges
+        params = replace(state.params, seed=seed)
         if params.resolve(self.llm.defaults).temperature == 0:
             console.note("temperature is 0, so the reply will be the same: /set temperature 0.7 lets it vary")
-        conversation.state = shortened
-        try:
-            reply = self._reply(question, params)
-        finally:
-            conversation.state = before
+        reply = self._reply(replace(state, exchanges=tuple(earlier)), last.user, params)
         if reply.text:
-            exchange = Exchange(question, reply.text, reply.finish_reason)
-            conversation.change("the new reply", replace(shortened, exchanges=(*shortened.exchanges, exchange)))
+            exchange = Exchange(last.user, reply.text, reply.finish_reason)
+            self.conversation.change("the new reply", replace(state, exchanges=(*earlier, exchange)))
         return reply
 
-    def _reply(self, question: str, params: SamplingParams) -> Reply:
-        reply = show(self.llm.reply(self.conversation.messages(question), params), sys.stdout)
+    def _reply(self, state: State, question: str, params: SamplingParams) -> Reply:
+        reply = show(self.llm.reply(state.messages(question), params), sys.stdout)
         self.last = chunk = reply.last
         if chunk is not None and chunk.dropped_turns:
             console.note(f"the context is full: the model did not see the {_turns(chunk.dropped_turns)}")

@@ -90,7 +90,7 @@ def _history(session: Session, argument: str) -> None:
 
 def _undo(session: Session, argument: str) -> None:
     what = session.conversation.undo()
-    console.note(f"undone: {what}; {_length(session)}")
+    console.note(f"undone: {what}; {session.conversation.length} in the conversation")
 
 
 def _regen(session: Session, argument: str) -> None:
@@ -147,13 +147,13 @@ def _show(session: Session, argument: str) -> None:
 def _save(session: Session, argument: str) -> None:
     path = _path(argument)
     session.conversation.save(path)
-    console.note(f"saved {path}; {_length(session)}")
+    console.note(f"saved {path}; {session.conversation.length} in the conversation")
 
 
 def _load(session: Session, argument: str) -> None:
     path = _path(argument)
     model = session.conversation.load(path)
-    console.note(f"loaded {path}; {_length(session)}; /undo brings the old one back")
+    console.note(f"loaded {path}; {session.conversation.length} in the conversation; /undo brings the old one back")
     if model != session.conversation.model:
         console.note(f"it was held with {model}; {session.conversation.model} goes on with it")
 
@@ -183,11 +183,6 @@ def _stats(session: Session, argument: str) -> None:
 def _multiline(session: Session, argument: str) -> None:
     session.multiline = not session.multiline
     console.note("Enter starts a new line, Alt-Enter (or Esc, Enter) sends" if session.multiline else "Enter sends")
-
-
-def _length(session: Session) -> str:
-    count = len(session.conversation.exchanges)
-    return "1 exchange in the conversation" if count == 1 else f"{count} exchanges in the conversation"
 
 
 COMMANDS = {

@@ -62,11 +62,7 @@ def load_tokenizer(name: str, offline: bool) -> Tokenizer:
     from qwenlet.tokenizer import Tokenizer
 
     with console.Progress() as progress:
-        path = Path(
-            hub.resolve(
-                name, offline=offline or None, progress=lambda what, done, total: progress.update(done, total, what)
-            )
-        )
+        path = Path(hub.resolve(name, offline=offline or None, progress=progress.update))
     if path.is_dir():
         return Tokenizer.from_folder(path)
     if is_gguf(path):

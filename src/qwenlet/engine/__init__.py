@@ -8,8 +8,8 @@ stop        end tokens, stop sequences, stop texts
 engine      the loop that ties them together
 """
 
-from qwenlet.engine.engine import Engine
+from qwenlet.engine.engine import Engine, Stream
 from qwenlet.engine.records import Chunk, Completion, Timings
 from qwenlet.engine.request import Request
 
-__all__ = ["Chunk", "Completion", "Engine", "Request", "Timings"]
+__all__ = ["Chunk", "Completion", "Engine", "Request", "Stream", "Timings"]

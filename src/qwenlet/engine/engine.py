@@ -119,22 +119,9 @@ class Engine:
             if request.finish_reason is None:
                 self._finish(request, "cancelled", [], None)
 
-    def stream(self, request: Request) -> Iterator[Chunk]:
-        """Steps the engine until this request has ended, yielding its chunks. Closing the iterator cancels it;
-        a request that failed raises what made it fail, after its last chunk."""
-        try:
-            while True:
-                while request.outbox:
-                    chunk = request.outbox.popleft()
-                    yield chunk
-                    if request.failure is not None and chunk.finish_reason == "error":
-                        raise request.failure
-                    if chunk.finish_reason is not None:
-                        return
-                ran = self.step()
-                assert ran or request.outbox, "a request that has not ended was neither waiting nor running"
-        finally:
-            self.cancel(request)
+    def stream(self, request: Request) -> Stream:
+        """The request's chunks, stepping the engine while none is ready."""
+        return Stream(self, request)
 
     # ---------------------------------------------------------------------------------------------- the step
 
@@ -239,3 +226,40 @@ class Engine:
         """Bytes of keys and values that one token of context takes."""
         pages = self.pool.k[0]
         return 2 * len(self.pool.k) * pages[0].numel() * pages.element_size() // PAGE_TOKENS
+
+
+class Stream(Iterator[Chunk]):
+    """Chunks of one request. Closing the stream, or dropping it half-read, cancels the request.
+
+    A request that failed raises what made it fail after its last chunk.
+    """
+
+    def __init__(self, engine: Engine, request: Request) -> None:
+        self._engine, self._request = engine, request
+        self._ended = False
+
+    def __next__(self) -> Chunk:
+        request = self._request
+        if self._ended:
+            failure, request.failure = request.failure, None
+            if failure is not None:
+                raise failure
+            raise StopIteration
+        try:
+            while not request.outbox:
+                ran = self._engine.step()
+                assert ran or request.outbox, "a request that has not ended was neither waiting nor running"
+        except BaseException:  # Ctrl-C in the middle of a step
+            self.close()
+            raise
+        chunk = request.outbox.popleft()
+        self._ended = chunk.finish_reason is not None
+        return chunk
+
+    def close(self) -> None:
+        """Ends the request if it hasn't ended, and frees its pages."""
+        self._ended = True
+        self._engine.cancel(self._request)
+
+    def __del__(self) -> None:
+        self.close()

@@ -77,7 +77,7 @@ def resolve(
         revision: branch, tag or commit of a hub id; the same as writing owner/name@revision.
         source: where hub ids are looked up.
         cache_dir: keeps everything under this folder; None: $QWENLET_CACHE, else qwenlet's and the hub's usual caches.
-        progress: called with (what, bytes so far, bytes in all) while downloading.
+        progress: called with (bytes so far, bytes in all, what) while downloading.
 
     Raises:
         OfflineError: not here, and going online is forbidden.

@@ -12,7 +12,7 @@ from pathlib import Path
 from qwenlet.errors import DiskSpaceError, HubError
 
 # called with (what is being fetched, bytes so far, bytes in all)
-Progress = Callable[[str, int, int], None]
+Progress = Callable[[int, int, str], None]
 
 _TRUE = ("1", "true", "yes", "on")
 

@@ -121,7 +121,7 @@ class _Reporting(io.BufferedWriter):
     def write(self, data: ReadableBuffer, /) -> int:
         written = super().write(data)
         if self._progress:
-            self._progress(self._file.name, self.tell(), self._file.size)
+            self._progress(self.tell(), self._file.size, self._file.name)
         return written
 
 

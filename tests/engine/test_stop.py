@@ -1,0 +1,54 @@
+"""Stop texts are found wherever the tokens cut them, and nothing that may still become one leaves early."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwenlet.engine.stop import StopTexts, StopTokens
+
+letters = st.text("ab\n", max_size=30)
+
+
+def feed(stops: list[str], pieces: list[str]) -> tuple[str, bool]:
+    watcher, out = StopTexts(stops), ""
+    for piece in pieces:
+        text, found = watcher.push(piece)
+        out += text
+        if found:
+            return out, True
+    return out + watcher.flush(), False
+
+
+@given(text=letters, stops=st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3), data=st.data())
+def test_any_cut_of_the_text_gives_the_same_as_searching_it_whole(
+    text: str, stops: list[str], data: st.DataObject
+) -> None:
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
+    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    # the earliest end decides when a stream stops, so the reference looks at growing prefixes
+    ends = [min(text.find(s) + len(s) for s in [stop]) for stop in stops if stop in text]
+    out, found = feed(stops, pieces)
+    assert found == bool(ends)
+    if not found:
+        assert out == text
+        return
+    assert text.startswith(out)
+    rest = text[len(out) :]
+    assert any(rest.startswith(stop) for stop in stops), (out, rest)
+    assert not any(stop in out for stop in stops)
+
+
+def test_a_possible_beginning_is_held_back_and_let_go() -> None:
+    watcher = StopTexts(["Observation:"])
+    assert watcher.push("I see. Obs") == ("I see. ", False)
+    assert watcher.push("erve") == ("Observe", False)
+    assert watcher.push(" Observation: x") == (" ", True)
+
+
+def test_tokens_and_sequences() -> None:
+    stops = StopTokens([9], [[1, 2, 3]])
+    assert stops.hit([5, 9])
+    assert stops.hit([1, 2, 3])
+    assert not stops.hit([2, 3])
+    assert not stops.hit([1, 2, 3, 4])

@@ -1,0 +1,156 @@
+"""Sampling: each function against its definition by sorting, and randomness that depends on its key alone."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwenlet.config import GenerationDefaults, SamplingParams
+from qwenlet.errors import RequestError
+from qwenlet.sampling import (
+    TokenCounts,
+    choose,
+    draw,
+    min_p,
+    needs_counts,
+    penalize,
+    token_logprob,
+    top_k,
+    top_p,
+    uniform,
+)
+
+CPU = torch.device("cpu")
+rows = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=40).map(torch.tensor)
+
+
+def params(**fields: object) -> SamplingParams:
+    return SamplingParams(**({"seed": 0} | fields)).resolve(GenerationDefaults())  # type: ignore[arg-type]
+
+
+def test_temperature_zero_is_argmax() -> None:
+    assert choose(torch.tensor([1.0, 3.0, 2.0]), params(temperature=0), None, 0, 0) == 1
+
+
+@given(logits=rows, p=st.floats(0.01, 1.0))
+def test_top_p_is_the_smallest_set_that_reaches_p(logits: torch.Tensor, p: float) -> None:
+    values, ids = top_p(logits, None, p)
+    probabilities = logits.double().softmax(0)
+    if ids is None:
+        assert p == 1.0
+        return
+    kept = probabilities[ids]
+    assert kept.sum() >= p - 1e-6
+    assert kept.sum() - kept.min() < p + 1e-6, "one token fewer would reach p too"
+    assert len(ids) == len(logits) or kept.min() >= probabilities[[i for i in range(len(logits)) if i not in ids]].max()
+    assert torch.equal(values, logits[ids])
+
+
+def test_top_p_widens_its_search_until_it_is_exact() -> None:
+    """A flat distribution of 50,000 tokens needs 80 % of them: the first 128 don't do."""
+    values, ids = top_p(torch.zeros(50_000), None, 0.8)
+    assert ids is not None
+    assert abs(len(ids) - 40_000) <= 1
+    assert len(values) == len(ids) == len(set(ids.tolist()))
+
+
+@given(logits=rows, k=st.integers(0, 50))
+def test_top_k_keeps_the_k_most_likely(logits: torch.Tensor, k: int) -> None:
+    values, ids = top_k(logits, None, k)
+    if 0 < k < len(logits):
+        assert ids is not None
+        assert values.tolist() == sorted(logits.tolist(), reverse=True)[:k]
+        assert torch.equal(logits[ids], values)
+    else:
+        assert values is logits
+
+
+@given(logits=rows, p=st.floats(0.001, 1.0))
+def test_min_p_is_relative_to_the_most_likely(logits: torch.Tensor, p: float) -> None:
+    _, ids = min_p(logits, None, p)
+    assert ids is not None
+    probabilities = logits.double().softmax(0)
+    for index, probability in enumerate(probabilities.tolist()):
+        ratio = probability / float(probabilities.max())
+        if abs(ratio - p) > 1e-4 * p:
+            assert (index in ids) == (ratio > p), (ratio, p)
+
+
+def test_cuts_compose_and_give_ids_of_the_whole_vocabulary() -> None:
+    logits = torch.tensor([0.0, 5.0, 4.0, 3.0, -9.0])
+    kept = min_p(*top_p(*top_k(logits, None, 4), 0.99), 0.2)
+    assert kept[1] is not None
+    assert sorted(kept[1].tolist()) == [1, 2]
+
+
+def test_penalties() -> None:
+    logits = torch.tensor([2.0, -2.0, 1.0, 1.0])
+    counts = TokenCounts([0, 1], 4, CPU)
+    counts.add(2)
+    counts.add(2)
+    out = penalize(logits, counts, params(repetition_penalty=2.0, presence_penalty=0.5, frequency_penalty=0.1))
+    assert out.tolist() == pytest.approx([1.0, -4.0, 0.5 - 0.5 - 0.2, 1.0])
+
+
+def test_counts_are_built_only_when_needed() -> None:
+    assert not needs_counts(params())
+    for field in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
+        assert needs_counts(params(**{field: 1.3}))
+
+
+def test_uniform_depends_on_its_key_alone_and_is_uniform() -> None:
+    draws = [uniform(7, 0, position) for position in range(4000)]
+    assert draws == [uniform(7, 0, position) for position in range(4000)]
+    assert all(0 <= u < 1 for u in draws)
+    # mean and variance of 4,000 uniform numbers, five standard errors wide
+    assert abs(np.mean(draws) - 0.5) < 5 * math.sqrt(1 / 12 / 4000)
+    assert abs(np.var(draws) - 1 / 12) < 0.01
+    neighbours = {uniform(7, 0, 3), uniform(8, 0, 3), uniform(7, 1, 3), uniform(7, 0, 4)}
+    assert len(neighbours) == 4
+
+
+def test_the_random_numbers_stay_what_they_are() -> None:
+    """A seed saved with a conversation must draw the same reply in a later version."""
+    assert [round(uniform(1234, 0, p), 12) for p in (0, 1, 2)] == [0.334723681298, 0.592053481881, 0.08098741258]
+
+
+def test_draw_follows_the_distribution() -> None:
+    logits = torch.tensor([0.5, 0.3, 0.2]).log()
+    settings = params(temperature=1.0)
+    counts = np.bincount([choose(logits, settings, None, 0, position) for position in range(3000)], minlength=3)
+    # chi-square with two degrees of freedom: 20 is exceeded once in 22,000 runs, and the key is fixed anyway
+    expected = np.array([1500, 900, 600])
+    assert ((counts - expected) ** 2 / expected).sum() < 20
+
+
+@given(logits=rows, u=st.floats(0, 1, exclude_max=True))
+def test_draw_never_leaves_the_kept_set(logits: torch.Tensor, u: float) -> None:
+    values, ids = top_p(logits, None, 0.7)
+    assert ids is None or draw(values, ids, u) in ids
+    assert 0 <= draw(logits, None, u) < len(logits)
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-6, 0.01])
+def test_temperatures_near_zero_become_greedy_and_dont_overflow(temperature: float) -> None:
+    """The published stop rule added 2^15 to a logit, which overflows float16 below temperature 0.5."""
+    logits = torch.tensor([32768.0, 10.0, 40000.0])
+    assert all(choose(logits, params(temperature=temperature), None, 0, p) == 2 for p in range(5))
+
+
+def test_logits_that_are_not_numbers_are_said_to_be() -> None:
+    with pytest.raises(RequestError, match="NaN"):
+        choose(torch.tensor([1.0, math.nan]), params(temperature=0), None, 0, 0)
+
+
+def test_logprobs_are_those_of_the_model() -> None:
+    logits = torch.randn(50)
+    entry = token_logprob(logits, 7, 3)
+    reference = logits.log_softmax(0)
+    assert entry.logprob == pytest.approx(float(reference[7]), abs=1e-5)
+    assert [i for i, _ in entry.top] == reference.topk(3).indices.tolist()
+    assert token_logprob(logits, 7, 0).top == ()
