@@ -374,42 +374,61 @@ def config_from_gguf(metadata: Mapping[str, Any], tensor_names: Sequence[str], s
             raise ConfigError(f"{source} has no {architecture}.{name}, which a {architecture} model needs")
         return value
 
+    def count(name: str, default: Any = ...) -> int:
+        value = get(name, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+            raise ConfigError(f"{source}: {architecture}.{name} is {value!r}, expected a positive whole number")
+        return value
+
+    def number(name: str, default: float) -> float:
+        value = get(name, default)
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise ConfigError(f"{source}: {architecture}.{name} is {value!r}, expected a number")
+        return float(value)
+
+    def token_id(name: str) -> int | None:
+        value = metadata.get(f"tokenizer.ggml.{name}")
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            raise ConfigError(f"{source}: tokenizer.ggml.{name} is {value!r}, expected a token id")
+        return value
+
     scaling = get("rope.scaling.type", "none")
     if scaling not in ("none", None, ""):
         raise ConfigError(f"{source}: rope.scaling.type is {scaling!r}, but only plain rotary embedding is implemented")
     for name in ("expert_count", "attention.sliding_window", "attention.clamp_kqv"):
         if get(name, 0):
             raise ConfigError(f"{source}: {architecture}.{name} is {get(name)!r}, which is not implemented")
-    hidden, heads, positions = get("embedding_length"), get("attention.head_count"), get("context_length")
-    head_dim = get("attention.key_length", hidden // heads)
+    hidden, heads, positions = count("embedding_length"), count("attention.head_count"), count("context_length")
+    head_dim = count("attention.key_length", hidden // heads)
     rotated = get("rope.dimension_count", head_dim)
     if rotated != head_dim:
         raise ConfigError(f"{source}: rope.dimension_count is {rotated}, but the whole head ({head_dim}) must rotate")
-    theta = float(get("rope.freq_base", 10000.0))
+    theta = number("rope.freq_base", 10000.0)
     is_qwen = architecture == "qwen"
     # GGUF has no field for dynamic NTK and log-n. Of the first generation, all sizes with base 10,000 were trained on
     # at most 8,192 tokens with both switched on; the 72B model (base 1,000,000) has them off.
     extends = is_qwen and theta == 10000.0
-    vocab_size = get("vocab_size", None) or len(metadata.get("tokenizer.ggml.tokens", ()))
-    eos = metadata.get("tokenizer.ggml.eos_token_id")
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    vocab_size = count("vocab_size", len(tokens) if isinstance(tokens, list) else 0)
+    eos = token_id("eos_token_id")
     return ModelConfig(
         model_type=architecture,
         vocab_size=vocab_size,
         hidden_size=hidden,
-        num_hidden_layers=get("block_count"),
+        num_hidden_layers=count("block_count"),
         num_attention_heads=heads,
-        num_key_value_heads=get("attention.head_count_kv", heads),
+        num_key_value_heads=count("attention.head_count_kv", heads),
         head_dim=head_dim,
-        intermediate_size=get("feed_forward_length") // (2 if is_qwen else 1),  # Qwen-1 writes both halves
+        intermediate_size=count("feed_forward_length") // (2 if is_qwen else 1),  # Qwen-1 writes both halves
         max_position_embeddings=positions,
         seq_length=min(positions, 8192) if extends else positions,
-        rms_norm_eps=_shortest_float(get("attention.layer_norm_rms_epsilon", 1e-6)),
+        rms_norm_eps=_shortest_float(number("attention.layer_norm_rms_epsilon", 1e-6)),
         rope_theta=theta,
         use_dynamic_ntk=extends,
         use_logn_attn=extends,
         qkv_bias=architecture != "llama",
         tie_word_embeddings="output.weight" not in tensor_names,
-        bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
+        bos_token_id=token_id("bos_token_id"),
         eos_token_ids=() if eos is None else (eos,),
     )
 
@@ -630,6 +649,10 @@ def read_json(path: str | Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path} is not valid JSON: {error.msg} in line {error.lineno}, column {error.colno}"
         ) from None
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of nested brackets
+        raise ConfigError(f"{path} is not JSON that we read: {error}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path} holds a JSON {type(value).__name__}, expected an object")
     return value

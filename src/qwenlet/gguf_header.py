@@ -116,15 +116,21 @@ def read_header(path: str | Path) -> GGUFHeader:
     """Reads metadata and tensor directory.
 
     Raises:
-        FormatError: not a GGUF file, an unknown version, or a header that does not fit the file.
+        FormatError: not a GGUF file, an unknown version, a header that does not fit the file, or no reading it at all.
     """
     path = Path(path)
-    with open(path, "rb") as file:
-        magic = file.read(4)
-        if magic != MAGIC:
-            raise FormatError(f"{path} is not a GGUF file: it starts with {magic!r}, expected {MAGIC!r}")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _parse(_Cursor(data, path), path)
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(4)
+            if magic != MAGIC:
+                raise FormatError(
+                    f"{path} is not a GGUF file: it starts with {magic!r}, expected {MAGIC!r}",
+                    hint="give a .gguf file, or the folder that holds config.json and the weights",
+                )
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                return _parse(_Cursor(data, path), path)
+    except OSError as error:
+        raise FormatError(f"{path} can't be read as a GGUF file: {error.strerror or error}") from error
 
 
 def _parse(cursor: _Cursor, path: Path) -> GGUFHeader:
@@ -139,18 +145,22 @@ def _parse(cursor: _Cursor, path: Path) -> GGUFHeader:
     metadata: dict[str, Any] = {}
     for _ in range(pair_count):
         key = cursor.string()
+        if key in metadata:
+            raise cursor.fail(f"the key {key!r} comes twice")
         metadata[key] = cursor.value(cursor.scalar("<I"))
-    rows = []
+    rows: dict[str, tuple[tuple[int, ...], int, int]] = {}  # name: shape, type, offset behind the header
     for _ in range(tensor_count):
         name = cursor.string()
         rank = cursor.scalar("<I")
-        if rank > _MAX_DIMENSIONS:
+        if not 1 <= rank <= _MAX_DIMENSIONS:
             raise cursor.fail(f"tensor {name!r} claims {rank} dimensions")
         shape = tuple(reversed([cursor.scalar("<Q") for _ in range(rank)]))
-        rows.append((name, shape, cursor.scalar("<I"), cursor.scalar("<Q")))
+        if name in rows or 0 in shape:
+            raise cursor.fail(f"tensor {name!r} {'comes twice' if name in rows else f'has the shape {list(shape)}'}")
+        rows[name] = (shape, cursor.scalar("<I"), cursor.scalar("<Q"))
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment <= 0:
         raise cursor.fail(f"general.alignment is {alignment!r}")
     base = -(-cursor.position // alignment) * alignment
-    tensors = {name: TensorInfo(name, shape, type_id, base + offset) for name, shape, type_id, offset in rows}
+    tensors = {name: TensorInfo(name, shape, kind, base + offset) for name, (shape, kind, offset) in rows.items()}
     return GGUFHeader(path, metadata, tensors, cursor.size)

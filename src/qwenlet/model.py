@@ -31,6 +31,19 @@ from qwenlet.cache import NoPast, Past, Rows
 from qwenlet.config import LOGN_TABLE_LENGTH, ModelConfig
 
 
+class Linear(nn.Linear):
+    """nn.Linear without a random start: weights are assigned. (Drawing numbers on the meta device would also make torch
+    import its compiler, 1.5 s of every start.)"""
+
+    def reset_parameters(self) -> None: ...
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding without a random start, as above."""
+
+    def reset_parameters(self) -> None: ...
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -91,8 +104,8 @@ class Attention(nn.Module):
             config.num_key_value_heads,
             config.head_dim,
         )
-        self.c_attn = nn.Linear(config.hidden_size, config.qkv_size, bias=config.qkv_bias)
-        self.c_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+        self.c_attn = Linear(config.hidden_size, config.qkv_size, bias=config.qkv_bias)
+        self.c_proj = Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, rotation: Rotation, past: Past) -> Tensor:
         qkv = self.c_attn(x).unflatten(-1, (-1, self.head_dim))  # (N, H + 2G, D)
@@ -108,9 +121,9 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.w1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.w2 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.c_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.w1 = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.w2 = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.c_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c_proj(self.w1(x) * F.silu(self.w2(x)))
@@ -132,7 +145,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.wte = Embedding(config.vocab_size, config.hidden_size)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.ln_f = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -145,7 +158,7 @@ class Qwen(nn.Module):
         self.config = config
         self.gradient_checkpointing = False
         self.transformer = Transformer(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.tie_weights()
 

@@ -29,9 +29,10 @@ def auto_dtype(device: torch.device) -> tuple[torch.dtype, str]:
     The question is where the model lives, never whether a GPU is present somewhere.
     """
     if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
+        major, _ = torch.cuda.get_device_capability(device)
+        if torch.version.hip or major >= 8:
             return torch.bfloat16, "this GPU computes in bfloat16"
-        if torch.cuda.get_device_capability(device)[0] >= 7:
+        if major >= 7:
             return torch.float16, "this GPU has no bfloat16, but fast float16"
         return torch.float32, "this GPU has neither bfloat16 nor fast float16"
     if device.type == "cpu":

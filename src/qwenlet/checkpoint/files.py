@@ -14,9 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from qwenlet.checkpoint.dtypes import DTYPES
 from qwenlet.checkpoint.gguf import PLAIN_TYPES, GGUFTensors
 from qwenlet.config import read_json
-from qwenlet.errors import CheckpointError, FormatError
+from qwenlet.errors import CheckpointError, ConfigError, FormatError
 from qwenlet.gguf_header import GGUFHeader
 
 # A mapped `.bin` is opened anew after so many bytes, so that what was read stops counting as resident.
@@ -39,15 +40,17 @@ class WeightFile(Protocol):
         ...
 
 
-class SafetensorsFiles:
+class _Shards:
+    """What safetensors and `.bin` have in common: tensors by name in one or several files."""
+
     def __init__(self, paths: list[Path]) -> None:
         self.where: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for path in paths:
-            with self._open(path) as file:
-                for name in file.keys():  # noqa: SIM118 - not a mapping
-                    self.where[name] = path
-                    self.shapes[name] = tuple(file.get_slice(name).get_shape())
+            for name, shape in self._directory(path):
+                if name in self.where:
+                    raise FormatError(f"{name} is both in {self.where[name]} and in {path.name}")
+                self.where[name], self.shapes[name] = path, shape
 
     def names(self) -> Iterator[str]:
         return iter(self.where)
@@ -59,7 +62,29 @@ class SafetensorsFiles:
         return self._tensor(name).dtype
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        return self._tensor(name).to(dtype)
+        tensor = self._tensor(name)
+        if tensor.dtype not in DTYPES.values():
+            raise FormatError(
+                f"{name} in {self.where[name]} is stored as {str(tensor.dtype).removeprefix('torch.')}, "
+                "expected float16, bfloat16 or float32",
+                hint="integers and eight-bit floats are quantized weights; load the unquantized checkpoint",
+            )
+        return tensor.to(dtype)
+
+    def _directory(self, path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Names and shapes in one file."""
+        raise NotImplementedError
+
+    def _tensor(self, name: str) -> Tensor:
+        """The tensor as stored, mapped."""
+        raise NotImplementedError
+
+
+class SafetensorsFiles(_Shards):
+    def _directory(self, path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+        with self._open(path) as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                yield name, tuple(file.get_slice(name).get_shape())
 
     def _tensor(self, name: str) -> Tensor:
         # opened per tensor: the mapping goes with the tensor, so what was converted stops counting as resident
@@ -76,30 +101,19 @@ class SafetensorsFiles:
                 f"{path} ({path.stat().st_size} bytes) is not a whole safetensors file: {error}",
                 hint="the file is truncated or damaged; fetch it again and compare its checksum",
             ) from None
+        except OSError as error:
+            raise FormatError(f"{path} can't be read as a safetensors file: {error}") from error
 
 
-class PickledFiles:
+class PickledFiles(_Shards):
     """PyTorch's own `.bin`, mapped, tensors only."""
 
     def __init__(self, paths: list[Path]) -> None:
-        self.where: dict[str, Path] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
         self._mapped: tuple[Path, dict[str, Tensor], int] | None = None
-        for path in paths:
-            for name, tensor in self._load(path).items():
-                self.where[name], self.shapes[name] = path, tuple(tensor.shape)
+        super().__init__(paths)
 
-    def names(self) -> Iterator[str]:
-        return iter(self.where)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.shapes[name]
-
-    def stored_dtype(self, name: str) -> torch.dtype | None:
-        return self._tensor(name).dtype
-
-    def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        return self._tensor(name).to(dtype)
+    def _directory(self, path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+        return ((name, tuple(tensor.shape)) for name, tensor in self._load(path).items())
 
     def _tensor(self, name: str) -> Tensor:
         path = self.where[name]
@@ -117,11 +131,21 @@ class PickledFiles:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise FormatError(
                 f"{path} ({path.stat().st_size} bytes) can't be read as a file of tensors: {reason}",
-                hint="it is truncated, damaged, or holds more than tensors; prefer the .safetensors files",
+                hint="it is truncated, damaged, older than torch 1.6, or holds more than tensors; "
+                "prefer the .safetensors files",
             ) from None
-        if not isinstance(state, dict) or any(not isinstance(value, Tensor) for value in state.values()):
-            raise FormatError(f"{path} holds something else than named tensors")
+        if not isinstance(state, dict) or not all(_is_named_tensor(*item) for item in state.items()):
+            raise FormatError(
+                f"{path} holds something else than names and plain tensors",
+                hint="save the model's state_dict() alone, or prefer the .safetensors files",
+            )
         return state
+
+
+def _is_named_tensor(name: object, value: object) -> bool:
+    if not isinstance(name, str) or not isinstance(value, Tensor):
+        return False
+    return value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
 
 
 class GGUFFile:
@@ -161,13 +185,21 @@ def open_folder(folder: Path) -> WeightFile:
 
 
 def _shards(folder: Path, index: Path) -> list[Path]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise FormatError(f"{index} has no weight_map of tensor names to file names")
+    try:
+        weight_map = read_json(index).get("weight_map")
+    except ConfigError as error:
+        raise FormatError(error.message, hint="fetch the index again") from None
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise FormatError(
+            f"{index} has no weight_map, expected one of tensor names to file names", hint="fetch the index again"
+        )
     names = sorted(set(weight_map.values()))
-    outside = [name for name in names if Path(name).name != name]
+    outside = [name for name in names if name in ("", "..") or Path(name).name != name]
     if outside:
-        raise FormatError(f"{index} names files outside its folder: {', '.join(outside)}")
+        raise FormatError(
+            f"{index} names files outside its folder: {', '.join(map(repr, outside))}",
+            hint="an index names files beside it; don't trust this checkpoint",
+        )
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
         raise CheckpointError(

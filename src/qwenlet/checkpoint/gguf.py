@@ -6,6 +6,9 @@ every other type goes through the `gguf` library's dequantizers, which are exact
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -50,12 +53,19 @@ class GGUFTensors:
 
     def __init__(self, header: GGUFHeader) -> None:
         self.header = header
-        for info in header.tensors.values():
-            end = info.offset + row_bytes(info) * _rows(info)
+        spans = sorted((info.offset, info.offset + row_bytes(info) * _rows(info), name)
+                       for name, info in header.tensors.items())  # fmt: skip
+        for _, end, name in spans:
             if end > header.file_size:
                 raise FormatError(
-                    f"{header.path} is truncated: {info.name} ends at byte {end}, the file at {header.file_size}",
-                    hint="fetch the file again",
+                    f"{header.path} is truncated: {name} ends at byte {end}, the file at {header.file_size}",
+                    hint="fetch the file again and compare its checksum",
+                )
+        for (_, end, name), (start, _, after) in pairwise(spans):
+            if start < end:
+                raise FormatError(
+                    f"{header.path} is damaged: {name} ends at byte {end}, but {after} begins at {start}",
+                    hint="fetch the file again and compare its checksum",
                 )
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
@@ -72,7 +82,7 @@ class GGUFTensors:
 
 
 def _rows(info: TensorInfo) -> int:
-    return int(np.prod(info.shape[:-1], dtype=np.int64))
+    return math.prod(info.shape[:-1])
 
 
 def _values(raw: np.ndarray, type_id: int) -> Tensor:

@@ -30,6 +30,9 @@ Progress = Callable[[int, int, str], None]
 
 # Buffers that older code saved beside the weights; all are recomputed from the config.
 _REDUNDANT = re.compile(r"(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)$")
+# What GPTQ, AWQ, bitsandbytes and 8-bit floats store beside their weights.
+_QUANTIZED = re.compile(r"qweight|qzeros|absmax|weight_scale")
+_MISFIT_HINT = "the config belongs to another checkpoint, or the download is incomplete"
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class Checkpoint:
     @property
     def default_system(self) -> str:
         """The system message the model expects: what its chat template falls back to, or the published one."""
-        template = self.header.metadata.get("tokenizer.chat_template", "") if self.header is not None else ""
+        template = _chat_template(self.header) if self.header is not None else ""
         fallback = re.search(r"<\|im_start\|>system\n([^{}'\"]+?)<\|im_end\|>", template)
         return fallback[1] if fallback else DEFAULT_SYSTEM
 
@@ -90,11 +93,15 @@ QWEN_CHAT_DEFAULTS = GenerationDefaults(
 )  # fmt: skip
 
 
+def _chat_template(header: GGUFHeader) -> str:
+    return str(header.metadata.get("tokenizer.chat_template", ""))
+
+
 def _gguf_defaults(config: ModelConfig, header: GGUFHeader) -> GenerationDefaults:
     """GGUF has no generation config; the first generation's is known, others get what small models need."""
     if config.model_type == "qwen":
         return QWEN_CHAT_DEFAULTS
-    chatml = "<|im_start|>" in header.metadata.get("tokenizer.chat_template", "")
+    chatml = "<|im_start|>" in _chat_template(header)
     # greedy with a mild penalty: small models wander when they draw, and repeat themselves when they don't
     return GenerationDefaults(
         eos_token_ids=config.eos_token_ids,
@@ -141,14 +148,9 @@ def load_model(
     """
     started = time.perf_counter()
     config = checkpoint.config
-    with torch.device("meta"):
-        model = Qwen(config)
-    model.requires_grad_(False).eval()
-    targets = dict(model.named_parameters())  # a tied head is listed once, as the embedding
     weights = checkpoint.weights()
-    plan = {name: parts_of(name, p.shape[0], checkpoint.layout, config) for name, p in targets.items()}
-    report = LoadReport(dtype=str(dtype).removeprefix("torch."), parameters=sum(p.numel() for p in targets.values()))
-    check_names(checkpoint, targets, plan, weights, report)
+    report = LoadReport(dtype=str(dtype).removeprefix("torch."), parameters=config.parameter_count)
+    model, plan = plan_reading(checkpoint, weights, report.notes)
 
     prepack = prepack and device.type == "cpu" and dtype == torch.bfloat16 and prepack_works()[0]
     total = report.parameters * dtype.itemsize
@@ -182,12 +184,38 @@ def read_part(weights: WeightFile, part: Part, dtype: torch.dtype) -> Tensor:
     return unpermute(tensor, part.permuted_heads) if part.permuted_heads else tensor
 
 
-def check_names(
+def plan_reading(
+    checkpoint: Checkpoint, weights: WeightFile, notes: list[str]
+) -> tuple[Qwen, dict[str, tuple[Part, ...]]]:
+    """The model on the meta device, and for each of its parameters the tensors on disk that make it up.
+
+    Raises:
+        CheckpointError: the files don't fit the configuration; every problem in one message.
+    """
+    config = checkpoint.config
+    held = sum(1 for _ in weights.names())
+    # a damaged config must not make us build a billion layers, or sizes that overflow
+    if config.num_hidden_layers > held or config.parameter_count >= 1 << 60:
+        raise CheckpointError(
+            f"{checkpoint.path} does not fit its configuration ({config.model_type}): {held} tensors can't fill "
+            f"{config.num_hidden_layers} layers with {config.parameter_count:,} parameters",
+            hint=_MISFIT_HINT,
+        )
+    with torch.device("meta"):
+        model = Qwen(config)
+    model.requires_grad_(False).eval()
+    targets = dict(model.named_parameters())  # a tied head is listed once, as the embedding
+    plan = {name: parts_of(name, p.shape[0], checkpoint.layout, config) for name, p in targets.items()}
+    _check_names(checkpoint, targets, plan, weights, notes)
+    return model, plan
+
+
+def _check_names(
     checkpoint: Checkpoint,
     targets: Mapping[str, Tensor],
     plan: Mapping[str, tuple[Part, ...]],
     weights: WeightFile,
-    report: LoadReport,
+    notes: list[str],
 ) -> None:
     """One report of everything that is missing, unexpected or of the wrong shape."""
     present = set(weights.names())
@@ -196,7 +224,7 @@ def check_names(
     unexpected = sorted(name for name in present - wanted if not _REDUNDANT.search(name))
     if checkpoint.config.tie_word_embeddings and "lm_head.weight" in unexpected:
         unexpected.remove("lm_head.weight")
-        report.notes.append("lm_head.weight ignored: the config ties it to the embedding")
+        notes.append("lm_head.weight ignored: the config ties it to the embedding")
     wrong = []
     for name, parts in plan.items():
         for part in parts:
@@ -210,7 +238,7 @@ def check_names(
         if names:
             shown = names[:6] + ([f"... and {len(names) - 6} more"] if len(names) > 6 else [])
             lines.append(f"  {title} ({len(names)}): {', '.join(shown)}")
-    hint = "the config belongs to another checkpoint, or the download is incomplete"
-    if any("qweight" in name for name in unexpected):
+    hint = _MISFIT_HINT
+    if any(_QUANTIZED.search(name) for name in unexpected):
         hint = "these are quantized weights; this version reads unquantized ones"
     raise CheckpointError("\n".join(lines), hint=hint)

@@ -10,7 +10,6 @@ Our names are the published Qwen-1 checkpoint's, so that layout's table is the i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -92,10 +91,6 @@ def parts_of(name: str, rows: int, layout: Layout, config: ModelConfig) -> tuple
         Part(part, count * config.head_dim, count if permuted and index < 2 else 0)
         for index, (part, count) in enumerate(zip(names, heads, strict=True))
     )
-
-
-def foreign_names(ours: Iterator[tuple[str, int]], layout: Layout, config: ModelConfig) -> set[str]:
-    return {part.name for name, rows in ours for part in parts_of(name, rows, layout, config)}
 
 
 def unpermute(rows: Tensor, heads: int) -> Tensor:

@@ -9,25 +9,26 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from qwenlet.checkpoint.dtypes import DTYPES, dtype_by_name
 from qwenlet.checkpoint.files import WeightFile
-from qwenlet.checkpoint.load import QWEN_CHAT_DEFAULTS, Checkpoint, LoadReport, Progress, check_names, read_part
-from qwenlet.checkpoint.names import join, parts_of
+from qwenlet.checkpoint.load import QWEN_CHAT_DEFAULTS, Checkpoint, Progress, plan_reading, read_part
+from qwenlet.checkpoint.names import Part, join
 from qwenlet.config import GenerationDefaults, ModelConfig
-from qwenlet.errors import CheckpointError, ConfigError
+from qwenlet.errors import CheckpointError, ConfigError, MissingTokenizerError
 from qwenlet.model import Qwen
 from qwenlet.tokenizer import Tokenizer
 
 _SHARD_BYTES = 2_000_000_000
+_COPIED = ("generation_config.json", "tokenizer_config.json", "tokenizer.json")
 
 
 @contextmanager
@@ -35,30 +36,28 @@ def new_folder(out: str | Path) -> Iterator[Path]:
     """A folder to fill, which becomes `out` when the block ends well and disappears when it doesn't.
 
     Raises:
-        CheckpointError: `out` exists and is not an empty folder.
+        CheckpointError: `out` exists and is not an empty folder, or could not be written.
     """
-    out = Path(out)
+    out = Path(out).resolve()  # "." has no name to derive another from
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(
             f"{out} exists already and is not an empty folder", hint="choose another name or remove it"
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
     work = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
     try:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
         yield work
         if out.exists():
             out.rmdir()
         os.replace(work, out)
-    except OSError as error:
-        shutil.rmtree(work, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"{out} could not be written: {error.strerror or error}", hint="is the disk full?"
+            f"{out} could not be written: {error}",
+            hint="nothing was left behind; look at the free space and the permissions there, then try again",
         ) from error
-    except BaseException:
+    finally:
         shutil.rmtree(work, ignore_errors=True)
-        raise
 
 
 class ShardWriter:
@@ -74,11 +73,18 @@ class ShardWriter:
         size = sum(t.nbytes for t in self.pending.values())
         if self.pending and size + tensor.nbytes > self.shard_bytes:
             self._flush()
-        self.pending[name] = tensor.contiguous()
+        tensor = tensor.contiguous()
+        # safetensors refuses tensors that share memory, as a head and an embedding in a .bin may
+        storage = tensor.untyped_storage().data_ptr()
+        if any(other.untyped_storage().data_ptr() == storage for other in self.pending.values()):
+            tensor = tensor.clone()
+        self.pending[name] = tensor
         self.total += tensor.nbytes
 
     def _flush(self) -> None:
-        save_file(self.pending, self.folder / f"shard-{len(self.shards)}", metadata={"format": "pt"})
+        path = self.folder / f"shard-{len(self.shards)}"
+        save_file(self.pending, path, metadata={"format": "pt"})
+        path.chmod(self.folder.stat().st_mode & 0o666)  # safetensors makes it private; the folder follows the umask
         self.shards.append(list(self.pending))
         self.pending = {}
 
@@ -103,8 +109,10 @@ def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _write_configs(folder: Path, config: ModelConfig, defaults: GenerationDefaults) -> None:
-    _write_json(folder / "config.json", config.to_published())
+def _write_configs(folder: Path, config: ModelConfig, dtype: torch.dtype, defaults: GenerationDefaults) -> None:
+    """config.json, generation_config.json and tokenizer_config.json. Raises ConfigError as `to_published` does."""
+    precision = {name: value == dtype and name != "fp32" for name, value in DTYPES.items()}
+    _write_json(folder / "config.json", config.to_published() | precision)
     generation: dict[str, object] = {
         "chat_format": defaults.chat_format or "raw",
         "eos_token_id": defaults.eos_token_ids[0] if len(defaults.eos_token_ids) == 1 else list(defaults.eos_token_ids),
@@ -147,43 +155,38 @@ def convert(
         raise ConfigError(f"convert writes the layout 'qwen'; {to!r} is not written by this version")
     checkpoint = Checkpoint.open(source)
     config = checkpoint.config
-    published = config.to_published()  # refuses before anything is written
+    config.to_published()  # refuses before anything is read or written
     weights = checkpoint.weights()
-    with torch.device("meta"):
-        targets = dict(Qwen(config).named_parameters())
-    plan = {name: parts_of(name, p.shape[0], checkpoint.layout, config) for name, p in targets.items()}
-    check_names(checkpoint, targets, plan, weights, LoadReport())
-    target = dtype_by_name(dtype) if dtype else _stored_dtype(checkpoint, weights)
-    tokenizer = (
-        Tokenizer.from_gguf(checkpoint.header.metadata, str(checkpoint.path)) if checkpoint.header is not None else None
-    )
-    total = sum(p.numel() for p in targets.values()) * target.itemsize
+    _, plan = plan_reading(checkpoint, weights, [])
+    target = dtype_by_name(dtype) if dtype else _stored_dtype(plan, weights)
+    total = config.parameter_count * target.itemsize
     with new_folder(out) as folder:
+        # the small files first: what can be refused is refused before gigabytes are written
+        _write_configs(folder, config, target, checkpoint.defaults)
+        _write_tokenizer(folder, checkpoint)
         writer = ShardWriter(folder, shard_bytes)
-        for name in targets:
-            writer.add(name, join([read_part(weights, part, target) for part in plan[name]]))
+        for name, parts in plan.items():
+            writer.add(name, join([read_part(weights, part, target) for part in parts]))
             if progress is not None:
                 progress(writer.total, total, name)
         writer.close()
-        _write_configs(folder, replace(config, model_type="qwen"), checkpoint.defaults)
-        _write_json(folder / "config.json", published | _precision(target))
-        if tokenizer is not None:
-            tokenizer.save(folder)
-        else:
-            for file in checkpoint.path.iterdir():
-                if file.suffix == ".tiktoken" or file.name in ("generation_config.json", "tokenizer_config.json"):
-                    shutil.copyfile(file, folder / file.name)
     return Path(out)
 
 
-def _precision(dtype: torch.dtype) -> dict[str, bool]:
-    return {name: DTYPES[name] == dtype and name != "fp32" for name in DTYPES}
+def _write_tokenizer(folder: Path, checkpoint: Checkpoint) -> None:
+    """A folder's tokenizer files as they are, a GGUF file's vocabulary as qwen.tiktoken."""
+    if checkpoint.header is not None:
+        with suppress(MissingTokenizerError):
+            Tokenizer.from_gguf(checkpoint.header.metadata, str(checkpoint.path)).save(folder)
+        return
+    for file in checkpoint.path.iterdir():
+        if file.suffix == ".tiktoken" or file.name in _COPIED:
+            shutil.copyfile(file, folder / file.name)
 
 
-def _stored_dtype(checkpoint: Checkpoint, weights: WeightFile) -> torch.dtype:
+def _stored_dtype(plan: Mapping[str, tuple[Part, ...]], weights: WeightFile) -> torch.dtype:
     """The dtype of the embedding, or float16 where it is quantized."""
-    name = parts_of("transformer.wte.weight", 1, checkpoint.layout, checkpoint.config)[0].name
-    return weights.stored_dtype(name) or torch.float16
+    return weights.stored_dtype(plan["transformer.wte.weight"][0].name) or torch.float16
 
 
 def write_random(
@@ -198,6 +201,10 @@ def write_random(
     """A checkpoint of random weights in the published layout, for measuring speed and memory.
 
     Initialised as published (N(0, 0.02), residual projections scaled down); the same seed gives the same bytes.
+
+    Raises:
+        ConfigError: the published layout can't express this model.
+        CheckpointError: `out` exists or could not be written.
     """
     target = dtype_by_name(dtype)
     generator = torch.Generator().manual_seed(seed)
@@ -205,6 +212,9 @@ def write_random(
     with torch.device("meta"):
         skeleton = Qwen(config)
     with new_folder(out) as folder:
+        _write_configs(folder, config, target, QWEN_CHAT_DEFAULTS)
+        if tokenizer_file is not None:
+            shutil.copyfile(tokenizer_file, folder / "qwen.tiktoken")
         writer = ShardWriter(folder)
         for name, parameter in skeleton.named_parameters():
             std = skeleton.initial_std(name)
@@ -218,7 +228,4 @@ def write_random(
             if progress is not None:
                 progress(writer.total, total, name)
         writer.close()
-        _write_configs(folder, config, QWEN_CHAT_DEFAULTS)
-        if tokenizer_file is not None:
-            shutil.copyfile(tokenizer_file, folder / "qwen.tiktoken")
     return Path(out)
