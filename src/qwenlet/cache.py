@@ -135,7 +135,6 @@ class PagedPast:
                 parts.append(causal_attention(q[new], k[new], v[new]))
             else:
                 end = start + length
-                pages = table[: pages_for(end)]
-                parts.append(causal_attention_pages(q[new], keys[pages], values[pages], end))
+                parts.append(causal_attention_pages(q[new], keys, values, table[: pages_for(end)], end))
             offset += length
         return parts[0] if len(parts) == 1 else torch.cat(parts)
