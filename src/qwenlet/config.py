@@ -14,7 +14,8 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -114,7 +115,8 @@ class ModelConfig:
                 f"{source} has model_type {model_type!r}; known are {', '.join(MODEL_TYPES)}",
                 hint="qwenlet runs first-generation Qwen, dense Qwen2 and Llama-shaped models",
             )
-        return _READERS[model_type](_Fields(raw, source, model_type))
+        with _named(source):
+            return _READERS[model_type](_Fields(raw, source, model_type))
 
     @classmethod
     def from_file(cls, path: str | Path) -> ModelConfig:
@@ -206,6 +208,17 @@ _INERT_BY_TYPE = {
     "qwen2": frozenset(("attention_dropout", "max_window_layers", "sliding_window")),
     "llama": frozenset(("attention_dropout",)),
 }
+
+
+@contextmanager
+def _named(source: str) -> Iterator[None]:
+    """Errors in the block say in which file the number stands."""
+    try:
+        yield
+    except ConfigError as error:
+        if source in error.message:
+            raise
+        raise ConfigError(f"{source}: {error.message}", hint=error.hint) from None
 
 
 class _Fields:
@@ -411,26 +424,27 @@ def config_from_gguf(metadata: Mapping[str, Any], tensor_names: Sequence[str], s
     tokens = metadata.get("tokenizer.ggml.tokens")
     vocab_size = count("vocab_size", len(tokens) if isinstance(tokens, list) else 0)
     eos = token_id("eos_token_id")
-    return ModelConfig(
-        model_type=architecture,
-        vocab_size=vocab_size,
-        hidden_size=hidden,
-        num_hidden_layers=count("block_count"),
-        num_attention_heads=heads,
-        num_key_value_heads=count("attention.head_count_kv", heads),
-        head_dim=head_dim,
-        intermediate_size=count("feed_forward_length") // (2 if is_qwen else 1),  # Qwen-1 writes both halves
-        max_position_embeddings=positions,
-        seq_length=min(positions, 8192) if extends else positions,
-        rms_norm_eps=_shortest_float(number("attention.layer_norm_rms_epsilon", 1e-6)),
-        rope_theta=theta,
-        use_dynamic_ntk=extends,
-        use_logn_attn=extends,
-        qkv_bias=architecture != "llama",
-        tie_word_embeddings="output.weight" not in tensor_names,
-        bos_token_id=token_id("bos_token_id"),
-        eos_token_ids=() if eos is None else (eos,),
-    )
+    with _named(source):
+        return ModelConfig(
+            model_type=architecture,
+            vocab_size=vocab_size,
+            hidden_size=hidden,
+            num_hidden_layers=count("block_count"),
+            num_attention_heads=heads,
+            num_key_value_heads=count("attention.head_count_kv", heads),
+            head_dim=head_dim,
+            intermediate_size=count("feed_forward_length") // (2 if is_qwen else 1),  # Qwen-1 writes both halves
+            max_position_embeddings=positions,
+            seq_length=min(positions, 8192) if extends else positions,
+            rms_norm_eps=_shortest_float(number("attention.layer_norm_rms_epsilon", 1e-6)),
+            rope_theta=theta,
+            use_dynamic_ntk=extends,
+            use_logn_attn=extends,
+            qkv_bias=architecture != "llama",
+            tie_word_embeddings="output.weight" not in tensor_names,
+            bos_token_id=token_id("bos_token_id"),
+            eos_token_ids=() if eos is None else (eos,),
+        )
 
 
 def _shortest_float(value: float) -> float:

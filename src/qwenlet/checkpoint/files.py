@@ -5,6 +5,7 @@ Nothing is unpickled without `weights_only`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,9 @@ from qwenlet.errors import CheckpointError, ConfigError, FormatError
 from qwenlet.gguf_header import GGUFHeader
 
 # A mapped `.bin` is opened anew after so many bytes, so that what was read stops counting as resident.
-_REMAP_BYTES = 256 << 20
+_REMAP_BYTES = 128 << 20
+# Tensors of a `.bin` share its mapping; a small one is copied, lest it keep all that was read through it resident.
+_COPY_BELOW = 1 << 20
 
 
 class WeightFile(Protocol):
@@ -115,14 +118,18 @@ class PickledFiles(_Shards):
     def _directory(self, path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
         return ((name, tuple(tensor.shape)) for name, tensor in self._load(path).items())
 
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        tensor = super().read(name, dtype)
+        return tensor.clone() if tensor.nbytes < _COPY_BELOW else tensor
+
     def _tensor(self, name: str) -> Tensor:
-        path = self.where[name]
-        if self._mapped is None or self._mapped[0] != path or self._mapped[2] > _REMAP_BYTES:
+        path, size = self.where[name], 4 * math.prod(self.shapes[name])  # bytes, at most
+        if self._mapped is None or self._mapped[0] != path or self._mapped[2] + size > _REMAP_BYTES:
             self._mapped = None
             self._mapped = (path, self._load(path), 0)
-        tensor = self._mapped[1][name]
-        self._mapped = (path, self._mapped[1], self._mapped[2] + tensor.nbytes)
-        return tensor
+        _, state, read = self._mapped
+        self._mapped = (path, state, read + size)
+        return state[name]
 
     def _load(self, path: Path) -> dict[str, Tensor]:
         try:
@@ -145,7 +152,7 @@ class PickledFiles(_Shards):
 def _is_named_tensor(name: object, value: object) -> bool:
     if not isinstance(name, str) or not isinstance(value, Tensor):
         return False
-    return value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
+    return value.layout == torch.strided and value.device.type == "cpu"
 
 
 class GGUFFile:
