@@ -53,7 +53,8 @@ def command_times() -> tuple[float, float]:
         first = process.stdout.read(1)
         to_first = time.perf_counter() - start
         process.stdout.read()
-    assert first and process.returncode == 0, f"exit code {process.returncode}"
+    assert first, "nothing was printed"
+    assert process.returncode == 0, f"exit code {process.returncode}"
     return to_first, time.perf_counter() - start
 
 

@@ -107,7 +107,19 @@ def test_transformers_5_keeps_theta_in_rope_parameters() -> None:
     assert ModelConfig.from_dict(raw).rope_theta == 5e5
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", None, 3, "qwen3"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_attention_heads": 0}, {"layer_types": 5}, {"rope_parameters": [1]}, {"rope_theta": 10**400},
+        {"rms_norm_eps": 10**400}, {"rope_parameters": {"rope_theta": "big"}}, {"head_dim": 2}, {"use_mrope": True},
+    ],
+)  # fmt: skip
+def test_values_of_the_wrong_kind_are_refused_by_name(change: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        ModelConfig.from_dict(LLAMA | change)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", None, 3, "qwen3", ["qwen"], {}])
 def test_unknown_architecture_names_the_known_ones(model_type: Any) -> None:
     with pytest.raises(ConfigError, match=r"known are qwen, qwen2, llama"):
         ModelConfig.from_dict(published() | {"model_type": model_type})

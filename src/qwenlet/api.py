@@ -310,9 +310,9 @@ def _device(name: str) -> torch.device:
 
 
 def _tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
-    if checkpoint.header is not None:
-        return Tokenizer.from_gguf(checkpoint.header.metadata, str(checkpoint.path))
     try:
+        if checkpoint.header is not None:
+            return Tokenizer.from_gguf(checkpoint.header.metadata, str(checkpoint.path))
         return Tokenizer.from_folder(checkpoint.path)
     except MissingTokenizerError:
         return None  # the model still takes ids; `LLM.tokenizer` says what is missing

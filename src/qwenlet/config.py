@@ -62,19 +62,19 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
                      "head_dim", "intermediate_size", "max_position_embeddings", "seq_length"):  # fmt: skip
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-                raise ConfigError(f"{name} is {value!r}, expected a positive whole number")
+            _positive(name, getattr(self, name))
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
-        if self.head_dim % 2:
-            raise ConfigError(f"head_dim is {self.head_dim}, expected an even number: rotary embedding turns pairs")
+        if self.head_dim % 2 or self.head_dim < 4:
+            raise ConfigError(
+                f"head_dim is {self.head_dim}, expected an even number from 4: rotary embedding turns pairs"
+            )
         for name in ("rms_norm_eps", "rope_theta"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
                 raise ConfigError(f"{name} is {value!r}, expected a positive number")
 
     @property
@@ -110,7 +110,7 @@ class ModelConfig:
     def from_dict(cls, raw: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
         """Reads a published `config.json` (already parsed). Raises ConfigError naming the field."""
         model_type = raw.get("model_type")
-        if model_type not in _READERS:
+        if not isinstance(model_type, str) or model_type not in _READERS:
             raise ConfigError(
                 f"{source} has model_type {model_type!r}; known are {', '.join(MODEL_TYPES)}",
                 hint="qwenlet runs first-generation Qwen, dense Qwen2 and Llama-shaped models",
@@ -130,7 +130,8 @@ class ModelConfig:
         if self.model_type != "qwen" and self.num_key_value_heads != self.num_attention_heads:
             raise ConfigError(
                 f"the Qwen-1 layout has one key/value head per query head; this model has "
-                f"{self.num_key_value_heads} for {self.num_attention_heads}"
+                f"{self.num_key_value_heads} for {self.num_attention_heads}",
+                hint="keep the model as it is; every layout we read runs",
             )
         if (
             not self.qkv_bias
@@ -239,7 +240,7 @@ class _Fields:
         if value is None and default is not ...:
             return default
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
+            value = float(value) if abs(value) < 2**1000 else math.inf
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise ConfigError(f"{self.source}: {name} is {value!r}, expected {kind.__name__}")
         return value
@@ -319,8 +320,10 @@ def _read_llama_shaped(f: _Fields) -> ModelConfig:
     f.require("rope_interleaved", [False], "rotation by halves")
     f.require("partial_rotary_factor", [1.0], "the rotation covers the whole head")
     layers = f.take("num_hidden_layers", int)
-    if any(kind != "full_attention" for kind in f.raw.pop("layer_types", None) or []):
-        raise ConfigError(f"{f.source}: layer_types names a layer that is not full_attention")
+    f.require("use_mrope", [False], "one position per token")
+    kinds = f.raw.pop("layer_types", None)
+    if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
+        raise ConfigError(f"{f.source}: layer_types is {kinds!r}, but every layer must be 'full_attention'")
     if f.model_type == "llama":
         f.require("attention_bias", [False], "a Llama-shaped model has no attention biases")
     else:
@@ -328,13 +331,14 @@ def _read_llama_shaped(f: _Fields) -> ModelConfig:
     theta = f.take("rope_theta", float, None)
     parameters = f.raw.pop("rope_parameters", None)  # transformers 5 puts theta and scaling in here
     if parameters is not None:
-        kind = parameters.get("rope_type", "default")
-        if kind != "default" or set(parameters) - {"rope_type", "rope_theta"}:
+        known = isinstance(parameters, dict) and not set(parameters) - {"rope_type", "rope_theta"}
+        if not known or parameters.get("rope_type", "default") != "default":
             raise ConfigError(
                 f"{f.source}: rope_parameters is {parameters!r}, but only rope_type 'default' is implemented"
             )
-        theta = float(parameters.get("rope_theta", theta or 10000.0))
+        theta = _Fields(parameters, f"{f.source}: rope_parameters", f.model_type).take("rope_theta", float, theta)
     hidden, heads = f.take("hidden_size", int), f.take("num_attention_heads", int)
+    _positive("num_attention_heads", heads)
     positions = f.take("max_position_embeddings", int, 32768 if f.model_type == "qwen2" else 2048)
     config = ModelConfig(
         model_type="qwen2" if f.model_type == "qwen2" else "llama",
@@ -622,8 +626,8 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         if self.max_context is not None:
-            _option("max_context", self.max_context)
-        _option("prefill_chunk", self.prefill_chunk)
+            _positive("max_context", self.max_context)
+        _positive("prefill_chunk", self.prefill_chunk)
         if self.attention not in ATTENTION_BACKENDS:
             raise ConfigError(f"attention is {self.attention!r}, expected one of {', '.join(ATTENTION_BACKENDS)}")
         if self.ntk not in ("prompt", "reserve"):
@@ -643,7 +647,7 @@ class EngineConfig:
         return cls(**options)
 
 
-def _option(name: str, value: Any) -> None:
+def _positive(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
         raise ConfigError(f"{name} is {value!r}, expected a positive whole number")
 

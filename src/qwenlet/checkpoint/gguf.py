@@ -53,8 +53,11 @@ class GGUFTensors:
 
     def __init__(self, header: GGUFHeader) -> None:
         self.header = header
-        spans = sorted((info.offset, info.offset + row_bytes(info) * _rows(info), name)
-                       for name, info in header.tensors.items())  # fmt: skip
+        try:
+            sizes = {name: row_bytes(info) * _rows(info) for name, info in header.tensors.items()}
+        except FormatError as error:
+            raise FormatError(f"{header.path}: {error.message}", hint=error.hint) from None
+        spans = sorted((info.offset, info.offset + sizes[name], name) for name, info in header.tensors.items())
         for _, end, name in spans:
             if end > header.file_size:
                 raise FormatError(
