@@ -103,6 +103,17 @@ def pages_for(tokens: int) -> int:
     return -(-tokens // PAGE_TOKENS)
 
 
+def neighbours(table: Sequence[int]) -> list[slice]:
+    """Page numbers in order, as slices of pages that lie side by side: [4, 5, 6, 2] -> [4:7], [2:3]."""
+    runs: list[slice] = []
+    for page in table:
+        if runs and runs[-1].stop == page:
+            runs[-1] = slice(runs[-1].start, page + 1)
+        else:
+            runs.append(slice(page, page + 1))
+    return runs
+
+
 class PagedPast:
     """One forward call's view of the pool: which pages belong to each row, and how far each row has come.
 
@@ -115,12 +126,13 @@ class PagedPast:
         self.pool = pool
         self.lengths = rows.lengths
         self.starts = tuple(starts)
-        device = pool.k[0].device
-        self.tables = [torch.tensor(table, device=device) for table in tables]
         for table, start, length in zip(tables, self.starts, self.lengths, strict=True):
             assert len(table) >= pages_for(start + length), f"{len(table)} pages for {start + length} tokens"
-        split = rows.positions.split(self.lengths)
-        self.page_of = torch.cat([t[p // PAGE_TOKENS] for t, p in zip(self.tables, split, strict=True)])
+        ends = [pages_for(start + length) for start, length in zip(self.starts, self.lengths, strict=True)]
+        self.runs = [neighbours(table[:end]) for table, end in zip(tables, ends, strict=True)]
+        device = pool.k[0].device
+        split = zip(tables, rows.positions.split(self.lengths), strict=True)
+        self.page_of = torch.cat([torch.tensor(t, device=device)[p // PAGE_TOKENS] for t, p in split])
         self.slot_of = rows.positions % PAGE_TOKENS
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -129,12 +141,11 @@ class PagedPast:
         values[self.page_of, :, self.slot_of] = v
         parts = []
         offset = 0
-        for start, length, table in zip(self.starts, self.lengths, self.tables, strict=True):
+        for start, length, runs in zip(self.starts, self.lengths, self.runs, strict=True):
             new = slice(offset, offset + length)
             if start == 0:
                 parts.append(causal_attention(q[new], k[new], v[new]))
             else:
-                end = start + length
-                parts.append(causal_attention_pages(q[new], keys, values, table[: pages_for(end)], end))
+                parts.append(causal_attention_pages(q[new], keys, values, runs, start + length))
             offset += length
         return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -5,7 +5,7 @@ Dimension letters: T new tokens, S keys, H query heads, G key/value heads, D hea
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -67,16 +67,16 @@ def causal_attention_batch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return _sdpa(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), new, new).transpose(1, 2)
 
 
-def causal_attention_pages(q: Tensor, k: Tensor, v: Tensor, table: Tensor, keys: int) -> Tensor:
-    """The same over keys that lie in pages: q [T, H, D]; k and v [pages, G, page, D]; `table` names the row's pages in
-    order, and the first `keys` of their keys count."""
-    k, v = (_gather(pages, table)[:, :, :keys] for pages in (k, v))
+def causal_attention_pages(q: Tensor, k: Tensor, v: Tensor, runs: Sequence[slice], keys: int) -> Tensor:
+    """The same over keys that lie in pages: q [T, H, D]; k and v [pages, G, page, D]; `runs` are the row's pages in
+    order, as slices of neighbours, and the first `keys` of their keys count."""
+    k, v = (_gather(pages, runs)[:, :, :keys] for pages in (k, v))
     return _sdpa(q.transpose(0, 1)[None], k, v, q.shape[0], keys)[0].transpose(0, 1)
 
 
-def _gather(pages: Tensor, table: Tensor) -> Tensor:
-    """[pages, G, page, D] -> [1, G, len(table) * page, D], in one copy."""
-    return pages.transpose(0, 1).index_select(1, table).flatten(1, 2)[None]
+def _gather(pages: Tensor, runs: Sequence[slice]) -> Tensor:
+    """[pages, G, page, D] -> [1, G, keys, D] in one copy. (`index_select` would copy the whole pool first.)"""
+    return torch.cat([pages[run].transpose(0, 1) for run in runs], dim=1).flatten(1, 2)[None]
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, new: int, keys: int) -> Tensor:
