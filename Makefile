@@ -1,5 +1,7 @@
 # Everything is a script; these are their short names.
-export PROMPT MODEL PYTHON
+export MODEL PYTHON
+# as it was typed: make would take $HOME in a question for a variable of its own
+export PROMPT := $(value PROMPT)
 
 .PHONY: chat test check bench clean
 

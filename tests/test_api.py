@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -110,6 +111,9 @@ def test_old_turns_are_dropped_until_the_conversation_fits(demo_gguf: Path) -> N
         assert chunks[-1].prompt_tokens + 16 <= 256
         with pytest.raises(ContextLengthError, match="256"):
             list(llm.chat_stream("word " * 300))
+        # a reply length that was asked for is kept whole: more turns go instead
+        first = next(llm.chat_stream(QUESTION, history, params=SamplingParams(max_new_tokens=200)))
+        assert first.prompt_tokens + 200 <= 256
 
 
 def test_score_is_the_sum_of_token_logprobs(llm: qwenlet.LLM, reference: dict[str, Any]) -> None:
@@ -132,11 +136,60 @@ def test_a_checkpoint_without_a_vocabulary_takes_ids_and_says_what_is_missing_fo
 
 
 @pytest.mark.parametrize(
-    ("ids", "word"), [([], "shape"), ([384], "384"), ([-1], "-1"), ([[1, 2]], "shape"), ([0.5], "token ids")]
+    ("ids", "word"),
+    [([], "empty"), ([384], "384"), ([-1], "-1"), ([[1, 2]], "token ids"), ([0.5], "token ids"), (["a"], "token ids")],
 )
 def test_logits_of_bad_ids(tiny: qwenlet.LLM, ids: list[Any], word: str) -> None:
     with pytest.raises(RequestError, match=word):
         tiny.logits(ids)
+
+
+def test_scoring_sees_what_generation_saw(golden: Path) -> None:
+    """The NTK factor is the prompt's, also when prompt and continuation together cross seq_length (here 32)."""
+    with qwenlet.load(str(golden / "tiny-qwen"), dtype="fp32", device="cpu") as tiny:
+        prompt = list(range(1, 31))
+        written = tiny.generate(prompt, SamplingParams(temperature=0, max_new_tokens=6, logprobs=0, ignore_eos=True))
+        score = tiny.score(prompt, written.token_ids)
+        assert score.is_greedy
+        assert written.logprobs is not None
+        assert score.token_logprobs == pytest.approx([entry.logprob for entry in written.logprobs], abs=1e-4)
+
+
+def test_tensors_and_arrays_are_prompts_too(tiny: qwenlet.LLM) -> None:
+    params = SamplingParams(temperature=0, max_new_tokens=3)
+    expected = tiny.generate([1, 2, 3], params)
+    for prompt in (torch.tensor([1, 2, 3]), np.array([1, 2, 3]), list(np.array([1, 2, 3])), (1, 2, 3)):
+        assert tiny.generate(prompt, params).token_ids == expected.token_ids  # type: ignore[call-overload]
+    with pytest.raises(RequestError, match="token ids"):
+        tiny.generate([1, 2.7], params)  # type: ignore[list-item]
+    with pytest.raises(RequestError, match="expected SamplingParams"):
+        tiny.generate([1], {"temperature": 0})  # type: ignore[call-overload]
+
+
+def test_more_ids_than_there_are_positions(tiny: qwenlet.LLM) -> None:
+    with pytest.raises(ContextLengthError, match="40000 tokens"):
+        tiny.logits([1] * 40_000)
+
+
+def test_a_closed_model_says_so(golden: Path) -> None:
+    llm = qwenlet.load(str(golden / "tiny-qwen"), device="cpu")
+    llm.close()
+    llm.close()
+    with pytest.raises(RequestError, match="was closed"):
+        llm.generate([1])
+
+
+def test_the_config_names_the_end_where_no_generation_config_does(golden: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    shutil.copytree(golden / "tiny-qwen", folder)
+    with qwenlet.load(str(folder), device="cpu", dtype="fp32") as llm:
+        free = llm.generate([1, 2, 3], SamplingParams(temperature=0, max_new_tokens=9)).token_ids
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": free[2]}))
+    with qwenlet.load(str(folder), device="cpu", dtype="fp32") as llm:
+        completion = llm.generate([1, 2, 3], SamplingParams(temperature=0, max_new_tokens=9))
+    assert completion.token_ids == free[: free.index(free[2]) + 1]
+    assert completion.finish_reason == "stop"
 
 
 def test_an_empty_prompt(llm: qwenlet.LLM) -> None:

@@ -141,6 +141,24 @@ def test_gguf_metadata_of_the_first_generation() -> None:
     assert config_from_gguf(metadata, ["output.weight"], "x.gguf") == qwen_1_8b()
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("qwen.rope.scale_linear", 4.0), ("qwen.rope.scaling.factor", 4.0), ("qwen.rope.scaling.type", "yarn"),
+        ("qwen.attention.scale", 0.1), ("qwen.attention.causal", False), ("qwen.logit_scale", 0.5),
+        ("qwen.foo", 1), ("split.count", 2), ("qwen.expert_count", 4),
+    ],
+)  # fmt: skip
+def test_gguf_metadata_that_changes_the_maths_is_refused_by_name(key: str, value: Any) -> None:
+    metadata = {
+        "general.architecture": "qwen", "qwen.context_length": 64, "qwen.embedding_length": 64, "qwen.block_count": 2,
+        "qwen.feed_forward_length": 64, "qwen.attention.head_count": 4, "qwen.vocab_size": 50,
+    }  # fmt: skip
+    assert config_from_gguf(metadata, ["output.weight"], "x.gguf").head_dim == 16
+    with pytest.raises(ConfigError, match="parts" if key.startswith("split") else key):
+        config_from_gguf(metadata | {key: value}, ["output.weight"], "x.gguf")
+
+
 @pytest.mark.parametrize("text", ["{", "[1]", '"x"', "\xff"])
 def test_json_errors_name_the_file(tmp_path: Path, text: str) -> None:
     path = tmp_path / "config.json"
@@ -156,6 +174,7 @@ def test_json_errors_name_the_file(tmp_path: Path, text: str) -> None:
         ("top_p", 1.5), ("top_p", math.nan), ("top_k", -1), ("top_k", 1.5), ("min_p", 2), ("repetition_penalty", 0),
         ("max_new_tokens", 0), ("max_new_tokens", True), ("seed", -1), ("n", 0), ("logprobs", -1), ("stop", ""),
         ("stop", ["a", ""]), ("stop", [1]), ("stop_token_ids", [-1]), ("presence_penalty", math.nan),
+        ("stop", 5), ("stop_token_ids", 5), ("ignore_eos", "no"), ("repetition_penalty", 1e-300),
     ],
 )  # fmt: skip
 def test_sampling_parameters_are_checked_by_name(field: str, value: Any) -> None:

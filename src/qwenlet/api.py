@@ -23,9 +23,9 @@ from qwenlet.checkpoint import (
     dtype_name,
     load_model,
 )
-from qwenlet.config import EngineConfig, GenerationDefaults, ModelConfig, SamplingParams
+from qwenlet.config import DEFAULT_NEW_TOKENS, EngineConfig, GenerationDefaults, ModelConfig, SamplingParams
 from qwenlet.engine import Completion, Engine, Request, Stream
-from qwenlet.errors import ConfigError, MissingTokenizerError, RequestError
+from qwenlet.errors import ConfigError, ContextLengthError, MissingTokenizerError, RequestError
 from qwenlet.model import Qwen
 from qwenlet.ops.attention import attention_backend, check_backend
 from qwenlet.tokenizer import Tokenizer
@@ -111,7 +111,7 @@ class LLM:
         name: str,
         checkpoint: Checkpoint,
         model: Qwen,
-        tokenizer: Tokenizer | None,
+        tokenizer: Tokenizer | MissingTokenizerError,
         device: torch.device,
         dtype: torch.dtype,
         options: EngineConfig,
@@ -124,19 +124,32 @@ class LLM:
         self.defaults: GenerationDefaults = checkpoint.defaults
         self.device, self.dtype, self.options = device, dtype, options
         self.load_report = report
-        self.model = model
+        self._closed = False
+        self._model = model
         self._tokenizer = tokenizer
         self.chat_format = _chat_format(checkpoint.defaults, tokenizer)
-        stops = chat.stop_ids(tokenizer, self.chat_format) if tokenizer is not None else ()
-        self.engine = Engine(model, tokenizer, options, checkpoint.defaults, device, stops)
+        known = tokenizer if isinstance(tokenizer, Tokenizer) else None
+        stops = chat.stop_ids(known, self.chat_format) if known is not None else ()
+        self._engine = Engine(model, known, options, checkpoint.defaults, device, stops)
+
+    @property
+    def engine(self) -> Engine:
+        self._check_open()
+        return self._engine
+
+    @property
+    def model(self) -> Qwen:
+        self._check_open()
+        return self._model
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RequestError(f"the model {self.name} was closed", hint="load it again")
 
     @property
     def tokenizer(self) -> Tokenizer:
-        if self._tokenizer is None:
-            raise MissingTokenizerError(
-                f"{self.path} has no vocabulary, so this model takes and gives token ids only",
-                hint="put qwen.tiktoken beside config.json (every published Qwen-1 checkpoint carries it)",
-            )
+        if isinstance(self._tokenizer, MissingTokenizerError):
+            raise self._tokenizer
         return self._tokenizer
 
     @property
@@ -167,12 +180,12 @@ class LLM:
         Returns:
             One Completion for one prompt with n=1; else a list, n after n in the order of the prompts.
         """
-        single = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], int)) or len(prompt) == 0
+        single = _is_one(prompt)
         prompts: list[Prompt] = [prompt] if single else list(prompt)  # type: ignore[list-item, arg-type]
         if params is None or isinstance(params, SamplingParams):
-            each = [params or SamplingParams()] * len(prompts)
+            each = [_checked(params)] * len(prompts)
         else:
-            each = list(params)
+            each = [_checked(one) for one in params]
             if len(each) != len(prompts):
                 raise RequestError(f"{len(each)} sampling parameters were given for {len(prompts)} prompts")
         requests: list[Request] = []
@@ -187,8 +200,7 @@ class LLM:
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
         """Continues one prompt piece by piece. Closing the iterator cancels the request."""
-        request = self._submit_one(self._ids(prompt), params)
-        return self.engine.stream(request)
+        return self._submit_one(self._ids(prompt), params)
 
     def reply(self, messages: Iterable[Message | Mapping[str, Any]], params: SamplingParams | None = None) -> Stream:
         """The assistant's next message, piece by piece.
@@ -200,10 +212,12 @@ class LLM:
             ContextLengthError: not even these two fit.
         """
         params = params or SamplingParams()
-        room = params.max_new_tokens or self.defaults.max_new_tokens or 512
-        fitted = chat.fit(self.tokenizer, list(messages), self.chat_window, min(room, self.chat_window // 2))
-        request = self._submit_one(fitted.ids, params, dropped_turns=fitted.dropped_turns)
-        return self.engine.stream(request)
+        asked = params.max_new_tokens
+        # the checkpoint's own reply length gives way to the conversation, a length that was asked for doesn't
+        reserve = asked or min(self.defaults.max_new_tokens or DEFAULT_NEW_TOKENS, self.chat_window // 2)
+        window = self.chat_window if reserve < self.chat_window else self.context_length
+        fitted = chat.fit(self.tokenizer, list(messages), window, reserve)
+        return self._submit_one(fitted.ids, params, dropped_turns=fitted.dropped_turns)
 
     @property
     def chat_window(self) -> int:
@@ -231,54 +245,66 @@ class LLM:
         """The same, piece by piece: each chunk carries the new text only."""
         return self.reply(chat.history_to_messages(query, history, system), params)
 
-    def _submit_one(self, ids: Sequence[int], params: SamplingParams | None, *, dropped_turns: int = 0) -> Request:
-        params = params or SamplingParams()
+    def _submit_one(self, ids: Sequence[int], params: SamplingParams | None, *, dropped_turns: int = 0) -> Stream:
+        params = _checked(params)
         if params.n != 1:
             raise RequestError(f"a stream carries one reply, but n is {params.n}", hint="use generate for several")
-        return self.engine.submit(ids, params, dropped_turns=dropped_turns)[0]
+        return self.engine.stream(self.engine.submit(ids, params, dropped_turns=dropped_turns)[0])
 
-    def _ids(self, prompt: Prompt) -> Sequence[int]:
-        return self.tokenizer.encode(prompt, allowed_special=set()) if isinstance(prompt, str) else prompt
+    def _ids(self, prompt: Prompt | Tensor) -> Sequence[int]:
+        """Token ids of a prompt: plain text encoded, tensors and arrays as lists."""
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt, allowed_special=set())
+        return prompt.tolist() if hasattr(prompt, "tolist") else prompt
 
     # ---------------------------------------------------------------------------------------------- logits
 
-    @torch.inference_mode()
     def logits(self, ids: Sequence[int] | Tensor) -> Tensor:
-        """Float32 logits [T, vocab_size] of every position, from one prefill on the CPU side.
+        """Float32 logits [T, vocab_size] of every position, from one prefill, on the CPU.
 
-        ids: token ids, a list or a LongTensor [T].
+        Args:
+            ids: token ids, a list or a LongTensor [T].
+        Raises:
+            RequestError: not a list of ids of this vocabulary.
+            ContextLengthError: more ids than the model has maths for.
         """
-        tokens = torch.as_tensor(ids, device=self.device)
-        if tokens.dim() != 1 or not len(tokens) or tokens.is_floating_point():
-            raise RequestError(f"logits takes a list of token ids, not a tensor of shape {list(tokens.shape)}")
-        size = self.config.vocab_size
-        if int(tokens.min()) < 0 or int(tokens.max()) >= size:
-            raise RequestError(
-                f"ids run from {int(tokens.min())} to {int(tokens.max())}, this model knows 0 to {size - 1}"
-            )
-        rows = Rows.fresh([len(tokens)], [self.config.ntk_alpha(len(tokens))], self.device)
-        with attention_backend(self.options.attention):
-            return self.model(tokens, rows).float().cpu()
+        tokens = self.engine.check_prompt(self._ids(ids))
+        return self._logits(tokens, self.config.ntk_alpha(len(tokens)))
 
     def score(self, prompt: Prompt, continuation: Prompt) -> Score:
-        """How likely the continuation is. Text is tokenized in two pieces, prompt and continuation."""
-        before, after = list(self._ids(prompt)), list(self._ids(continuation))
-        if not before or not after:
-            raise RequestError(f"score needs tokens on both sides, got {len(before)} and {len(after)}")
-        # the last token's own logits predict what comes after the continuation
-        logits = self.logits([*before, *after][:-1])[len(before) - 1 :]
-        logprobs = logits.log_softmax(-1)
+        """How likely the continuation is after the prompt, as generation sees it: the NTK factor is the prompt's.
+
+        Text is tokenized in two pieces, prompt and continuation.
+        """
+        before = self.engine.check_prompt(self._ids(prompt))
+        after = self.engine.check_prompt(self._ids(continuation))
+        # the last token's own logits would predict what comes after the continuation
+        tokens = (*before, *after[:-1])
+        logits = self._logits(tokens, self.config.ntk_alpha(len(before)), first=len(before) - 1)
         target = torch.tensor(after)
-        each = logprobs.gather(1, target[:, None])[:, 0]
+        each = logits.log_softmax(-1).gather(1, target[:, None])[:, 0]
         return Score(float(each.sum()), bool((logits.argmax(-1) == target).all()), tuple(each.tolist()))
+
+    @torch.inference_mode()
+    def _logits(self, ids: Sequence[int], alpha: float, first: int = 0) -> Tensor:
+        """Logits from position `first` on."""
+        if len(ids) > self.context_length:
+            raise ContextLengthError(len(ids), self.context_length, 0)
+        rows = Rows.fresh([len(ids)], [alpha], self.device)
+        wanted = torch.arange(first, len(ids), device=self.device) if first else None
+        with attention_backend(self.options.attention):
+            return self.model(torch.tensor(ids, device=self.device), rows, logits_at=wanted).float().cpu()
 
     # ---------------------------------------------------------------------------------------------- life
 
     def close(self) -> None:
-        """Ends what is running and gives the weights and pages back."""
-        for request in [*self.engine.scheduler.running, *self.engine.scheduler.waiting]:
-            self.engine.cancel(request)
-        del self.engine, self.model
+        """Ends what is running and gives the weights and pages back. Harmless the second time."""
+        if self._closed:
+            return
+        self._closed = True
+        for request in [*self._engine.scheduler.running, *self._engine.scheduler.waiting]:
+            self._engine.cancel(request)
+        del self._engine, self._model
 
     def __enter__(self) -> LLM:
         return self
@@ -298,7 +324,7 @@ def _device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise ConfigError(f"device is {name!r}, expected 'auto', 'cpu', 'cuda' or 'cuda:N'") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
@@ -309,16 +335,32 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
+def _tokenizer(checkpoint: Checkpoint) -> Tokenizer | MissingTokenizerError:
+    """The vocabulary, or the error that text calls will raise: without one the model still takes ids."""
     try:
         if checkpoint.header is not None:
             return Tokenizer.from_gguf(checkpoint.header.metadata, str(checkpoint.path))
         return Tokenizer.from_folder(checkpoint.path)
-    except MissingTokenizerError:
-        return None  # the model still takes ids; `LLM.tokenizer` says what is missing
+    except MissingTokenizerError as error:
+        return error
 
 
-def _chat_format(defaults: GenerationDefaults, tokenizer: Tokenizer | None) -> Literal["chatml", "raw"]:
+def _is_one(prompt: Prompt | Sequence[Prompt]) -> bool:
+    """Text, a list of ids, a tensor of ids: one prompt. A list of those: several."""
+    if isinstance(prompt, str) or not len(prompt):
+        return True
+    return hasattr(prompt[0], "__index__") and getattr(prompt[0], "ndim", 0) == 0
+
+
+def _checked(params: SamplingParams | None) -> SamplingParams:
+    if params is not None and not isinstance(params, SamplingParams):
+        raise RequestError(
+            f"params is {params!r}, expected SamplingParams", hint="qwenlet.SamplingParams(temperature=0.7)"
+        )
+    return params or SamplingParams()
+
+
+def _chat_format(defaults: GenerationDefaults, tokenizer: object) -> Literal["chatml", "raw"]:
     if defaults.chat_format is not None:
         return defaults.chat_format
-    return "chatml" if tokenizer is not None and tokenizer.im_start_id is not None else "raw"
+    return "chatml" if isinstance(tokenizer, Tokenizer) and tokenizer.im_start_id is not None else "raw"

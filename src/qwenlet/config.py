@@ -14,6 +14,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import numbers
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -68,6 +69,10 @@ class ModelConfig:
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
+        if self.seq_length < 2:
+            raise ConfigError(
+                f"seq_length is {self.seq_length}, expected 2 or more: log-n attention takes its logarithm"
+            )
         if self.head_dim % 2 or self.head_dim < 4:
             raise ConfigError(
                 f"head_dim is {self.head_dim}, expected an even number from 4: rotary embedding turns pairs"
@@ -88,6 +93,10 @@ class ModelConfig:
     def qkv_size(self) -> int:
         """Rows of the fused query-key-value projection."""
         return (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
+
+    def cache_bytes(self, itemsize: int) -> int:
+        """Bytes of keys and values that one token of context takes, in a dtype of `itemsize` bytes."""
+        return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * itemsize
 
     @property
     def parameter_count(self) -> int:
@@ -352,7 +361,7 @@ def _read_llama_shaped(f: _Fields) -> ModelConfig:
         max_position_embeddings=positions,
         seq_length=positions,
         rms_norm_eps=f.take("rms_norm_eps", float, 1e-6),
-        rope_theta=theta or 10000.0,
+        rope_theta=10000.0 if theta is None else theta,
         qkv_bias=f.model_type == "qwen2",
         tie_word_embeddings=f.take("tie_word_embeddings", bool, False),
         initializer_range=f.take("initializer_range", float, 0.02),
@@ -374,6 +383,49 @@ def _refuse_quantized(f: _Fields) -> None:
 
 
 _READERS = {"qwen": _read_qwen, "qwen2": _read_llama_shaped, "llama": _read_llama_shaped}
+
+
+# Metadata fields under "{architecture}." that are read, ...
+_GGUF_READ = frozenset(
+    """vocab_size context_length embedding_length block_count feed_forward_length rope.dimension_count rope.freq_base
+    attention.head_count attention.head_count_kv attention.key_length attention.value_length
+    attention.layer_norm_rms_epsilon""".split()
+)
+# ... that change nothing, ...
+_GGUF_INERT = frozenset(("tensor_data_layout", "rope.scaling.original_context_length", "rope.scaling.finetuned"))
+# ... and that may be there as long as they switch nothing on. Any other may change the maths, so it is refused.
+_GGUF_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "rope.scaling.type": ("none", "", None),
+    "rope.scaling.factor": (0, 1),
+    "rope.scale_linear": (0, 1),
+    "attention.causal": (True,),
+    "attention.sliding_window": (0,),
+    "attention.clamp_kqv": (0,),
+    "attention.max_alibi_bias": (0,),
+    "use_parallel_residual": (False,),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "logit_scale": (0, 1),
+    "residual_scale": (0, 1),
+    "embedding_scale": (0, 1),
+}
+
+
+def _refuse_gguf_maths(metadata: Mapping[str, Any], architecture: str, source: str) -> None:
+    """Raises ConfigError naming metadata that would change the maths, or a file that is one of several."""
+    if metadata.get("split.count", 1) not in (0, 1):
+        raise ConfigError(
+            f"{source} is one of {metadata['split.count']} parts of a model",
+            hint="join them with llama-gguf-split --merge",
+        )
+    for key, value in metadata.items():
+        name = key.removeprefix(f"{architecture}.")
+        if name == key or name in _GGUF_READ or name in _GGUF_INERT:
+            continue
+        if name not in _GGUF_NEUTRAL:
+            raise ConfigError(f"{source}: {key} is not understood, and it may change the maths")
+        if value not in _GGUF_NEUTRAL[name]:
+            raise ConfigError(f"{source}: {key} is {value!r}, which is not implemented")
 
 
 def config_from_gguf(metadata: Mapping[str, Any], tensor_names: Sequence[str], source: str) -> ModelConfig:
@@ -409,14 +461,13 @@ def config_from_gguf(metadata: Mapping[str, Any], tensor_names: Sequence[str], s
             raise ConfigError(f"{source}: tokenizer.ggml.{name} is {value!r}, expected a token id")
         return value
 
-    scaling = get("rope.scaling.type", "none")
-    if scaling not in ("none", None, ""):
-        raise ConfigError(f"{source}: rope.scaling.type is {scaling!r}, but only plain rotary embedding is implemented")
-    for name in ("expert_count", "attention.sliding_window", "attention.clamp_kqv"):
-        if get(name, 0):
-            raise ConfigError(f"{source}: {architecture}.{name} is {get(name)!r}, which is not implemented")
+    _refuse_gguf_maths(metadata, architecture, source)
     hidden, heads, positions = count("embedding_length"), count("attention.head_count"), count("context_length")
     head_dim = count("attention.key_length", hidden // heads)
+    if get("attention.value_length", head_dim) != head_dim:
+        raise ConfigError(
+            f"{source}: attention.value_length is {get('attention.value_length')}, expected {head_dim}, as the keys'"
+        )
     rotated = get("rope.dimension_count", head_dim)
     if rotated != head_dim:
         raise ConfigError(f"{source}: rope.dimension_count is {rotated}, but the whole head ({head_dim}) must rotate")
@@ -457,6 +508,9 @@ def _shortest_float(value: float) -> float:
 
 
 # ------------------------------------------------------------------------------------------------------ generation
+
+# A checkpoint that names no reply length gets this one, cut to what the context has room for.
+DEFAULT_NEW_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -508,13 +562,21 @@ class GenerationDefaults:
 
 
 def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = False, whole: bool = False) -> None:
-    kinds = int if whole else (int, float)
+    kinds = numbers.Integral if whole else numbers.Real
     good = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
     if not good or value > high or value < low or (open_low and value == low):
         kind = "a whole number" if whole else "a number"
         edge = f"above {low:g}" if open_low else f"at least {low:g}"
         top = "" if high == math.inf else f" and at most {high:g}"
         raise RequestError(f"{name} is {value!r}, expected {kind} {edge}{top}")
+
+
+def _items(name: str, value: Any) -> tuple[Any, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, Sequence):
+        raise RequestError(f"{name} is {value!r}, expected a list")
+    return tuple(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -546,7 +608,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int | None = None
-    stop: str | Sequence[str] = ()
+    stop: str | Sequence[str] | None = ()
     stop_token_ids: Sequence[int] | None = None
     ignore_eos: bool = False
     logprobs: int | None = None
@@ -563,18 +625,20 @@ class SamplingParams:
         check("top_p", 0.0, 1.0, open_low=True)
         check("top_k", 0, whole=True)
         check("min_p", 0.0, 1.0)
-        check("repetition_penalty", 0.0, open_low=True)
+        check("repetition_penalty", 0.01, 100.0)
         check("presence_penalty", -100.0, 100.0)
         check("frequency_penalty", -100.0, 100.0)
         check("seed", 0, 2**64 - 1, whole=True)
         check("logprobs", 0, whole=True)
         check("n", 1, 128, whole=True)
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        stop = (self.stop,) if isinstance(self.stop, str) else _items("stop", self.stop)
         if any(not isinstance(text, str) or not text for text in stop):
             raise RequestError(f"stop is {self.stop!r}, expected texts that are not empty")
-        ids = None if self.stop_token_ids is None else tuple(self.stop_token_ids)
+        ids = None if self.stop_token_ids is None else _items("stop_token_ids", self.stop_token_ids)
         if ids is not None and any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in ids):
             raise RequestError(f"stop_token_ids is {self.stop_token_ids!r}, expected token ids")
+        if not isinstance(self.ignore_eos, bool):
+            raise RequestError(f"ignore_eos is {self.ignore_eos!r}, expected True or False")
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", ids)
 
@@ -630,6 +694,8 @@ class EngineConfig:
         _positive("prefill_chunk", self.prefill_chunk)
         if self.attention not in ATTENTION_BACKENDS:
             raise ConfigError(f"attention is {self.attention!r}, expected one of {', '.join(ATTENTION_BACKENDS)}")
+        if not isinstance(self.prepack, bool):
+            raise ConfigError(f"prepack is {self.prepack!r}, expected True or False")
         if self.ntk not in ("prompt", "reserve"):
             raise ConfigError(f"ntk is {self.ntk!r}, expected 'prompt' or 'reserve'")
 
@@ -656,7 +722,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """A JSON object from a file, with errors that name the file and the place in it."""
     path = Path(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(
             f"{path} does not exist", hint="a model folder holds config.json beside its weights"

@@ -78,9 +78,9 @@ class ContextLengthError(RequestError):
     """
 
     def __init__(self, prompt_tokens: int, context_length: int, max_new_tokens: int = 1) -> None:
+        reply = f" and the reply needs room for {max_new_tokens} more" if max_new_tokens else ""
         super().__init__(
-            f"the prompt has {prompt_tokens} tokens and the reply needs room for {max_new_tokens} more, "
-            f"but the context holds {context_length}",
+            f"the prompt has {prompt_tokens} tokens{reply}, but the context holds {context_length}",
             hint="shorten the prompt, drop old turns, ask for fewer new tokens, or load with a larger max_context",
         )
         self.prompt_tokens = prompt_tokens

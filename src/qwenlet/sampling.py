@@ -8,6 +8,7 @@ counter-based: a draw is a function of (seed, choice, position) alone, so pausin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,9 @@ from torch import Tensor
 
 from qwenlet.config import SamplingParams
 from qwenlet.errors import RequestError
+
+# Dividing by less than this leaves one token anyway, and float32 runs out of range.
+_GREEDY_BELOW = 1e-6
 
 
 @dataclass(frozen=True)
@@ -62,11 +66,12 @@ def penalize(logits: Tensor, counts: TokenCounts, params: SamplingParams) -> Ten
 
 
 def top_k(logits: Tensor, ids: Tensor | None, k: int) -> tuple[Tensor, Tensor | None]:
-    """The k most likely of the tokens kept so far: (their logits, their ids); ids None stands for all, in order."""
+    """The k most likely of the tokens kept so far, and what is as likely as the k-th: (their logits, their ids); ids
+    None stands for all, in order."""
     if not 0 < k < logits.shape[0]:
         return logits, ids
-    values, places = logits.topk(k)
-    return values, places if ids is None else ids[places]
+    places = (logits >= logits.topk(k).values[-1]).nonzero()[:, 0]
+    return logits[places], places if ids is None else ids[places]
 
 
 def top_p(logits: Tensor, ids: Tensor | None, p: float) -> tuple[Tensor, Tensor | None]:
@@ -122,19 +127,21 @@ def choose(logits: Tensor, params: SamplingParams, counts: TokenCounts | None, c
         counts: needed if `needs_counts(params)`.
         position: place of the new token in its row.
     Raises:
-        RequestError: the logits hold NaN, so no token can be chosen.
+        RequestError: the logits hold NaN or infinity, so no token can be chosen.
     """
-    if bool(logits.isnan().any()):
-        raise RequestError(
-            "the model's logits are not numbers (NaN), so no token can be chosen",
-            hint="float16 overflows in places where bfloat16 and float32 don't; load with dtype='bf16' or 'fp32'",
-        )
     if counts is not None:
         logits = penalize(logits, counts, params)
-    if not params.temperature:
+    peak = logits.max()
+    if not math.isfinite(peak):  # max passes NaN on
+        raise RequestError(
+            f"the model's largest logit is {float(peak)}, so no token can be chosen",
+            hint="float16 overflows in places where bfloat16 and float32 don't; load with dtype='bf16' or 'fp32'",
+        )
+    temperature = params.temperature or 0.0
+    if temperature < _GREEDY_BELOW:
         return int(logits.argmax())
     # shifted first, so that a temperature near zero can't overflow
-    kept: tuple[Tensor, Tensor | None] = ((logits - logits.max()) / params.temperature, None)
+    kept: tuple[Tensor, Tensor | None] = ((logits - peak) / temperature, None)
     kept = top_k(*kept, params.top_k or 0)
     kept = top_p(*kept, 1.0 if params.top_p is None else params.top_p)
     kept = min_p(*kept, params.min_p or 0.0)

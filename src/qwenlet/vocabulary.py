@@ -10,6 +10,7 @@ Left out: growing the model's embedding. A model with 151,936 rows has 85 to spa
 
 from __future__ import annotations
 
+import codecs
 import heapq
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -49,7 +50,7 @@ def read_word_list(path: str | Path) -> dict[str, int]:
     """
     path = Path(path)
     try:
-        data = path.read_bytes()
+        data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise TokenizerError(f"the word list {path} can't be read: {error.strerror}") from error
     words: dict[str, int] = defaultdict(int)

@@ -221,4 +221,4 @@ def test_memory_within_a_container(tmp_path):
 
 
 def test_memory_a_model_needs():
-    assert doctor.memory_needed(qwen_1_8b(), 2) == 2 * (1_836_828_672 + 2 * 24 * 2048 * 32767)
+    assert doctor.memory_needed(qwen_1_8b(), 2) == 2 * (1_836_828_672 + 2 * 24 * 2048 * 8192)

@@ -177,6 +177,29 @@ def test_a_failing_request_fails_alone(model: Qwen, monkeypatch: pytest.MonkeyPa
     assert e.pool.free_pages == e.pool.pages
 
 
+def test_ctrl_c_between_two_streams_loses_nothing(model: Qwen, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interrupt lands in the neighbour's step, after its keys are stored and before its token is drawn."""
+    import qwenlet.engine.engine as module
+
+    expected = run(engine(model), [4, 5, 6], temperature=0, max_new_tokens=8).token_ids
+    e = engine(model)
+    (mine,) = e.submit([1, 2, 3], SamplingParams(temperature=0, max_new_tokens=8))
+    (neighbour,) = e.submit([4, 5, 6], SamplingParams(temperature=0, max_new_tokens=8))
+    real, struck = module.choose, []
+
+    def interrupted(*args: object) -> int:
+        if len(neighbour.reply) == 3 and not struck and e.scheduler.running[-1] is neighbour:
+            struck.append(True)
+            raise KeyboardInterrupt
+        return real(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "choose", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(e.stream(mine))
+    assert struck
+    assert Completion.from_chunks(e.stream(neighbour)).token_ids == expected
+
+
 def test_a_prompt_longer_than_the_context_says_the_counts(model: Qwen) -> None:
     e = engine(model, max_context=128)
     with pytest.raises(ContextLengthError, match=r"200 tokens.*128") as caught:

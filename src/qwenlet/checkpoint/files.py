@@ -6,6 +6,7 @@ Nothing is unpickled without `weights_only`.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -135,7 +136,9 @@ class PickledFiles(_Shards):
         try:
             state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            # torch colours its messages for terminals
+            text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+            reason = text.splitlines()[0] if text else type(error).__name__
             raise FormatError(
                 f"{path} ({path.stat().st_size} bytes) can't be read as a file of tensors: {reason}",
                 hint="it is truncated, damaged, older than torch 1.6, or holds more than tensors; "

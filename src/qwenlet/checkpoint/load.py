@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -59,12 +59,20 @@ class Checkpoint:
             ggufs = sorted(path.glob("*.gguf"))
             if not (path / "config.json").exists() and len(ggufs) == 1:
                 return cls.open(ggufs[0])
+            if not (path / "config.json").exists():
+                seen = ", ".join(p.name for p in ggufs) or "neither it nor a .gguf file"
+                raise CheckpointError(
+                    f"{path.resolve()} has no config.json; found {seen}",
+                    hint="name one of the files" if ggufs else "a model folder holds config.json beside its weights",
+                )
             config = ModelConfig.from_file(path)
             layout: Layout = "qwen" if config.model_type == "qwen" else "qwen2"
             defaults = GenerationDefaults()
             if (path / "generation_config.json").exists():
                 file = path / "generation_config.json"
                 defaults = GenerationDefaults.from_dict(read_json(file), str(file))
+            if not defaults.eos_token_ids:
+                defaults = replace(defaults, eos_token_ids=config.eos_token_ids)
             return cls(path, config, defaults, layout)
         if not path.exists():
             raise CheckpointError(

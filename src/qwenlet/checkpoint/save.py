@@ -113,12 +113,13 @@ def _write_configs(folder: Path, config: ModelConfig, dtype: torch.dtype, defaul
     """config.json, generation_config.json and tokenizer_config.json. Raises ConfigError as `to_published` does."""
     precision = {name: value == dtype and name != "fp32" for name, value in DTYPES.items()}
     _write_json(folder / "config.json", config.to_published() | precision)
+    ends = list(defaults.eos_token_ids)
     generation: dict[str, object] = {
         "chat_format": defaults.chat_format or "raw",
-        "eos_token_id": defaults.eos_token_ids[0] if len(defaults.eos_token_ids) == 1 else list(defaults.eos_token_ids),
-        "pad_token_id": defaults.eos_token_ids[0] if defaults.eos_token_ids else None,
+        "eos_token_id": ends if len(ends) > 1 else ends[0] if ends else None,
+        "pad_token_id": ends[0] if ends else None,
         "max_window_size": defaults.max_window_size,
-        "max_new_tokens": defaults.max_new_tokens or 512,
+        "max_new_tokens": defaults.max_new_tokens,
         "do_sample": defaults.do_sample,
         "temperature": defaults.temperature,
         "top_k": defaults.top_k,
@@ -205,8 +206,11 @@ def write_random(
     Raises:
         ConfigError: the published layout can't express this model.
         CheckpointError: `out` exists or could not be written.
+        TokenizerError: `tokenizer_file` is missing or not Qwen's vocabulary.
     """
     target = dtype_by_name(dtype)
+    if tokenizer_file is not None:
+        Tokenizer.from_file(tokenizer_file)  # refuses what is not a vocabulary
     generator = torch.Generator().manual_seed(seed)
     total = config.parameter_count * target.itemsize
     with torch.device("meta"):

@@ -54,6 +54,8 @@ def stderr() -> Console:
 
 def message(text: str = "", style: str | None = None, end: str = "\n") -> None:
     """One message on stderr."""
+    if sys.stderr is None:  # closed by the caller; print would turn to stdout, which is for data
+        return
     if style is None:
         print(printable(text), end=end, file=sys.stderr)
     else:
@@ -80,6 +82,9 @@ def run(load_app: Callable[[], Typer], verb: str, arguments: Sequence[str]) -> i
 
     usage_error = typer.BadParameter.__mro__[2]  # the base of all parse errors, which typer doesn't export
     program = f"qwenlet {verb}"
+    if sys.stdout is None:
+        error("stdout is closed, so there is nowhere to write to")
+        return FAILURE
     _prepare_streams()
     try:
         code = load_app()(list(arguments), prog_name=program, standalone_mode=False)

@@ -17,7 +17,7 @@ app = new_app()
 def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help="A model as for chat: a folder, a .gguf file, a name.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
-    to: Annotated[str, typer.Option(help="The layout to write: qwen, as first published.")],
+    to: Annotated[str, typer.Option(help="The layout to write: qwen, as first published.")] = "qwen",
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; as in the source unless given.")] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Use only what is on this machine.")] = False,
 ) -> None:

@@ -190,7 +190,7 @@ def _model(name: str) -> Iterator[Fact]:
     dtype, _ = auto_dtype(device)
     needed = memory_needed(config, dtype.itemsize)
     where = f"in {dtype_name(dtype)} on {device}"
-    yield Fact("needs", needed, f"{console.size(needed)} {where}", "weights and the past of a full context")
+    yield Fact("needs", needed, f"{console.size(needed)} {where}", "weights, and the past of the training length")
     memory = available_memory()
     if device.type == "cpu" and memory is not None:
         fits = needed <= memory
@@ -209,9 +209,8 @@ def _devices() -> list[Any]:
 
 
 def memory_needed(config: ModelConfig, bytes_per_value: int) -> int:
-    """Bytes of the weights and of the keys and values of a whole context."""
-    past = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * config.context_length
-    return (config.parameter_count + past) * bytes_per_value
+    """Bytes of the weights, and of the keys and values of as many tokens as the model was trained on."""
+    return config.parameter_count * bytes_per_value + config.seq_length * config.cache_bytes(bytes_per_value)
 
 
 def cpu_info(path: Path = Path("/proc/cpuinfo")) -> tuple[str, frozenset[str]]:

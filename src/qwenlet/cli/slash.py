@@ -16,6 +16,7 @@ from qwenlet.cli import console
 from qwenlet.cli.conversation import CHAT_PARAMS, parse_param
 from qwenlet.cli.reply import stats_line
 from qwenlet.cli.session import Session
+from qwenlet.config import DEFAULT_NEW_TOKENS
 from qwenlet.errors import RequestError
 
 MARKS = {"length": "[cut: no room for more, see max_new_tokens in /show]", "cancelled": "[stopped]"}
@@ -127,7 +128,7 @@ def _setting(session: Session, name: str) -> str:
     if name == "seed" and value is None:
         return "seed = drawn for each reply"
     if name == "max_new_tokens" and value is None:
-        return "max_new_tokens = as many as the context has room for"
+        return f"max_new_tokens = {DEFAULT_NEW_TOKENS}"
     return f"{name} = {_shown(value)}" + ("  (the checkpoint's own)" if own is None and value != () else "")
 
 

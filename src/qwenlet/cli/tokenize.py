@@ -78,10 +78,6 @@ def _parse_ids(text: str) -> list[int]:
     return [int(word) for word in words]
 
 
-def _record(number: int, piece: bytes) -> dict[str, int | str | None]:
-    return {"id": number, "text": _text(piece), "hex": piece.hex()}
-
-
 def _text(piece: bytes) -> str | None:
     try:
         return piece.decode("utf-8")

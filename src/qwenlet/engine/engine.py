@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import secrets
 import threading
 import time
@@ -10,8 +11,8 @@ from dataclasses import replace
 
 import torch
 
-from qwenlet.cache import PAGE_TOKENS, PagePool, pages_for
-from qwenlet.config import EngineConfig, GenerationDefaults, SamplingParams
+from qwenlet.cache import PagePool, pages_for
+from qwenlet.config import DEFAULT_NEW_TOKENS, EngineConfig, GenerationDefaults, ModelConfig, SamplingParams
 from qwenlet.engine.records import Chunk, FinishReason
 from qwenlet.engine.request import Request
 from qwenlet.engine.runner import Runner
@@ -21,9 +22,6 @@ from qwenlet.errors import ConfigError, ContextLengthError, RequestError
 from qwenlet.model import Qwen
 from qwenlet.sampling import TokenCounts, TokenLogprob, choose, needs_counts, token_logprob
 from qwenlet.tokenizer import StreamDecoder, Tokenizer
-
-# A checkpoint that names no reply length gets this one, cut to what the context has room for.
-_DEFAULT_NEW_TOKENS = 512
 
 
 class Engine:
@@ -44,6 +42,7 @@ class Engine:
         stop_ids: Sequence[int] = (),
     ) -> None:
         limit = model.config.context_length
+        dtype = model.transformer.wte.weight.dtype
         if options.max_context is not None and options.max_context > limit:
             raise ConfigError(
                 f"max_context is {options.max_context}, but this model has published maths for {limit} positions",
@@ -51,9 +50,8 @@ class Engine:
             )
         self.model, self.tokenizer, self.options, self.defaults = model, tokenizer, options, defaults
         self.device = device
-        self.context_length = options.max_context or limit
+        self.context_length = options.max_context or _affordable(model.config, dtype, device)
         self.stop_ids = frozenset([*defaults.eos_token_ids, *stop_ids])
-        dtype = model.transformer.wte.weight.dtype
         self.pool = PagePool(model.config, pages_for(self.context_length), dtype, device)
         self.scheduler = Scheduler(self.pool)
         self.runner = Runner(model, self.pool, device, options.attention)
@@ -68,7 +66,7 @@ class Engine:
             RequestError: an empty prompt, an id outside the vocabulary, a stop text without a tokenizer.
             ContextLengthError: prompt and reply don't fit.
         """
-        prompt = self._check_prompt(prompt)
+        prompt = self.check_prompt(prompt)
         reserved = params.max_new_tokens
         resolved = params.resolve(self.defaults)
         room = self.context_length - len(prompt)
@@ -76,7 +74,7 @@ class Engine:
             raise ContextLengthError(len(prompt), self.context_length, reserved or 1)
         if resolved.stop and self.tokenizer is None:
             raise RequestError("stop texts need a tokenizer, and this model has none", hint="use stop_token_ids")
-        limit = reserved or min(room, resolved.max_new_tokens or _DEFAULT_NEW_TOKENS)
+        limit = reserved or min(room, resolved.max_new_tokens or DEFAULT_NEW_TOKENS)
         seed = secrets.randbits(32) if resolved.seed is None else resolved.seed
         resolved = replace(resolved, max_new_tokens=limit, seed=seed)
         alpha = self.model.config.ntk_alpha(len(prompt) + (limit if self.options.ntk == "reserve" else 0))
@@ -86,8 +84,12 @@ class Engine:
                 self.scheduler.add(request)
         return requests
 
-    def _check_prompt(self, prompt: Sequence[int]) -> tuple[int, ...]:
-        ids = tuple(int(token) for token in prompt)
+    def check_prompt(self, prompt: Sequence[int]) -> tuple[int, ...]:
+        """The ids as plain numbers. Raises RequestError if there are none, or one is not of this vocabulary."""
+        try:
+            ids = tuple(operator.index(token) for token in prompt)
+        except TypeError:
+            raise RequestError(f"a prompt is text or a list of token ids, not {prompt!r:.80}") from None
         if not ids:
             raise RequestError("the prompt is empty", hint="give at least one token")
         size = self.model.config.vocab_size
@@ -106,7 +108,7 @@ class Engine:
             params=params,
             alpha=alpha,
             stop_tokens=StopTokens([*own, *(params.stop_token_ids or ())], sequences),
-            stop_texts=StopTexts(tuple(params.stop)),
+            stop_texts=StopTexts(tuple(params.stop or ())),
             decoder=None if self.tokenizer is None else StreamDecoder(self.tokenizer, skip_special_tokens=True),
             choice=choice,
             dropped_turns=dropped_turns,
@@ -144,8 +146,8 @@ class Engine:
             request.started_at = time.perf_counter()
         tokens = request.next_tokens(self.options.prefill_chunk)
         logits = self.runner.run(request, tokens)
-        request.stored += len(tokens)
         if logits is None:
+            request.stored += len(tokens)
             self._emit(request, "", [], None)
             return
 
@@ -157,7 +159,15 @@ class Engine:
         logprobs = None
         if request.params.logprobs is not None:
             logprobs = [token_logprob(logits, token, request.params.logprobs)]
-        self._accept(request, token, logprobs)
+        # only now, together with its token: a Ctrl-C before this line lets the next step do the same work again
+        request.stored += len(tokens)
+        try:
+            self._accept(request, token, logprobs)
+        except BaseException:
+            # half taken in: going on could lose a token, so the request ends and says why
+            if request.finish_reason is None:
+                self._finish(request, "error", [], None, "interrupted while a token was taken in")
+            raise
 
     def _accept(self, request: Request, token: int, logprobs: list[TokenLogprob] | None) -> None:
         """Takes a sampled token into the reply, and ends the reply if it is the last."""
@@ -221,11 +231,14 @@ class Engine:
             )
         )
 
-    @property
-    def cache_bytes_per_token(self) -> int:
-        """Bytes of keys and values that one token of context takes."""
-        pages = self.pool.k[0]
-        return 2 * len(self.pool.k) * pages[0].numel() * pages.element_size() // PAGE_TOKENS
+
+def _affordable(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
+    """The longest context with published maths; on a GPU, where pages take their memory at once, as much of it as half
+    of the free memory holds."""
+    if device.type != "cuda":
+        return config.context_length
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(min(config.context_length, free // 2 // config.cache_bytes(dtype.itemsize)), 1)
 
 
 class Stream(Iterator[Chunk]):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from qwenlet.errors import DiskSpaceError, HubError
 
-# called with (what is being fetched, bytes so far, bytes in all)
+# called with (bytes so far, bytes in all, what is being fetched)
 Progress = Callable[[int, int, str], None]
 
 _TRUE = ("1", "true", "yes", "on")
