@@ -1,0 +1,28 @@
+"""Every dataclass that a file or a flag can set. No torch in here.
+
+ModelConfig          what the weights are: shapes and maths
+GenerationDefaults   what the checkpoint's generation_config.json asks for
+SamplingParams       what a caller asks for one request; None means "as the checkpoint says"
+EngineConfig         how the engine runs: context, attention backend
+"""
+
+from qwenlet.config.engine import ATTENTION_BACKENDS, EngineConfig
+from qwenlet.config.fields import read_json
+from qwenlet.config.generation import DEFAULT_NEW_TOKENS, GenerationDefaults, SamplingParams
+from qwenlet.config.gguf import config_from_gguf
+from qwenlet.config.model import LOGN_TABLE_LENGTH, MODEL_TYPES, ModelConfig, ModelType, qwen_1_8b
+
+__all__ = [
+    "ATTENTION_BACKENDS",
+    "DEFAULT_NEW_TOKENS",
+    "LOGN_TABLE_LENGTH",
+    "MODEL_TYPES",
+    "EngineConfig",
+    "GenerationDefaults",
+    "ModelConfig",
+    "ModelType",
+    "SamplingParams",
+    "config_from_gguf",
+    "qwen_1_8b",
+    "read_json",
+]

@@ -1,0 +1,167 @@
+"""How replies are drawn: what the checkpoint asks for by default, and what a caller asks for one request."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from qwenlet.config.fields import Fields
+from qwenlet.errors import ConfigError, RequestError
+
+# A checkpoint that names no reply length gets this one, cut to what the context has room for.
+DEFAULT_NEW_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class GenerationDefaults:
+    """What the checkpoint's `generation_config.json` asks for. Defaults: greedy, no penalties."""
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    max_new_tokens: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    stop_words_ids: tuple[tuple[int, ...], ...] = ()
+    chat_format: Literal["chatml", "raw"] | None = None
+    max_window_size: int = 6144
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], source: str = "generation_config.json") -> GenerationDefaults:
+        """Reads a parsed `generation_config.json`; fields of generation modes we don't have are left alone."""
+        f = Fields(raw, source, "generation")
+        words = f.raw.pop("stop_words_ids", None) or []
+        if not isinstance(words, list) or any(not isinstance(w, list) for w in words):
+            raise ConfigError(f"{source}: stop_words_ids is {words!r}, expected a list of lists of token ids")
+        chat_format = f.take("chat_format", str, None)
+        if chat_format not in (None, "chatml", "raw"):
+            raise ConfigError(f"{source}: chat_format is {chat_format!r}, expected 'chatml' or 'raw'")
+        sampling = {
+            "temperature": f.take("temperature", float, 1.0),
+            "top_p": f.take("top_p", float, 1.0),
+            "top_k": f.take("top_k", int, 0),
+            "min_p": f.take("min_p", float, 0.0),
+            "repetition_penalty": f.take("repetition_penalty", float, 1.0),
+            "max_new_tokens": f.take("max_new_tokens", int, None),
+        }
+        try:
+            SamplingParams(**sampling)
+        except RequestError as error:
+            raise ConfigError(f"{source}: {error.message}") from None
+        return cls(
+            do_sample=f.take("do_sample", bool, False),
+            eos_token_ids=f.take_ids("eos_token_id"),
+            stop_words_ids=tuple(tuple(w) for w in words),
+            chat_format=chat_format,
+            max_window_size=f.take("max_window_size", int, 6144),
+            **sampling,
+        )
+
+
+def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = False, whole: bool = False) -> None:
+    kinds = numbers.Integral if whole else numbers.Real
+    good = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+    if not good or value > high or value < low or (open_low and value == low):
+        kind = "a whole number" if whole else "a number"
+        edge = f"above {low:g}" if open_low else f"at least {low:g}"
+        top = "" if high == math.inf else f" and at most {high:g}"
+        raise RequestError(f"{name} is {value!r}, expected {kind} {edge}{top}")
+
+
+def _items(name: str, value: Any) -> tuple[Any, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, Sequence):
+        raise RequestError(f"{name} is {value!r}, expected a list")
+    return tuple(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """What one request asks for. None means: as the checkpoint's generation config says.
+
+    Attributes:
+        max_new_tokens: at most so many tokens in the reply.
+        temperature: 0 is greedy; above 0 the logits are divided by it.
+        top_p: keep the smallest set of most likely tokens whose probabilities reach this sum, in (0, 1].
+        top_k: keep the k most likely tokens; 0 keeps all.
+        min_p: drop tokens less likely than min_p times the most likely one.
+        repetition_penalty: above 1 makes every token of prompt and reply less likely (CTRL, arXiv:1909.05858).
+        presence_penalty, frequency_penalty: subtracted from the logit of a token of the reply, once or per occurrence.
+        seed: the same seed gives the same tokens, whatever else the engine runs. None draws one.
+        stop: texts that end the reply and are not part of it.
+        stop_token_ids: ids that end the reply, beside the checkpoint's own.
+        ignore_eos: don't stop at the checkpoint's own end tokens.
+        logprobs: give the log-probability of each token, and of so many most likely alternatives.
+        n: so many replies, each with its own randomness.
+    """
+
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: str | Sequence[str] | None = ()
+    stop_token_ids: Sequence[int] | None = None
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        def check(name: str, low: float, high: float = math.inf, **kinds: bool) -> None:
+            value = getattr(self, name)
+            if value is not None:
+                _number(name, value, low, high, **kinds)
+
+        check("max_new_tokens", 1, whole=True)
+        check("temperature", 0.0)
+        check("top_p", 0.0, 1.0, open_low=True)
+        check("top_k", 0, whole=True)
+        check("min_p", 0.0, 1.0)
+        check("repetition_penalty", 0.01, 100.0)
+        check("presence_penalty", -100.0, 100.0)
+        check("frequency_penalty", -100.0, 100.0)
+        check("seed", 0, 2**64 - 1, whole=True)
+        check("logprobs", 0, whole=True)
+        check("n", 1, 128, whole=True)
+        stop = (self.stop,) if isinstance(self.stop, str) else _items("stop", self.stop)
+        if any(not isinstance(text, str) or not text for text in stop):
+            raise RequestError(f"stop is {self.stop!r}, expected texts that are not empty")
+        ids = None if self.stop_token_ids is None else _items("stop_token_ids", self.stop_token_ids)
+        if ids is not None and any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in ids):
+            raise RequestError(f"stop_token_ids is {self.stop_token_ids!r}, expected token ids")
+        if not isinstance(self.ignore_eos, bool):
+            raise RequestError(f"ignore_eos is {self.ignore_eos!r}, expected True or False")
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", ids)
+
+    def resolve(self, defaults: GenerationDefaults) -> SamplingParams:
+        """The same with every None replaced by what the checkpoint says; max_new_tokens and seed may stay None."""
+        cuts_set = any(value is not None for value in (self.top_p, self.top_k, self.min_p))
+        temperature = self.temperature
+        if temperature is None:
+            # a caller who sets top_p wants sampling, also from a checkpoint whose default is greedy
+            temperature = defaults.temperature if defaults.do_sample else 1.0 if cuts_set else 0.0
+
+        def pick(value: Any, default: Any) -> Any:
+            return default if value is None else value
+
+        return replace(
+            self,
+            temperature=temperature,
+            top_p=pick(self.top_p, defaults.top_p),
+            top_k=pick(self.top_k, defaults.top_k),
+            min_p=pick(self.min_p, defaults.min_p),
+            repetition_penalty=pick(self.repetition_penalty, defaults.repetition_penalty),
+            max_new_tokens=pick(self.max_new_tokens, defaults.max_new_tokens),
+            stop_token_ids=self.stop_token_ids or (),
+        )
