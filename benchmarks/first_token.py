@@ -34,7 +34,7 @@ mark("import qwenlet")
 checkpoint = Checkpoint.open(hub.resolve("demo", offline=True)); mark("find and read the header")
 tokenizer = Tokenizer.from_gguf(checkpoint.header.metadata, "demo"); mark("tokenizer")
 cpu = torch.device("cpu")
-model, _ = load_model(checkpoint, auto_dtype(cpu)[0], cpu, prepack=True); mark("weights")
+model, _ = load_model(checkpoint, auto_dtype(cpu)[0], cpu, linear="auto"); mark("weights")
 engine = Engine(model, tokenizer, EngineConfig(), checkpoint.defaults, cpu, chat.stop_ids(tokenizer))
 ids = chat.render(tokenizer, [{"role": "system", "content": checkpoint.default_system},
                               {"role": "user", "content": "What is the capital of France?"}])

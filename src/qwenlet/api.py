@@ -88,7 +88,7 @@ def load(
     path = hub.resolve(str(name_or_path), offline=offline, revision=revision, progress=progress)
     checkpoint = Checkpoint.open(path)
     tokenizer = _tokenizer(checkpoint)
-    model, report = load_model(checkpoint, chosen, where, prepack=options.prepack, progress=progress)
+    model, report = load_model(checkpoint, chosen, where, linear=options.linear, progress=progress)
     report.notes.append(
         f"{dtype_name(chosen)} because {reason}" if dtype == "auto" else f"{dtype_name(chosen)} {reason}"
     )

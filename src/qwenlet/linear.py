@@ -1,9 +1,10 @@
-"""Linears in the order their kernel wants, and the walk that swaps them in.
+"""Linears in the form their kernel wants, and the walk that swaps them in. bfloat16 on a CPU only, for now.
 
-    PrepackedLinear   bfloat16 on a CPU: oneDNN's blocked weight order, packed once instead of at every call
+    StreamedLinear    our own kernels: weights row by row as published, streamed for a few rows
+    PrepackedLinear   oneDNN's blocked order, a copy made once: where the package was built without kernels
 
-A decoded token reads every weight once, so the order in memory decides the speed: one row of 2048 x 11008 moved at
-12 GB/s through `F.linear` and at 18-23 GB/s prepacked on two cores of a Zen 4 (dev/LOG.md, 2026-11-22).
+A decoded token reads every weight once, so the order in memory and the loads decide the speed. One row of 2048 x 5504
+on two cores of a Zen 4: `F.linear` 12 GB/s, prepacked 16, streamed 20-28 (dev/LOG.md, 2026-11-22).
 """
 
 from __future__ import annotations
@@ -13,8 +14,26 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
+from qwenlet.errors import ConfigError
+from qwenlet.ops import cpu
+
 # Rows oneDNN is told to expect when it chooses the blocked order. 16 measured best for one row and no worse for many.
 _ROWS_HINT = 16
+
+
+class StreamedLinear(nn.Module):
+    """y = x W^T + b by `ops.cpu.linear_bf16`, with W [out, in] in memory of its own:
+    many rows over the pages of a mapped file ran at 0.82 of the speed."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.clone(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, in] bfloat16 -> [N, out]."""
+        return cpu.linear_bf16(x, self.weight, self.bias)
 
 
 class PrepackedLinear(nn.Module):
@@ -47,6 +66,37 @@ def prepack_works() -> tuple[bool, str]:
     except (RuntimeError, AttributeError, NotImplementedError) as error:
         return False, f"this torch lacks oneDNN's prepacked linear ({str(error).splitlines()[0]})"
     return True, "oneDNN keeps bfloat16 weights in blocked order"
+
+
+Kind = type[StreamedLinear] | type[PrepackedLinear] | None
+
+
+def choose_linear(asked: str, device: torch.device, dtype: torch.dtype) -> tuple[Kind, str]:
+    """Which class runs the linears (None: torch's own), and why.
+
+    Args:
+        asked: "auto", or by name "streamed", "prepacked", "torch".
+    Raises:
+        ConfigError: what was asked for does not run here.
+    """
+    if asked == "torch":
+        return None, "asked for"
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        if asked == "auto":
+            return None, "other kernels are for bfloat16 on a CPU"
+        raise ConfigError(
+            f"linear={asked!r} is for bfloat16 on a CPU, not {dtype} on {device}", hint="use linear='auto'"
+        )
+    streamed, (packs, packs_why) = cpu.status(), prepack_works()
+    if asked in ("auto", "streamed") and streamed.isa is not None:
+        return StreamedLinear, f"{streamed.isa} kernels, {streamed.reason}"
+    if asked == "streamed":
+        raise ConfigError(f"linear='streamed' has no kernels here: {streamed.reason}", hint="use linear='auto'")
+    if packs:
+        return PrepackedLinear, packs_why
+    if asked == "prepacked":
+        raise ConfigError(f"linear='prepacked' does not run here: {packs_why}", hint="use linear='auto'")
+    return None, packs_why
 
 
 def replace_linear(root: nn.Module, name: str, new: nn.Module) -> None:

@@ -41,8 +41,10 @@ from qwenlet.checkpoint import DEFAULT_SYSTEM, Checkpoint, auto_dtype, dtype_by_
 from qwenlet.config import GenerationDefaults, ModelConfig
 from qwenlet.errors import CheckpointError, ConfigError, FormatError
 from qwenlet.gguf_header import read_header
-from qwenlet.linear import PrepackedLinear, prepack_works
+from qwenlet.linear import PrepackedLinear, StreamedLinear, prepack_works
+from qwenlet.ops import cpu
 
+needs_kernels = pytest.mark.skipif(not cpu.available(), reason="the package was built without a compiler")
 needs_prepack = pytest.mark.skipif(not prepack_works()[0], reason=f"no prepacking here: {prepack_works()[1]}")
 needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 
@@ -252,20 +254,33 @@ def test_prepacked_models_give_the_same_logits(tmp_path: Path, tiny: Path, state
         case _:
             path = published(tmp_path / "m", cut(untied_state(random_llama()), LLAMA), foreign_config(LLAMA, "llama"))
     plain = load(path, torch.bfloat16)
-    packed, report = load_model(Checkpoint.open(path), torch.bfloat16, CPU, prepack=True)
+    packed, report = load_model(Checkpoint.open(path), torch.bfloat16, CPU, linear="prepacked")
     assert isinstance(packed.lm_head, PrepackedLinear)
-    assert report.prepacked == 5 * packed.config.num_hidden_layers + 1
-    assert f"{report.prepacked} linears prepacked" in str(report)
+    assert report.swapped == 5 * packed.config.num_hidden_layers + 1
+    assert f"{report.swapped} linears by PrepackedLinear" in str(report)
     assert torch.equal(packed.lm_head.unpack(), plain.lm_head.weight)
     expected, found = logits(plain), logits(packed)
     assert (found - expected).abs().max() <= 0.02 * expected.abs().max()
 
 
-def test_only_bfloat16_is_prepacked(tiny: Path) -> None:
+@needs_kernels
+def test_streamed_models_give_the_same_logits(tiny: Path) -> None:
+    plain = load(tiny, torch.bfloat16)
+    streamed, report = load_model(Checkpoint.open(tiny), torch.bfloat16, CPU, linear="auto")
+    assert isinstance(streamed.lm_head, StreamedLinear)
+    assert report.swapped == 5 * streamed.config.num_hidden_layers + 1
+    expected, found = logits(plain), logits(streamed)
+    assert (found - expected).abs().max() <= 0.02 * expected.abs().max()
+
+
+def test_other_dtypes_run_on_torch(tiny: Path) -> None:
     for dtype in (torch.float32, torch.float16):
-        model, report = load_model(Checkpoint.open(tiny), dtype, CPU, prepack=True)
-        assert report.prepacked == 0
+        model, report = load_model(Checkpoint.open(tiny), dtype, CPU, linear="auto")
+        assert report.swapped == 0
         assert isinstance(model.lm_head, torch.nn.Linear)
+        for linear in ("streamed", "prepacked"):
+            with pytest.raises(ConfigError, match=linear):
+                load_model(Checkpoint.open(tiny), dtype, CPU, linear=linear)
 
 
 def test_progress_counts_bytes_up_to_all(tmp_path: Path, tiny: Path) -> None:
@@ -308,13 +323,15 @@ BIG = ModelConfig(
 LARGEST_TENSOR = BIG.vocab_size * BIG.hidden_size
 
 CASES = [  # what stays mapped comes first, before the process keeps memory that it freed
-    ("safetensors", "bf16", False),
-    ("bin", "bf16", False),
-    ("safetensors", "fp16", False),
-    pytest.param("safetensors", "bf16", True, marks=needs_prepack),
-    ("bin", "fp16", False),
-    pytest.param("bin", "bf16", True, marks=needs_prepack),
-    ("model.gguf", "bf16", False),
+    ("safetensors", "bf16", "torch"),
+    ("bin", "bf16", "torch"),
+    ("safetensors", "fp16", "torch"),
+    pytest.param("safetensors", "bf16", "prepacked", marks=needs_prepack),
+    ("bin", "fp16", "torch"),
+    pytest.param("bin", "bf16", "prepacked", marks=needs_prepack),
+    pytest.param("safetensors", "bf16", "streamed", marks=needs_kernels),
+    pytest.param("bin", "bf16", "streamed", marks=needs_kernels),
+    ("model.gguf", "bf16", "torch"),
 ]
 
 MEASURE = """
@@ -327,13 +344,13 @@ def memory(name):
 
 start = memory("VmRSS"), memory("RssAnon")
 for line in sys.stdin:
-    folder, source, dtype, prepack = json.loads(line)
+    folder, source, dtype, linear = json.loads(line)
     checkpoint = Checkpoint.open(f"{folder}/{source}")
     model = report = None
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # the high-water mark starts anew
-    model, report = load_model(checkpoint, dtype_by_name(dtype), torch.device("cpu"), prepack=prepack)
-    assert (report.prepacked > 0) == prepack, report
+    model, report = load_model(checkpoint, dtype_by_name(dtype), torch.device("cpu"), linear=linear)
+    assert (report.swapped > 0) == (linear != "torch"), report
     print(json.dumps([memory("VmHWM") - start[0], memory("RssAnon") - start[1]]), flush=True)
 """
 
@@ -369,17 +386,17 @@ def measure() -> Iterator[Callable[..., list[int]]]:
 
 
 @needs_proc
-@pytest.mark.parametrize(("source", "dtype", "prepack"), CASES)
+@pytest.mark.parametrize(("source", "dtype", "linear"), CASES)
 def test_memory_stays_within_the_weights_the_largest_tensor_and_300_mb(
-    big: Path, measure: Callable[..., list[int]], source: str, dtype: str, prepack: bool
+    big: Path, measure: Callable[..., list[int]], source: str, dtype: str, linear: str
 ) -> None:
     """Of the 300 MB the interpreter and a CPU build of torch take some 225, so loading may take 75."""
-    peak, anonymous = measure(big, source, dtype, prepack)
+    peak, anonymous = measure(big, source, dtype, linear)
     weights, largest = 2 * BIG.parameter_count, 2 * LARGEST_TENSOR
     print(f"peak +{peak / MEGABYTE:.0f} MB, anonymous +{anonymous / MEGABYTE:.0f} MB of {weights / MEGABYTE:.0f} MB")
     assert 350 * MEGABYTE < weights < 450 * MEGABYTE
     assert peak <= weights + largest + 75 * MEGABYTE
-    if (dtype, prepack) == ("bf16", False) and source != "model.gguf":
+    if (dtype, linear) == ("bf16", "torch") and source != "model.gguf":
         assert anonymous <= 50 * MEGABYTE, "the weights were copied"
 
 

@@ -36,11 +36,11 @@ def test_defaults_and_choices_are_shown(run):
 
 def test_only_the_flags_that_were_used_are_passed_on(run, api):
     run("chat", "some/model", "-p", "hi")
-    run("chat", "-p", "hi", "--device", "cpu", "--no-prepack", "--max-context", "32", "--offline", "--seed", "3",
+    run("chat", "-p", "hi", "--device", "cpu", "--linear", "torch", "--max-context", "32", "--offline", "--seed", "3",
         "--stop", "a", "--stop", "b", "--stop-token-ids", "5", "--ignore-eos")  # fmt: skip
     assert api.loaded == [
         ("some/model", {}),
-        ("demo", {"device": "cpu", "prepack": False, "max_context": 32, "offline": True}),
+        ("demo", {"device": "cpu", "linear": "torch", "max_context": 32, "offline": True}),
     ]
     assert [params for _, params in api.llm.requests] == [
         SamplingParams(),

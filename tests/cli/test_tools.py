@@ -173,7 +173,7 @@ def test_doctor_tells_what_the_deciding_code_says(run, model, empty_cache):
     import torch
 
     from qwenlet.checkpoint import auto_dtype, dtype_name
-    from qwenlet.linear import prepack_works
+    from qwenlet.linear import choose_linear
 
     result = run("doctor", model, "--json")
     assert result.code == 0, result.out
@@ -181,7 +181,8 @@ def test_doctor_tells_what_the_deciding_code_says(run, model, empty_cache):
     assert list(facts) == ["software", "machine", "precision", "kernels", "models", "model"]
     dtype, why = auto_dtype(torch.device("cpu"))
     assert facts["precision"]["auto on cpu"] == {"value": dtype_name(dtype), "why": why}
-    assert facts["kernels"]["bf16 linears, cpu"]["value"] is prepack_works()[0]
+    _, why = choose_linear("auto", torch.device("cpu"), torch.bfloat16)
+    assert facts["kernels"]["bf16 linears, cpu"]["why"] == why
     assert "math" in facts["kernels"]["attention, cpu"]["value"]
     assert facts["models"]["network"]["value"] is False
     assert facts["model"]["type"]["value"] == "qwen"

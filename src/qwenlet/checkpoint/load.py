@@ -20,7 +20,7 @@ from qwenlet.checkpoint.names import Layout, Part, join, parts_of, unpermute
 from qwenlet.config import GenerationDefaults, ModelConfig, config_from_gguf, read_json
 from qwenlet.errors import CheckpointError
 from qwenlet.gguf_header import GGUFHeader, read_header
-from qwenlet.linear import PrepackedLinear, prepack_works, replace_linear
+from qwenlet.linear import choose_linear, replace_linear
 from qwenlet.model import Qwen
 
 # What the published chat code falls back to.
@@ -127,11 +127,12 @@ class LoadReport:
     weight_bytes: int = 0
     seconds: float = 0.0
     dtype: str = ""
-    prepacked: int = 0
+    swapped: int = 0
+    linear: str = "torch"
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        packed = f", {self.prepacked} linears prepacked" if self.prepacked else ""
+        packed = f", {self.swapped} linears by {self.linear}" if self.swapped else ""
         notes = "".join(f"; {note}" for note in self.notes)
         return (
             f"{self.parameters / 1e6:,.1f} M parameters in {self.dtype}, loaded in {self.seconds:.1f} s{packed}{notes}"
@@ -143,13 +144,13 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     *,
-    prepack: bool = False,
+    linear: str = "torch",
     progress: Progress | None = None,
 ) -> tuple[Qwen, LoadReport]:
     """The model in evaluation mode, with every weight assigned.
 
     Args:
-        prepack: give bfloat16 linears on a CPU to oneDNN in its own order (inference only).
+        linear: which kernels run the linears: "torch", or as `choose_linear` says (inference only).
         progress: called with (bytes done, bytes in all, tensor name).
     Raises:
         CheckpointError: missing, unexpected or wrongly shaped tensors, all of them in one message.
@@ -160,7 +161,8 @@ def load_model(
     report = LoadReport(dtype=str(dtype).removeprefix("torch."), parameters=config.parameter_count)
     model, plan = plan_reading(checkpoint, weights, report.notes)
 
-    prepack = prepack and device.type == "cpu" and dtype == torch.bfloat16 and prepack_works()[0]
+    kind, _ = choose_linear(linear, device, dtype)
+    report.linear = "torch" if kind is None else kind.__name__
     total = report.parameters * dtype.itemsize
     for module_name, module in list(model.named_modules()):
         names = {leaf: f"{module_name}.{leaf}" for leaf, _ in module.named_parameters(recurse=False)}
@@ -171,16 +173,16 @@ def load_model(
                 report.weight_bytes += tensors[leaf].nbytes
                 if progress is not None:
                     progress(report.weight_bytes, total, name)
-        if prepack and tensors and isinstance(module, nn.Linear):
-            replace_linear(model, module_name, PrepackedLinear(tensors["weight"], tensors.get("bias")))
-            report.prepacked += 1
+        if kind is not None and tensors and isinstance(module, nn.Linear):
+            replace_linear(model, module_name, kind(tensors["weight"], tensors.get("bias")))
+            report.swapped += 1
             continue
         for leaf, tensor in tensors.items():
             setattr(module, leaf, nn.Parameter(tensor.to(device), requires_grad=False))
     if config.tie_word_embeddings:
-        if prepack:
-            replace_linear(model, "lm_head", PrepackedLinear(model.transformer.wte.weight, None))
-            report.prepacked += 1
+        if kind is not None:
+            replace_linear(model, "lm_head", kind(model.transformer.wte.weight, None))
+            report.swapped += 1
         else:
             model.tie_weights()
     report.seconds = time.perf_counter() - started

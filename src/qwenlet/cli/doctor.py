@@ -147,12 +147,14 @@ def _precision() -> Iterator[Fact]:
 
 
 def _kernels() -> Iterator[Fact]:
+    import torch
+
     from qwenlet.checkpoint import auto_dtype
-    from qwenlet.linear import prepack_works
+    from qwenlet.linear import choose_linear
     from qwenlet.ops.attention import check_backend
 
-    works, why = prepack_works()
-    yield Fact("bf16 linears, cpu", works, "prepacked" if works else "torch's own", why)
+    kind, why = choose_linear("auto", torch.device("cpu"), torch.bfloat16)
+    yield Fact("bf16 linears, cpu", "torch" if kind is None else kind.__name__, why=why)
     for device in _devices():
         dtype, _ = auto_dtype(device)
         usable = []

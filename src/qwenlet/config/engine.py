@@ -10,6 +10,7 @@ from typing import Any, Literal
 from qwenlet.config.fields import positive
 from qwenlet.errors import ConfigError
 
+LINEAR_KINDS = ("auto", "streamed", "prepacked", "torch")
 ATTENTION_BACKENDS = ("auto", "flash", "math", "efficient")
 
 
@@ -22,14 +23,15 @@ class EngineConfig:
         attention: which of torch's scaled-dot-product kernels may run; "auto" lets torch choose.
         ntk: "prompt" sets the NTK factor from the prompt, as published; "reserve" from prompt + max_new_tokens.
         prefill_chunk: prompt tokens per step, so that progress can be shown and a reply can be stopped early.
-        prepack: let oneDNN keep its own copy of bfloat16 weights in blocked order on a CPU (faster decode).
+        linear: which kernels run bfloat16 linears on a CPU: "streamed" (our own), "prepacked" (oneDNN on a copy of the
+            weights in its order), "torch"; "auto" takes the first that runs here.
     """
 
     max_context: int | None = None
     attention: str = field(default="auto", metadata={"choices": ATTENTION_BACKENDS})
     ntk: Literal["prompt", "reserve"] = "prompt"
     prefill_chunk: int = 512
-    prepack: bool = True
+    linear: str = field(default="auto", metadata={"choices": LINEAR_KINDS})
 
     def __post_init__(self) -> None:
         if self.max_context is not None:
@@ -37,8 +39,8 @@ class EngineConfig:
         positive("prefill_chunk", self.prefill_chunk)
         if self.attention not in ATTENTION_BACKENDS:
             raise ConfigError(f"attention is {self.attention!r}, expected one of {', '.join(ATTENTION_BACKENDS)}")
-        if not isinstance(self.prepack, bool):
-            raise ConfigError(f"prepack is {self.prepack!r}, expected True or False")
+        if self.linear not in LINEAR_KINDS:
+            raise ConfigError(f"linear is {self.linear!r}, expected one of {', '.join(LINEAR_KINDS)}")
         if self.ntk not in ("prompt", "reserve"):
             raise ConfigError(f"ntk is {self.ntk!r}, expected 'prompt' or 'reserve'")
 

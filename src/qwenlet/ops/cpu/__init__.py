@@ -1,0 +1,95 @@
+"""Kernels for a CPU: C++ built with the package, one file per instruction set, chosen at run time.
+
+Where the package was built without a compiler there are none, and everything runs on torch's own operators; `status`
+says what will run and why. `QWENLET_ISA` forces one of avx512_bf16, avx512, avx2, portable, or torch (no kernels).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qwenlet.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Status:
+    """Which instruction set's kernels run: None for none of them, and why."""
+
+    isa: str | None
+    reason: str
+
+
+@lru_cache(maxsize=1)
+def _module() -> ModuleType | None:
+    try:
+        from qwenlet.ops.cpu import _kernels
+    except ImportError:
+        return None
+    return _kernels
+
+
+def available() -> list[str]:
+    """Instruction sets with kernels that this processor runs, fastest first."""
+    module = _module()
+    return [] if module is None else list(module.available())
+
+
+def status() -> Status:
+    """What `linear_bf16` will run on.
+
+    Raises:
+        ConfigError: QWENLET_ISA names kernels that are not there.
+    """
+    return _status(os.environ.get("QWENLET_ISA", ""))
+
+
+@lru_cache(maxsize=8)
+def _status(forced: str) -> Status:
+    names = available()
+    if forced == "torch":
+        return Status(None, "QWENLET_ISA=torch")
+    if forced:
+        if forced not in names:
+            raise ConfigError(
+                f"QWENLET_ISA is {forced!r}, but here there are {', '.join([*names, 'torch'])}",
+                hint="unset QWENLET_ISA",
+            )
+        return Status(forced, f"QWENLET_ISA={forced}")
+    if not names:
+        return Status(None, "the package was built without a compiler; pip install --force-reinstall qwenlet with one")
+    return Status(names[0], "the fastest of " + ", ".join(names))
+
+
+def linear_bf16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b for bfloat16 x [M, K], W [N, K], b [N] -> [M, N], summed in float32 and rounded once.
+
+    Up to 8 rows stream the weights at the memory's speed, each row in an order that depends on K alone, so a row's
+    result is the same bits beside any others. More rows go to torch's blocked product, which does not promise that.
+    """
+    isa, module = status().isa, _module()
+    rows = x.shape[0]
+    if isa is None or module is None or not 0 < rows <= module.MAX_ROWS or torch.is_grad_enabled():
+        return F.linear(x, weight, bias)
+    assert x.dtype == weight.dtype == torch.bfloat16, f"{x.dtype} and {weight.dtype}, expected bfloat16"
+    assert x.shape[1] == weight.shape[1], f"x has {x.shape[1]} columns, the weight {weight.shape[1]}"
+    assert weight.is_contiguous(), f"weight has strides {weight.stride()}"
+    x = x.contiguous()
+    y = x.new_empty(rows, weight.shape[0])
+    module.linear_bf16(
+        isa,
+        torch.get_num_threads(),
+        x.data_ptr(),
+        rows,
+        weight.data_ptr(),
+        *weight.shape,
+        0 if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+    )
+    return y
