@@ -1,7 +1,9 @@
-"""Linears in the form their kernel wants, and the walk that swaps them in. bfloat16 on a CPU only, for now.
+"""Linears in the form their kernel wants, and the walk that swaps them in.
 
     StreamedLinear    our own kernels: weights row by row as published, streamed for a few rows
     PrepackedLinear   oneDNN's blocked order, a copy made once: where the package was built without kernels
+    QuantLinear       four or eight bits a weight, in the kernels' tiles
+    QuantEmbedding    eight bits a weight, read in place
 
 A decoded token reads every weight once, so the order in memory and the loads decide the speed. One row of 2048 x 5504
 on two cores of a Zen 4: `F.linear` 12 GB/s, prepacked 16, streamed 20-28 (dev/LOG.md, 2026-11-22).
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from qwenlet.errors import ConfigError
 from qwenlet.ops import cpu
+from qwenlet.ops.packing import QuantTensor, Tiles, from_tiles
 
 # Rows oneDNN is told to expect when it chooses the blocked order. 16 measured best for one row and no worse for many.
 _ROWS_HINT = 16
@@ -51,6 +54,47 @@ class PrepackedLinear(nn.Module):
 
     def unpack(self) -> Tensor:
         return self.packed.to_dense()
+
+
+class QuantLinear(nn.Module):
+    """y = x W^T + b with W [out, in] in codes of 4 or 8 bits. Inference only; `unpack` gives the codes back.
+
+    Attributes:
+        tiles: the weight as the kernels read it; bias: [out] float32 or None.
+    """
+
+    def __init__(self, tiles: Tiles, bias: Tensor | None) -> None:
+        super().__init__()
+        self.out_features = tiles.rows
+        self.in_features = tiles.weight.shape[1] * 32 // tiles.bits
+        self.tiles = tiles
+        self.bias = None if bias is None else bias.detach().float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [M, in] -> [M, out] in x's dtype; sums in float32."""
+        return cpu.linear_quant(x, self.tiles, self.bias)
+
+    def unpack(self) -> QuantTensor:
+        return from_tiles(self.tiles)
+
+
+class QuantEmbedding(nn.Module):
+    """Rows of a table in eight bits: entry j of row v is worth codes[v, j] * scales[v, j // group].
+
+    Attributes:
+        codes: [V, C] int8; scales: [V, C / group] float16. Both may be strided views of a mapped file, of which only
+            the rows that are asked for are ever read.
+    """
+
+    def __init__(self, codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = codes.shape[0], codes.shape[1:].numel()
+        self.codes, self.scales, self.dtype = codes, scales, dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [N] int64 -> [N, C]."""
+        groups = self.codes[ids].reshape(len(ids), self.scales.shape[1], -1).float()
+        return (groups * self.scales[ids].float()[..., None]).flatten(1).to(self.dtype)
 
 
 @lru_cache(maxsize=1)

@@ -3,6 +3,7 @@
 ModelConfig          what the weights are: shapes and maths
 GenerationDefaults   what the checkpoint's generation_config.json asks for
 SamplingParams       what a caller asks for one request; None means "as the checkpoint says"
+QuantConfig          how weights are quantized
 EngineConfig         how the engine runs: context, attention backend
 """
 
@@ -11,16 +12,19 @@ from qwenlet.config.fields import read_json
 from qwenlet.config.generation import DEFAULT_NEW_TOKENS, GenerationDefaults, SamplingParams
 from qwenlet.config.gguf import config_from_gguf
 from qwenlet.config.model import LOGN_TABLE_LENGTH, MODEL_TYPES, ModelConfig, ModelType, qwen_1_8b
+from qwenlet.config.quant import GROUP_SIZES, QuantConfig
 
 __all__ = [
     "ATTENTION_BACKENDS",
     "DEFAULT_NEW_TOKENS",
+    "GROUP_SIZES",
     "LOGN_TABLE_LENGTH",
     "MODEL_TYPES",
     "EngineConfig",
     "GenerationDefaults",
     "ModelConfig",
     "ModelType",
+    "QuantConfig",
     "SamplingParams",
     "config_from_gguf",
     "qwen_1_8b",

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwenlet.errors import ConfigError
+from qwenlet.ops import reference
+from qwenlet.ops.packing import Tiles, from_tiles
 
 
 @dataclass(frozen=True)
@@ -93,3 +95,8 @@ def linear_bf16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y.data_ptr(),
     )
     return y
+
+
+def linear_quant(x: Tensor, weight: Tiles, bias: Tensor | None) -> Tensor:
+    """`reference.linear_int` for x [M, K] of any float dtype -> [M, N] in that dtype."""
+    return reference.linear_int(x, from_tiles(weight), bias).to(x.dtype)

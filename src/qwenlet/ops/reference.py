@@ -1,0 +1,58 @@
+"""Every quantized op in plain PyTorch: the definition of correct, and what runs where there is no kernel.
+
+Dimension letters: M rows, N outputs, K inputs, G groups.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qwenlet.ops.packing import QuantTensor
+
+
+def quantize_rows(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Rounds activations to eight bits, symmetric, one scale per row and group, as the integer kernels do.
+
+    Args:
+        x: [M, K] float.
+    Returns:
+        codes [M, K] int8 from -127 to 127, half to even; scales [M, G] float32, the group's largest magnitude / 127.
+    """
+    groups = x.float().unflatten(-1, (-1, group_size))
+    largest = groups.abs().amax(-1)
+    scales = largest * (1.0 / 127.0)
+    inverse = torch.where(largest > 0, 127.0 / largest, torch.zeros_like(largest))
+    codes = (groups * inverse[..., None]).round().clamp(-127, 127).to(torch.int8)
+    return codes.flatten(-2), scales
+
+
+def linear_int(x: Tensor, weight: QuantTensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b with activations rounded to eight bits: [M, K] -> [M, N] float32.
+
+    Whole numbers are multiplied and summed exactly within a group, groups in float32 in their order; so a row's
+    result depends on that row alone.
+    """
+    if weight.order is not None:
+        x = x[:, weight.order]
+    codes, scales = quantize_rows(x, weight.group_size)
+    groups = weight.shape[1] // weight.group_size
+    a = codes.unflatten(-1, (groups, -1)).double()
+    w = weight.codes.unflatten(-1, (groups, -1)).double()
+    if weight.minimums is None:
+        zeros = float(1 << (weight.bits - 1)) if weight.zeros is None else weight.zeros.double()[..., None]
+        w = w - zeros
+    total = torch.zeros(x.shape[0], weight.shape[0])
+    for g in range(groups):
+        dots = (a[:, g] @ w[:, g].T).float()  # exact: whole numbers far below 2^53
+        total = torch.addcmul(total, dots, weight.scales[:, g].float() * scales[:, g, None])
+        if weight.minimums is not None:
+            sums = a[:, g].sum(-1, keepdim=True).float() * scales[:, g, None]
+            total = torch.addcmul(total, sums, weight.minimums[:, g].float())
+    return total if bias is None else total + bias.float()
+
+
+def linear_float(x: Tensor, weight: QuantTensor, bias: Tensor | None = None) -> Tensor:
+    """The same with float activations: x is not rounded."""
+    y = x.float() @ weight.dequantize().T
+    return y if bias is None else y + bias.float()
