@@ -17,6 +17,7 @@ SOURCE = Path(qwenlet.__file__).parent
 LADDER: list[list[str]] = [
     ["errors"],
     ["config", "gguf_header"],
+    ["plan"],
     ["pretokenizer"],
     ["tokenizer_formats"],
     ["tokenizer_bytelevel"],
@@ -25,14 +26,15 @@ LADDER: list[list[str]] = [
     ["cache", "linear", "sampling"],
     ["model"],
     ["checkpoint", "hub"],
-    ["engine"],
+    ["scoring"],
+    ["engine", "quant"],
     ["api"],
     ["cli"],
     ["__main__"],
 ]
 RUNG = {room: height for height, rooms in enumerate(LADDER) for room in rooms}
-NO_TORCH = ["errors", "config", "gguf_header", "pretokenizer", "tokenizer_formats", "tokenizer_bytelevel", "tokenizer",
-            "chat", "vocabulary", "hub", "cli"]  # fmt: skip
+NO_TORCH = ["errors", "config", "gguf_header", "plan", "pretokenizer", "tokenizer_formats", "tokenizer_bytelevel",
+            "tokenizer", "chat", "vocabulary", "hub", "cli"]  # fmt: skip
 
 
 def room_of(module: str) -> str:

@@ -425,6 +425,22 @@ def test_the_library_may_be_offline_by_itself(hub: FakeHub, monkeypatch: pytest.
 # ------------------------------------------------------------------------------------------------------ what is here
 
 
+def test_a_configuration_alone_is_fetched_and_kept_nowhere(hub: FakeHub, tmp_path: Path) -> None:
+    assert qhub.published_config(REPO) == {"model_type": "qwen"}
+    assert qhub.published_config(f"{REPO}@{COMMIT}") == {"model_type": "qwen"}
+    assert {path.rsplit("/", 1)[-1] for method, path, _ in hub.requests if method == "GET"} == {"config.json"}
+    assert not (tmp_path / "cache").exists()
+    del hub.files["config.json"]
+    with pytest.raises(HubError, match=r"has no config\.json"):
+        qhub.published_config(REPO)
+    hub.error = (404, "RepoNotFound")
+    with pytest.raises(HubError):
+        qhub.published_config(REPO)
+    for name in ("demo", f"{REPO}:model.gguf"):
+        with pytest.raises(HubError, match="not on this machine"):
+            qhub.published_config(name)
+
+
 def test_local_models_are_listed_with_what_they_lack(hub: FakeHub, tmp_path: Path) -> None:
     assert qhub.local_models() == []
     folder = qhub.resolve(REPO)

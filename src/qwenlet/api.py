@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Literal, overload
 
@@ -11,23 +11,32 @@ import torch
 from torch import Tensor
 
 from qwenlet import chat, hub
-from qwenlet.cache import Rows
 from qwenlet.chat import Message
 from qwenlet.checkpoint import (
     DEFAULT_SYSTEM,
     Checkpoint,
     LoadReport,
     Progress,
+    Rounding,
     auto_dtype,
+    completed,
     dtype_by_name,
     dtype_name,
     load_model,
+    rounded,
 )
-from qwenlet.config import DEFAULT_NEW_TOKENS, EngineConfig, GenerationDefaults, ModelConfig, SamplingParams
+from qwenlet.config import (
+    DEFAULT_NEW_TOKENS,
+    EngineConfig,
+    GenerationDefaults,
+    ModelConfig,
+    QuantConfig,
+    SamplingParams,
+)
 from qwenlet.engine import Completion, Engine, Request, Stream
 from qwenlet.errors import ConfigError, ContextLengthError, MissingTokenizerError, RequestError
 from qwenlet.model import Qwen
-from qwenlet.ops.attention import attention_backend, check_backend
+from qwenlet.ops.attention import check_backend
 from qwenlet.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -53,7 +62,7 @@ def load(
     name_or_path: str,
     device: str = "auto",
     dtype: str = "auto",
-    quant: None = None,
+    quant: str | QuantConfig | None = None,
     kv_cache: str = "auto",
     offline: bool | None = None,
     *,
@@ -66,8 +75,14 @@ def load(
     Args:
         name_or_path: a folder in any layout we read, a .gguf file, a hub id such as "Qwen/Qwen-1_8B-Chat", or "demo".
         device: "auto" (a GPU if torch can use one, else the CPU), "cpu", "cuda", "cuda:1".
-        dtype: "auto" (what is fast where the model will live), "bf16", "fp16", "fp32".
-        quant, kv_cache: None and "auto", the only values of this version.
+        dtype: precision of the weights: "bf16", "fp16", "fp32", or "auto": quantized weights stay as they are, others
+            take what is fast where the model will live.
+        quant: "int4", "int8" or a QuantConfig rounds weights to nearest while they are read (on a CPU) and keeps the
+            result in qwenlet's cache; a GPTQ checkpoint keeps its codes, and what it left in half precision is
+            rounded. "none" makes floats of quantized weights. None follows the checkpoint: on a CPU, quantized weights
+            (GPTQ; Q4_0, Q4_1 and Q8_0 of GGUF) run as they are, without loss, unless `dtype` names a precision.
+        kv_cache: how keys and values are stored: "int8", "bf16", "fp16", "fp32", or "auto": int8 if weights run
+            quantized, else the precision of the weights.
         offline: True forbids any network use; None asks QWENLET_OFFLINE and HF_HUB_OFFLINE.
         revision: branch, tag or commit on the hub.
         progress: called with (bytes done, bytes in all, what) while files are fetched and weights are read.
@@ -75,24 +90,81 @@ def load(
     Raises:
         QwenletError: its branches say what was wrong with the name, the files, the configuration or an option.
     """
-    if quant is not None:
-        raise ConfigError(f"quant is {quant!r}, but this version runs unquantized weights only", hint="leave quant out")
-    if kv_cache != "auto":
-        raise ConfigError(
-            f"kv_cache is {kv_cache!r}, but this version keeps keys and values in the model's dtype ('auto')"
-        )
-    options = EngineConfig.from_options(engine_options)
+    options = EngineConfig.from_options(engine_options | {"kv_cache": kv_cache})
+    asked = _quant(quant)
     where = _device(device)
-    chosen, reason = auto_dtype(where) if dtype == "auto" else (dtype_by_name(dtype), "asked for")
-    check_backend(options.attention, where, chosen)
+    named = None if dtype == "auto" else dtype_by_name(dtype)
+    if asked is not None:
+        _check_quant(asked, where, named)
     path = hub.resolve(str(name_or_path), offline=offline, revision=revision, progress=progress)
     checkpoint = Checkpoint.open(path)
+    as_stored = quant is None and checkpoint.is_quantized and where.type == "cpu" and named is None
+    if asked is not None or as_stored:
+        chosen, reason = torch.float32, "quantized weights compute in it"
+        options = replace(options, kv_cache="int8") if options.kv_cache == "auto" else options
+    else:
+        chosen, reason = auto_dtype(where) if named is None else (named, "")
+        options = replace(options, kv_cache=dtype_name(chosen)) if options.kv_cache == "auto" else options
+    check_backend(options.attention, where, chosen)
     tokenizer = _tokenizer(checkpoint)
-    model, report = load_model(checkpoint, chosen, where, linear=options.linear, progress=progress)
-    report.notes.append(
-        f"{dtype_name(chosen)} because {reason}" if dtype == "auto" else f"{dtype_name(chosen)} {reason}"
-    )
+    if asked is not None:
+        model, report = _load_rounded(checkpoint, asked, where, options, progress)
+    else:
+        model, report = load_model(
+            checkpoint, chosen, where, linear=options.linear, quantized=as_stored, progress=progress
+        )
+    report.notes.append(f"{dtype_name(chosen)} {f'because {reason}' if reason else 'asked for'}")
     return LLM(str(name_or_path), checkpoint, model, tokenizer, where, chosen, options, report)
+
+
+def _quant(quant: str | QuantConfig | None) -> QuantConfig | None:
+    """What to round to, if anything."""
+    if isinstance(quant, QuantConfig):
+        return quant
+    if quant is None or quant == "none":
+        return None
+    if not isinstance(quant, str):
+        raise ConfigError(f"quant is {quant!r}, expected None, 'none', 'int4', 'int8' or a QuantConfig")
+    return QuantConfig.named(quant)
+
+
+def _check_quant(quant: QuantConfig, device: torch.device, dtype: torch.dtype | None) -> None:
+    if device.type != "cpu":
+        raise ConfigError(
+            f"quant is given, but this version runs quantized weights on a CPU only, not on {device}",
+            hint="use device='cpu', or leave quant out",
+        )
+    if dtype not in (None, torch.float32):
+        raise ConfigError(
+            f"dtype is {dtype_name(dtype)!r}, but quantized weights compute in fp32", hint="leave dtype out"
+        )
+    if quant.method != "rtn":
+        raise ConfigError(
+            f"quant has method {quant.method!r}, but weights are rounded to nearest ('rtn') while loading",
+            hint="qwenlet quantize writes a GPTQ checkpoint, which loads as it is",
+        )
+
+
+def _load_rounded(
+    checkpoint: Checkpoint,
+    quant: QuantConfig,
+    device: torch.device,
+    options: EngineConfig,
+    progress: Progress | None,
+) -> tuple[Qwen, LoadReport]:
+    """The model with weights as `quant` says, out of the cache if possible."""
+    notes: list[str] = []
+    quant = quant if checkpoint.quant is None else completed(checkpoint.quant, quant)
+    quant = quant.fit(checkpoint.config)
+    source, rounding = checkpoint, None
+    if quant != checkpoint.quant:
+        kept = rounded(checkpoint, quant, hub.cache_dir() / "quantized", notes, progress=progress)
+        source, rounding = (checkpoint, Rounding(quant)) if kept is None else (kept, None)
+    model, report = load_model(
+        source, torch.float32, device, linear=options.linear, quantized=True, rounding=rounding, progress=progress
+    )
+    report.notes += notes
+    return model, report
 
 
 class LLM:
@@ -290,10 +362,7 @@ class LLM:
         """Logits from position `first` on."""
         if len(ids) > self.context_length:
             raise ContextLengthError(len(ids), self.context_length, 0)
-        rows = Rows.fresh([len(ids)], [alpha], self.device)
-        wanted = torch.arange(first, len(ids), device=self.device) if first else None
-        with attention_backend(self.options.attention):
-            return self.model(torch.tensor(ids, device=self.device), rows, logits_at=wanted).float().cpu()
+        return self.engine.logits(ids, alpha, first)
 
     # ---------------------------------------------------------------------------------------------- life
 

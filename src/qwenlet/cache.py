@@ -18,6 +18,8 @@ from torch import Tensor
 
 from qwenlet.config import ModelConfig
 from qwenlet.ops.attention import causal_attention, causal_attention_batch, causal_attention_pages
+from qwenlet.ops.pages import CachePages
+from qwenlet.ops.reference import quantize_rows
 
 PAGE_TOKENS = 64
 
@@ -76,14 +78,36 @@ class NoPast:
 
 
 class PagePool:
-    """All pages of all layers, allocated up front (on a CPU the system commits memory only as pages are written)."""
+    """All pages of all layers, allocated up front (on a CPU the system commits memory only as pages are written).
 
-    def __init__(self, config: ModelConfig, pages: int, dtype: torch.dtype, device: torch.device) -> None:
+    Attributes:
+        k, v: per layer [pages, G, 64, D]. Tiled keys lie in the kernels' order within a page (ops/pages.py).
+        k_scales, v_scales: per layer [pages, G, 64] float32 for int8 pages, one scale per token and head; else None.
+
+    Args:
+        dtype: a float dtype, or int8.
+        tiled: for the native program; the modules read and write plain pages only.
+    """
+
+    def __init__(
+        self, config: ModelConfig, pages: int, dtype: torch.dtype, device: torch.device, *, tiled: bool = False
+    ) -> None:
         shape = (pages, config.num_key_value_heads, PAGE_TOKENS, config.head_dim)
-        self.k = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.v = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        layers = range(config.num_hidden_layers)
+        self.k = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
+        self.v = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
+        self.k_scales: list[Tensor] | None = None
+        self.v_scales: list[Tensor] | None = None
+        if dtype == torch.int8:
+            self.k_scales = [torch.empty(shape[:3], device=device) for _ in layers]
+            self.v_scales = [torch.empty(shape[:3], device=device) for _ in layers]
+        self.dtype, self.tiled = dtype, tiled
         self.pages = pages
         self._free = list(range(pages - 1, -1, -1))
+
+    def layer(self, index: int) -> CachePages:
+        scales = (None, None) if self.k_scales is None else (self.k_scales[index], self.v_scales[index])  # type: ignore[index]
+        return CachePages(self.k[index], self.v[index], *scales)
 
     @property
     def free_pages(self) -> int:
@@ -123,6 +147,7 @@ class PagedPast:
     """
 
     def __init__(self, pool: PagePool, rows: Rows, tables: Sequence[Sequence[int]], starts: Sequence[int]) -> None:
+        assert not pool.tiled, "tiled pages are the native program's"
         self.pool = pool
         self.lengths = rows.lengths
         self.starts = tuple(starts)
@@ -136,9 +161,10 @@ class PagedPast:
         self.slot_of = rows.positions % PAGE_TOKENS
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values = self.pool.k[layer], self.pool.v[layer]
-        keys[self.page_of, :, self.slot_of] = k
-        values[self.page_of, :, self.slot_of] = v
+        pages = self.pool.layer(layer)
+        # queries see keys and values as they were stored, their own too: a row must not depend on how it was cut up
+        k = _stored(k, pages.k, pages.k_scales, self.page_of, self.slot_of)
+        v = _stored(v, pages.v, pages.v_scales, self.page_of, self.slot_of)
         parts = []
         offset = 0
         for start, length, runs in zip(self.starts, self.lengths, self.runs, strict=True):
@@ -146,6 +172,16 @@ class PagedPast:
             if start == 0:
                 parts.append(causal_attention(q[new], k[new], v[new]))
             else:
-                parts.append(causal_attention_pages(q[new], keys, values, runs, start + length))
+                parts.append(causal_attention_pages(q[new], pages, runs, start + length))
             offset += length
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _stored(new: Tensor, pages: Tensor, scales: Tensor | None, page_of: Tensor, slot_of: Tensor) -> Tensor:
+    """Puts new [N, G, D] into its slots, and gives it back as the slots hold it."""
+    if scales is None:
+        pages[page_of, :, slot_of] = new
+        return new
+    codes, each = quantize_rows(new, new.shape[-1])
+    pages[page_of, :, slot_of], scales[page_of, :, slot_of] = codes, each[..., 0]
+    return (codes.float() * each).to(new.dtype)

@@ -1,9 +1,11 @@
 """Linears in the form their kernel wants, and the walk that swaps them in.
 
     StreamedLinear    our own kernels: weights row by row as published, streamed for a few rows
+    TiledLinear       our own kernels: sixteen outputs side by side, for any number of rows
     PrepackedLinear   oneDNN's blocked order, a copy made once: where the package was built without kernels
     QuantLinear       four or eight bits a weight, in the kernels' tiles
     QuantEmbedding    eight bits a weight, read in place
+    MappedEmbedding   a table in any other form, read in place
 
 A decoded token reads every weight once, so the order in memory and the loads decide the speed. One row of 2048 x 5504
 on two cores of a Zen 4: `F.linear` 12 GB/s, prepacked 16, streamed 20-28 (dev/LOG.md, 2026-11-22).
@@ -11,6 +13,7 @@ on two cores of a Zen 4: `F.linear` 12 GB/s, prepacked 16, streamed 20-28 (dev/L
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -18,7 +21,7 @@ from torch import Tensor, nn
 
 from qwenlet.errors import ConfigError
 from qwenlet.ops import cpu
-from qwenlet.ops.packing import QuantTensor, Tiles, from_tiles
+from qwenlet.ops.packing import QuantTensor, Tiles, bf16_to_tiles, from_tiles
 
 # Rows oneDNN is told to expect when it chooses the blocked order. 16 measured best for one row and no worse for many.
 _ROWS_HINT = 16
@@ -54,6 +57,23 @@ class PrepackedLinear(nn.Module):
 
     def unpack(self) -> Tensor:
         return self.packed.to_dense()
+
+
+class TiledLinear(nn.Module):
+    """y = x W^T + b with W [out, in] bfloat16 in the kernels' tiles: streamed for a few rows, in blocks for many.
+
+    A row's result is the same bits whatever the rows beside it.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.tiles = bf16_to_tiles(weight)
+        self.bias = None if bias is None else bias.detach().float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [M, in] -> [M, out] in x's dtype; x rounded to bfloat16, sums in float32."""
+        return cpu.linear_tiles(x, self.tiles, self.bias)
 
 
 class QuantLinear(nn.Module):
@@ -95,6 +115,22 @@ class QuantEmbedding(nn.Module):
         """ids [N] int64 -> [N, C]."""
         groups = self.codes[ids].reshape(len(ids), self.scales.shape[1], -1).float()
         return (groups * self.scales[ids].float()[..., None]).flatten(1).to(self.dtype)
+
+
+class MappedEmbedding(nn.Module):
+    """Rows of a table that stays as its file holds it, of which only those asked for are read and converted.
+
+    Attributes:
+        rows: [V, ...], as stored; unpack: turns some of them into floats [N, C].
+    """
+
+    def __init__(self, rows: Tensor, unpack: Callable[[Tensor], Tensor], dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.rows, self.unpack, self.dtype = rows, unpack, dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [N] int64 -> [N, C]."""
+        return self.unpack(self.rows[ids]).to(self.dtype)
 
 
 @lru_cache(maxsize=1)

@@ -1,17 +1,26 @@
 """Weights on disk <-> weights in the model.
 
-    files    named tensors on disk: safetensors, PyTorch's .bin, GGUF
-    gguf     GGUF's tensors, dequantized slice by slice
-    names    how other layouts name and cut the same tensors
-    load     skeleton on the meta device -> stream -> assign -> one report
-    save     the way back, in the published layout
+    files      named tensors on disk: safetensors, PyTorch's .bin, GGUF
+    gguf       GGUF's tensors, dequantized slice by slice
+    gptq       AutoGPTQ's tensors, read as the floats they stand for
+    names      how other layouts name and cut the same tensors
+    load       skeleton on the meta device -> stream -> assign -> one report
+    codes      modules that run weights in codes
+    rounding   floats rounded to codes while they are read
+    cached     rounded checkpoints, kept
+    save       the way back, in the published layout
+    quantized  the way back, in AutoGPTQ's layout
 
-Read: the published Qwen-1 layout and the Qwen2/Llama layout in `.safetensors` or `.bin`, whole or sharded, and GGUF.
+Read: the published Qwen-1 layout and the Qwen2/Llama layout in `.safetensors` or `.bin`, whole or sharded, of floats or
+quantized by GPTQ, and GGUF.
 No code of a checkpoint is executed.
 """
 
+from qwenlet.checkpoint.cached import rounded
 from qwenlet.checkpoint.dtypes import DTYPES, auto_dtype, dtype_by_name, dtype_name
 from qwenlet.checkpoint.load import DEFAULT_SYSTEM, Checkpoint, LoadReport, Progress, load_model
+from qwenlet.checkpoint.quantized import WeightOf, completed, write_quantized, write_rounded
+from qwenlet.checkpoint.rounding import Rounding
 from qwenlet.checkpoint.save import convert, new_folder, write_random
 
 __all__ = [
@@ -20,11 +29,17 @@ __all__ = [
     "Checkpoint",
     "LoadReport",
     "Progress",
+    "Rounding",
+    "WeightOf",
     "auto_dtype",
+    "completed",
     "convert",
     "dtype_by_name",
     "dtype_name",
     "load_model",
     "new_folder",
+    "rounded",
+    "write_quantized",
     "write_random",
+    "write_rounded",
 ]

@@ -1,26 +1,33 @@
 """Weight files: named tensors somewhere on disk, mapped rather than loaded.
 
-Nothing is unpickled without `weights_only`.
+Nothing is unpickled without `weights_only`. Quantized tensors appear as the float tensors they stand for; who can run
+them as they are asks for their tiles.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from qwenlet.checkpoint.dtypes import DTYPES
-from qwenlet.checkpoint.gguf import PLAIN_TYPES, GGUFTensors
+from qwenlet.checkpoint.gguf import PLAIN_TYPES, GGUFTensors, dequantize_rows
+from qwenlet.checkpoint.mapped import mapped_bytes
+from qwenlet.checkpoint.names import Part, join, unpermute
 from qwenlet.config import read_json
 from qwenlet.errors import CheckpointError, ConfigError, FormatError
 from qwenlet.gguf_header import GGUFHeader
+from qwenlet.linear import MappedEmbedding, QuantEmbedding
+from qwenlet.ops.packing import GGUF_BLOCK, Q4_0, Q4_1, Q8_0, Tiles, gguf_to_tiles
 
 # A mapped `.bin` is opened anew after so many bytes, so that what was read stops counting as resident.
 _REMAP_BYTES = 128 << 20
@@ -43,8 +50,20 @@ class WeightFile(Protocol):
         """The tensor in `dtype`: mapped if it is stored like that, else converted into memory of its own."""
         ...
 
+    def read_tiles(self, parts: Sequence[Part]) -> Tiles | None:
+        """The parts' rows one after the other as kernels read them; None unless all are in codes of one kind."""
+        ...
 
-class _Shards:
+    def read_embedding(self, name: str, dtype: torch.dtype) -> nn.Module | None:
+        """A table as it is stored, mapped; its rows become `dtype` when asked for. None where it is `dtype` already."""
+        ...
+
+
+def _as_stored(rows: Tensor) -> Tensor:
+    return rows
+
+
+class Shards:
     """What safetensors and `.bin` have in common: tensors by name in one or several files."""
 
     def __init__(self, paths: list[Path]) -> None:
@@ -62,7 +81,7 @@ class _Shards:
     def shape(self, name: str) -> tuple[int, ...]:
         return self.shapes[name]
 
-    def stored_dtype(self, name: str) -> torch.dtype | None:
+    def stored_dtype(self, name: str) -> torch.dtype:
         return self._tensor(name).dtype
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
@@ -75,6 +94,19 @@ class _Shards:
             )
         return tensor.to(dtype)
 
+    def stored(self, name: str) -> Tensor:
+        """The tensor as it is stored, mapped."""
+        return self._tensor(name)
+
+    def read_tiles(self, parts: Sequence[Part]) -> Tiles | None:
+        return None
+
+    def read_embedding(self, name: str, dtype: torch.dtype) -> nn.Module | None:
+        stored = self.stored_dtype(name)
+        if stored == dtype or stored not in DTYPES.values():
+            return None  # what is no float type `read` refuses by name
+        return MappedEmbedding(self._tensor(name), _as_stored, dtype)
+
     def _directory(self, path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Names and shapes in one file."""
         raise NotImplementedError
@@ -84,16 +116,42 @@ class _Shards:
         raise NotImplementedError
 
 
-class SafetensorsFiles(_Shards):
+# By the names of safetensors' headers.
+_STORED = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+class SafetensorsFiles(Shards):
+    def __init__(self, paths: list[Path]) -> None:
+        self._spans: dict[str, tuple[str, int, int]] = {}  # dtype, first byte, number of bytes
+        super().__init__(paths)
+
     def _directory(self, path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-        with self._open(path) as file:
-            for name in file.keys():  # noqa: SIM118 - not a mapping
-                yield name, tuple(file.get_slice(name).get_shape())
+        with self._open(path):
+            pass  # the library's checks: a whole file whose tensors fill it
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                begin, end = entry["data_offsets"]
+                self._spans[name] = (entry["dtype"], 8 + size + begin, end - begin)
+                yield name, tuple(entry["shape"])
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        dtype = self._spans[name][0]
+        if dtype not in _STORED:
+            raise FormatError(f"{name} in {self.where[name]} is stored as {dtype}, which is not read")
+        return _STORED[dtype]
 
     def _tensor(self, name: str) -> Tensor:
-        # opened per tensor: the mapping goes with the tensor, so what was converted stops counting as resident
-        with self._open(self.where[name]) as file:
-            return file.get_tensor(name)
+        dtype, shape = self.stored_dtype(name), self.shapes[name]
+        _, offset, size = self._spans[name]
+        raw = mapped_bytes(self.where[name], offset, size)
+        return (raw.clone() if offset % dtype.itemsize else raw).view(dtype).view(shape)
 
     @contextmanager
     def _open(self, path: Path) -> Iterator[safe_open]:
@@ -109,7 +167,7 @@ class SafetensorsFiles(_Shards):
             raise FormatError(f"{path} can't be read as a safetensors file: {error}") from error
 
 
-class PickledFiles(_Shards):
+class PickledFiles(Shards):
     """PyTorch's own `.bin`, mapped, tensors only."""
 
     def __init__(self, paths: list[Path]) -> None:
@@ -158,6 +216,10 @@ def _is_named_tensor(name: object, value: object) -> bool:
     return value.layout == torch.strided and value.device.type == "cpu"
 
 
+# GGUF's types that run as they are
+RUNNABLE_TYPES = frozenset((Q4_0, Q4_1, Q8_0))
+
+
 class GGUFFile:
     def __init__(self, header: GGUFHeader) -> None:
         self.header, self.tensors = header, GGUFTensors(header)
@@ -174,8 +236,30 @@ class GGUFFile:
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         return self.tensors.read(name, dtype)
 
+    def read_tiles(self, parts: Sequence[Part]) -> Tiles | None:
+        kinds = {self.header.tensors[part.name].type_id for part in parts}
+        if len(kinds) > 1 or not kinds <= RUNNABLE_TYPES:
+            return None
+        # a row's codes and scales lie together, so rows move as bytes
+        rows = [unpermute(self.tensors.raw(part.name), part.permuted_heads) for part in parts]
+        return gguf_to_tiles(kinds.pop(), join(rows))
 
-def open_folder(folder: Path) -> WeightFile:
+    def read_embedding(self, name: str, dtype: torch.dtype) -> nn.Module | None:
+        type_id, raw = self.header.tensors[name].type_id, self.tensors.raw(name)
+        if PLAIN_TYPES.get(type_id) == dtype:
+            return None
+        if type_id == Q8_0:
+            blocks = raw.unflatten(1, (-1, 2 + GGUF_BLOCK))
+            return QuantEmbedding(blocks[..., 2:].view(torch.int8), blocks[..., :2].view(torch.float16)[..., 0], dtype)
+        return MappedEmbedding(raw, partial(dequantize_rows, type_id=type_id), dtype)
+
+
+def read_parts(weights: WeightFile, parts: Sequence[Part], dtype: torch.dtype) -> Tensor:
+    """One tensor of ours."""
+    return join([unpermute(weights.read(part.name, dtype), part.permuted_heads) for part in parts])
+
+
+def open_folder(folder: Path) -> Shards:
     """The weight files of a model folder. Raises CheckpointError if none are there, or a shard is missing."""
     readers: tuple[tuple[str, type[SafetensorsFiles] | type[PickledFiles]], ...] = (
         ("model.safetensors", SafetensorsFiles),

@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from qwenlet.checkpoint.mapped import mapped_bytes
 from qwenlet.errors import FormatError
 from qwenlet.gguf_header import GGUFHeader, TensorInfo
 
@@ -74,30 +74,34 @@ class GGUFTensors:
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """The tensor in `dtype`, in memory of its own."""
         info = self.header.tensors[name]
-        rows, width = _rows(info), row_bytes(info)
-        # a mapping per tensor: when it goes, its pages stop counting as ours
-        raw = np.memmap(self.header.path, np.uint8, "r", info.offset, (rows, width))
-        out = torch.empty(rows, info.shape[-1], dtype=dtype)
+        raw = self.raw(name)
+        out = torch.empty(len(raw), info.shape[-1], dtype=dtype)
         step = max(1, _SLICE_ELEMENTS // info.shape[-1])
-        for start in range(0, rows, step):
-            out[start : start + step] = _values(np.array(raw[start : start + step]), info.type_id)
+        for start in range(0, len(raw), step):
+            out[start : start + step] = dequantize_rows(raw[start : start + step], info.type_id)
         return out.reshape(info.shape)
+
+    def raw(self, name: str) -> Tensor:
+        """[rows, bytes of a row] uint8, mapped."""
+        info = self.header.tensors[name]
+        rows, width = _rows(info), row_bytes(info)
+        return mapped_bytes(self.header.path, info.offset, rows * width).view(rows, width)
 
 
 def _rows(info: TensorInfo) -> int:
     return math.prod(info.shape[:-1])
 
 
-def _values(raw: np.ndarray, type_id: int) -> Tensor:
+def dequantize_rows(raw: Tensor, type_id: int) -> Tensor:
     """[rows, bytes] uint8 -> [rows, columns] in float32 (or as stored, for plain types)."""
     if type_id in PLAIN_TYPES:
-        return torch.from_numpy(raw).view(PLAIN_TYPES[type_id])
+        return raw.view(PLAIN_TYPES[type_id])
     if type_id in _UNPACK:
-        return _UNPACK[type_id](torch.from_numpy(raw))
+        return _UNPACK[type_id](raw)
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
-    return torch.from_numpy(dequantize(raw, GGMLQuantizationType(type_id)))
+    return torch.from_numpy(dequantize(raw.numpy(), GGMLQuantizationType(type_id)))
 
 
 def _blocks(raw: Tensor, size: int) -> Tensor:

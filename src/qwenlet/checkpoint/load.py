@@ -1,7 +1,8 @@
 """Disk -> model: a skeleton on the meta device, one tensor at a time, assigned, with one report of all problems.
 
 Peak memory is the weights plus the largest tensor: float files of the right dtype stay mapped and are not copied at
-all; of the others one tensor at a time is mapped, converted and let go.
+all; of the others one tensor at a time is mapped, converted and let go. Quantized linears are repacked for the
+kernels; a quantized embedding is read in place.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qwenlet.checkpoint.files import GGUFFile, WeightFile, open_folder
-from qwenlet.checkpoint.names import Layout, Part, join, parts_of, unpermute
-from qwenlet.config import GenerationDefaults, ModelConfig, config_from_gguf, read_json
-from qwenlet.errors import CheckpointError
+from qwenlet.checkpoint.codes import CodeReader
+from qwenlet.checkpoint.files import RUNNABLE_TYPES, GGUFFile, WeightFile, open_folder, read_parts
+from qwenlet.checkpoint.gptq import GPTQFile
+from qwenlet.checkpoint.names import Layout, Part, parts_of
+from qwenlet.checkpoint.rounding import Rounding
+from qwenlet.config import GenerationDefaults, ModelConfig, QuantConfig, config_from_gguf, read_json
+from qwenlet.errors import CheckpointError, ConfigError, FormatError
 from qwenlet.gguf_header import GGUFHeader, read_header
 from qwenlet.linear import choose_linear, replace_linear
 from qwenlet.model import Qwen
@@ -43,6 +47,7 @@ class Checkpoint:
         path: the folder or the file.
         layout: how its tensors are named.
         header: GGUF metadata, or None for a folder.
+        quant: how a folder's weights are quantized; None for floats, and for GGUF, where each tensor says it.
     """
 
     path: Path
@@ -50,6 +55,7 @@ class Checkpoint:
     defaults: GenerationDefaults
     layout: Layout
     header: GGUFHeader | None = None
+    quant: QuantConfig | None = None
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
@@ -73,7 +79,12 @@ class Checkpoint:
                 defaults = GenerationDefaults.from_dict(read_json(file), str(file))
             if not defaults.eos_token_ids:
                 defaults = replace(defaults, eos_token_ids=config.eos_token_ids)
-            return cls(path, config, defaults, layout)
+            quant = _quant_config(path)
+            if quant is not None:
+                quant = quant.fit(config)  # groups that cut a layer are named before any weight is read
+                if quant.head_bits is not None:
+                    config = replace(config, tie_word_embeddings=False)  # the head has codes of its own
+            return cls(path, config, defaults, layout, quant=quant)
         if not path.exists():
             raise CheckpointError(
                 f"{path} does not exist", hint="give a model folder, a .gguf file, a hub id or 'demo'"
@@ -85,13 +96,47 @@ class Checkpoint:
     @property
     def default_system(self) -> str:
         """The system message the model expects: what its chat template falls back to, or the published one."""
-        template = _chat_template(self.header) if self.header is not None else ""
+        template = _folder_template(self.path) if self.header is None else _chat_template(self.header)
         fallback = re.search(r"<\|im_start\|>system\n([^{}'\"]+?)<\|im_end\|>", template)
         return fallback[1] if fallback else DEFAULT_SYSTEM
 
     def weights(self) -> WeightFile:
         """Opens the weight files. Raises CheckpointError if there are none, or one is missing or damaged."""
-        return open_folder(self.path) if self.header is None else GGUFFile(self.header)
+        if self.header is not None:
+            return GGUFFile(self.header)
+        files = open_folder(self.path)
+        if self.quant is None:
+            return files
+        try:
+            return GPTQFile(files, self.quant)
+        except FormatError as error:
+            raise FormatError(f"{self.path}: {error.message}", hint=error.hint) from None
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether linears are stored in codes that can run as they are."""
+        if self.header is None:
+            return self.quant is not None
+        return any(info.type_id in RUNNABLE_TYPES for info in self.header.tensors.values())
+
+
+def _quant_config(folder: Path) -> QuantConfig | None:
+    """What config.json's quantization_config says, else quantize_config.json, where older tools put it."""
+    file = folder / "config.json"
+    section = read_json(file).get("quantization_config")
+    if section is None:
+        file = folder / "quantize_config.json"
+        return QuantConfig.from_published(read_json(file), str(file)) if file.exists() else None
+    if not isinstance(section, dict):
+        raise ConfigError(f"{file}: quantization_config is {section!r}, expected an object")
+    return QuantConfig.from_published(section, f"{file}: quantization_config")
+
+
+def _folder_template(folder: Path) -> str:
+    file = folder / "tokenizer_config.json"
+    if not file.exists():
+        return ""
+    return str(read_json(file).get("chat_template") or "")
 
 
 # What the published chat checkpoint's generation_config.json says.
@@ -145,12 +190,18 @@ def load_model(
     device: torch.device,
     *,
     linear: str = "torch",
+    quantized: bool = False,
+    rounding: Rounding | None = None,
     progress: Progress | None = None,
 ) -> tuple[Qwen, LoadReport]:
     """The model in evaluation mode, with every weight assigned.
 
     Args:
-        linear: which kernels run the linears: "torch", or as `choose_linear` says (inference only).
+        dtype: of the weights; with `quantized` of what isn't, and of the activations.
+        linear: which kernels run the linears that are not quantized: "torch", or as `choose_linear` says (inference
+            only).
+        quantized: run quantized tensors as they are, on a CPU; otherwise they become `dtype`.
+        rounding: with `quantized`, rounds weights that are stored as floats.
         progress: called with (bytes done, bytes in all, tensor name).
     Raises:
         CheckpointError: missing, unexpected or wrongly shaped tensors, all of them in one message.
@@ -163,35 +214,54 @@ def load_model(
 
     kind, _ = choose_linear(linear, device, dtype)
     report.linear = "torch" if kind is None else kind.__name__
+    codes = None
+    if quantized:
+        # what a GPTQ folder holds was asked for; what a GGUF file holds gives way to what is asked for
+        codes = CodeReader(weights, dtype, rounding, requantize=checkpoint.quant is None)
     total = report.parameters * dtype.itemsize
+    done = 0
     for module_name, module in list(model.named_modules()):
         names = {leaf: f"{module_name}.{leaf}" for leaf, _ in module.named_parameters(recurse=False)}
-        tensors = {}
-        for leaf, name in names.items():
-            if name in plan:
-                tensors[leaf] = join([read_part(weights, part, dtype) for part in plan[name]])
-                report.weight_bytes += tensors[leaf].nbytes
-                if progress is not None:
-                    progress(report.weight_bytes, total, name)
-        if kind is not None and tensors and isinstance(module, nn.Linear):
-            replace_linear(model, module_name, kind(tensors["weight"], tensors.get("bias")))
-            report.swapped += 1
-            continue
-        for leaf, tensor in tensors.items():
-            setattr(module, leaf, nn.Parameter(tensor.to(device), requires_grad=False))
+        parts = {leaf: plan[name] for leaf, name in names.items() if name in plan}
+        swapped = codes.module(module_name, module, parts) if codes is not None and parts else None
+        if swapped is not None:
+            replace_linear(model, module_name, swapped)
+        elif parts:
+            tensors = {leaf: read_parts(weights, of, dtype) for leaf, of in parts.items()}
+            report.weight_bytes += sum(tensor.nbytes for tensor in tensors.values())
+            if kind is not None and isinstance(module, nn.Linear):
+                replace_linear(model, module_name, kind(tensors["weight"], tensors.get("bias")))
+                report.swapped += 1
+            else:
+                for leaf, tensor in tensors.items():
+                    setattr(module, leaf, nn.Parameter(tensor.to(device), requires_grad=False))
+        if parts and progress is not None:
+            done += sum(p.numel() for p in module.parameters(recurse=False)) * dtype.itemsize
+            progress(done, total, names.get("weight", module_name))
     if config.tie_word_embeddings:
-        if kind is not None:
+        if codes is not None:
+            replace_linear(model, "lm_head", codes.tied_head(plan["transformer.wte.weight"]))
+        elif kind is not None:
             replace_linear(model, "lm_head", kind(model.transformer.wte.weight, None))
             report.swapped += 1
         else:
             model.tie_weights()
+    if codes is not None:
+        _report_codes(codes, report)
     report.seconds = time.perf_counter() - started
     return model, report
 
 
-def read_part(weights: WeightFile, part: Part, dtype: torch.dtype) -> Tensor:
-    tensor = weights.read(part.name, dtype)
-    return unpermute(tensor, part.permuted_heads) if part.permuted_heads else tensor
+def _report_codes(codes: CodeReader, report: LoadReport) -> None:
+    report.weight_bytes += codes.bytes
+    if codes.bits:
+        report.notes.append(f"computing in {report.dtype}")
+        if codes.floats:
+            shown = ", ".join(codes.floats[:3]) + (
+                f" and {len(codes.floats) - 3} more" if len(codes.floats) > 3 else ""
+            )
+            report.notes.append(f"{shown} stay {report.dtype}")
+        report.dtype = " and ".join(f"int{bits}" for bits in sorted(codes.bits))
 
 
 def plan_reading(
@@ -250,5 +320,7 @@ def _check_names(
             lines.append(f"  {title} ({len(names)}): {', '.join(shown)}")
     hint = _MISFIT_HINT
     if any(_QUANTIZED.search(name) for name in unexpected):
-        hint = "these are quantized weights; this version reads unquantized ones"
+        hint = (
+            "these are quantized weights, of which the configuration says nothing; quantize_config.json may be missing"
+        )
     raise CheckpointError("\n".join(lines), hint=hint)

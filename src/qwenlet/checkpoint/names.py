@@ -96,8 +96,10 @@ def parts_of(name: str, rows: int, layout: Layout, config: ModelConfig) -> tuple
 def unpermute(rows: Tensor, heads: int) -> Tensor:
     """From pairs (0, 1), (2, 3), ... back to halves (0, D/2), (1, D/2 + 1), ...: the order our rotation turns.
 
-    rows [heads * D, ...] -> the same shape.
+    rows [heads * D, ...] -> the same shape; 0 heads: they were not permuted.
     """
+    if not heads:
+        return rows
     size = rows.shape[0] // heads
     return rows.reshape(heads, size // 2, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 

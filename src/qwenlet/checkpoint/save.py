@@ -19,16 +19,25 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qwenlet.checkpoint.dtypes import DTYPES, dtype_by_name
-from qwenlet.checkpoint.files import WeightFile
-from qwenlet.checkpoint.load import QWEN_CHAT_DEFAULTS, Checkpoint, Progress, plan_reading, read_part
-from qwenlet.checkpoint.names import Part, join
+from qwenlet.checkpoint.files import WeightFile, read_parts
+from qwenlet.checkpoint.load import QWEN_CHAT_DEFAULTS, Checkpoint, Progress, plan_reading
+from qwenlet.checkpoint.names import Part
 from qwenlet.config import GenerationDefaults, ModelConfig
 from qwenlet.errors import CheckpointError, ConfigError, MissingTokenizerError
 from qwenlet.model import Qwen
 from qwenlet.tokenizer import Tokenizer
+from qwenlet.tokenizer_bytelevel import gguf_to_tokenizer_json
 
 _SHARD_BYTES = 2_000_000_000
 _COPIED = ("generation_config.json", "tokenizer_config.json", "tokenizer.json")
+
+
+def refuse_existing(out: Path) -> None:
+    """Raises CheckpointError if `out` is there and not an empty folder; for those who work long before they write."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(
+            f"{out} exists already and is not an empty folder", hint="choose another name or remove it"
+        )
 
 
 @contextmanager
@@ -39,10 +48,7 @@ def new_folder(out: str | Path) -> Iterator[Path]:
         CheckpointError: `out` exists and is not an empty folder, or could not be written.
     """
     out = Path(out).resolve()  # "." has no name to derive another from
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(
-            f"{out} exists already and is not an empty folder", hint="choose another name or remove it"
-        )
+    refuse_existing(out)
     work = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
         shutil.rmtree(work, ignore_errors=True)
@@ -99,20 +105,26 @@ class ShardWriter:
             os.replace(self.folder / f"shard-{i}", self.folder / file)
             weight_map.update(dict.fromkeys(names, file))
         if count > 1:
-            _write_json(
+            write_json(
                 self.folder / "model.safetensors.index.json",
                 {"metadata": {"total_size": self.total}, "weight_map": weight_map},
             )
 
 
-def _write_json(path: Path, value: object) -> None:
+def write_json(path: Path, value: object) -> None:
+    """For people to read."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _write_configs(folder: Path, config: ModelConfig, dtype: torch.dtype, defaults: GenerationDefaults) -> None:
     """config.json, generation_config.json and tokenizer_config.json. Raises ConfigError as `to_published` does."""
     precision = {name: value == dtype and name != "fp32" for name, value in DTYPES.items()}
-    _write_json(folder / "config.json", config.to_published() | precision)
+    write_json(folder / "config.json", config.to_published() | precision)
+    write_defaults(folder, config, defaults)
+
+
+def write_defaults(folder: Path, config: ModelConfig, defaults: GenerationDefaults) -> None:
+    """generation_config.json and tokenizer_config.json."""
     ends = list(defaults.eos_token_ids)
     generation: dict[str, object] = {
         "chat_format": defaults.chat_format or "raw",
@@ -128,8 +140,8 @@ def _write_configs(folder: Path, config: ModelConfig, dtype: torch.dtype, defaul
         "repetition_penalty": defaults.repetition_penalty,
         "stop_words_ids": [list(words) for words in defaults.stop_words_ids],
     }
-    _write_json(folder / "generation_config.json", generation)
-    _write_json(
+    write_json(folder / "generation_config.json", generation)
+    write_json(
         folder / "tokenizer_config.json", {"model_max_length": config.seq_length, "tokenizer_class": "QWenTokenizer"}
     )
 
@@ -164,21 +176,29 @@ def convert(
     with new_folder(out) as folder:
         # the small files first: what can be refused is refused before gigabytes are written
         _write_configs(folder, config, target, checkpoint.defaults)
-        _write_tokenizer(folder, checkpoint)
+        write_tokenizer(folder, checkpoint)
         writer = ShardWriter(folder, shard_bytes)
         for name, parts in plan.items():
-            writer.add(name, join([read_part(weights, part, target) for part in parts]))
+            writer.add(name, read_parts(weights, parts, target))
             if progress is not None:
                 progress(writer.total, total, name)
         writer.close()
     return Path(out)
 
 
-def _write_tokenizer(folder: Path, checkpoint: Checkpoint) -> None:
-    """A folder's tokenizer files as they are, a GGUF file's vocabulary as qwen.tiktoken."""
+def write_tokenizer(folder: Path, checkpoint: Checkpoint) -> None:
+    """A folder's tokenizer files as they are; a GGUF file's vocabulary as qwen.tiktoken, or tokenizer.json if it isn't
+    Qwen's."""
     if checkpoint.header is not None:
         with suppress(MissingTokenizerError):
-            Tokenizer.from_gguf(checkpoint.header.metadata, str(checkpoint.path)).save(folder)
+            metadata, source = checkpoint.header.metadata, str(checkpoint.path)
+            tokenizer = Tokenizer.from_gguf(metadata, source)
+            if tokenizer.is_qwen:
+                tokenizer.save(folder)
+                return
+            vocabulary, settings = gguf_to_tokenizer_json(metadata, source)
+            write_json(folder / "tokenizer.json", vocabulary)
+            write_json(folder / "tokenizer_config.json", settings)
         return
     for file in checkpoint.path.iterdir():
         if file.suffix == ".tiktoken" or file.name in _COPIED:

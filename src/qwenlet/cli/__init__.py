@@ -18,6 +18,8 @@ VERBS = {
     "pull": "Fetch a model and print where it is.",
     "tokenize": "Show the tokens of a text, or the text of token ids.",
     "vocab": "Extend a vocabulary with words of your own.",
+    "plan": "Say how much memory a model will take, whether it fits, and what to change where it doesn't.",
+    "quantize": "Write a model in four or eight bits, and measure what it cost.",
     "random": "Write a checkpoint of random weights, for tests and benchmarks.",
     "convert": "Write a checkpoint in another layout.",
     "doctor": "Say what this machine has, and what will run where and why.",

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from typer import Typer
 
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130
+_STEPS_SECONDS = 600.0
 
 # C0 without tab and newline, DEL, C1: what could move the cursor, hide text or talk to the terminal
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -149,7 +150,7 @@ class Progress:
     Call `update(done, total, what)` as often as you like; the line is gone after `close()`.
     """
 
-    def __init__(self, unit: Literal["bytes", "tokens"] = "bytes", delay: float = 0.5) -> None:
+    def __init__(self, unit: Literal["bytes", "tokens", "steps"] = "bytes", delay: float = 0.5) -> None:
         self._unit = unit
         self._shown_from = time.monotonic() + delay
         self._bar: RichProgress | None = None
@@ -181,8 +182,14 @@ class Progress:
         amount: list[progress.ProgressColumn] = [progress.MofNCompleteColumn()]
         if self._unit == "bytes":
             amount = [progress.DownloadColumn(), progress.TransferSpeedColumn(), progress.TimeRemainingColumn()]
+        elif self._unit == "steps":
+            amount = [progress.TaskProgressColumn(), progress.TimeRemainingColumn()]
         text = progress.TextColumn("{task.description}", markup=False)
-        return progress.Progress(text, progress.BarColumn(), *amount, console=stderr(), transient=True)
+        # steps differ in length, so the time left is judged by many of them
+        period = _STEPS_SECONDS if self._unit == "steps" else 30.0
+        return progress.Progress(
+            text, progress.BarColumn(), *amount, console=stderr(), transient=True, speed_estimate_period=period
+        )
 
 
 # ------------------------------------------------------------------------------------------------------- text in

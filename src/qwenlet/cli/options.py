@@ -40,13 +40,15 @@ class LoadOptions:
 
     Attributes:
         device: where the model runs: auto, cpu, cuda, cuda:1 ...
-        dtype: precision of the weights: auto, bf16, fp16 or fp32; auto follows the device.
+        dtype: precision of the weights: auto, bf16, fp16 or fp32; auto follows the checkpoint and the device.
+        quant: int4 or int8 rounds the weights once and keeps the result; none makes floats of quantized ones.
         revision: a commit, tag or branch of the model on the hub.
         offline: use only what is on this machine; no connection is opened.
     """
 
     device: str | None = None
     dtype: str | None = None
+    quant: str | None = None
     revision: str | None = None
     offline: bool | None = None
 

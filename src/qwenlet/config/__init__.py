@@ -12,11 +12,12 @@ from qwenlet.config.fields import read_json
 from qwenlet.config.generation import DEFAULT_NEW_TOKENS, GenerationDefaults, SamplingParams
 from qwenlet.config.gguf import config_from_gguf
 from qwenlet.config.model import LOGN_TABLE_LENGTH, MODEL_TYPES, ModelConfig, ModelType, qwen_1_8b
-from qwenlet.config.quant import GROUP_SIZES, QuantConfig
+from qwenlet.config.quant import EMBEDDING_GROUP_SIZE, GROUP_SIZES, QuantConfig
 
 __all__ = [
     "ATTENTION_BACKENDS",
     "DEFAULT_NEW_TOKENS",
+    "EMBEDDING_GROUP_SIZE",
     "GROUP_SIZES",
     "LOGN_TABLE_LENGTH",
     "MODEL_TYPES",

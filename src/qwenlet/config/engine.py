@@ -11,6 +11,7 @@ from qwenlet.config.fields import positive
 from qwenlet.errors import ConfigError
 
 LINEAR_KINDS = ("auto", "streamed", "prepacked", "torch")
+KV_CACHES = ("auto", "bf16", "fp16", "fp32", "int8")
 ATTENTION_BACKENDS = ("auto", "flash", "math", "efficient")
 
 
@@ -25,6 +26,8 @@ class EngineConfig:
         prefill_chunk: prompt tokens per step, so that progress can be shown and a reply can be stopped early.
         linear: which kernels run bfloat16 linears on a CPU: "streamed" (our own), "prepacked" (oneDNN on a copy of the
             weights in its order), "torch"; "auto" takes the first that runs here.
+        kv_cache: how keys and values are stored; "auto": in int8 where weights are quantized, else in the model's
+            precision.
     """
 
     max_context: int | None = None
@@ -32,6 +35,7 @@ class EngineConfig:
     ntk: Literal["prompt", "reserve"] = "prompt"
     prefill_chunk: int = 512
     linear: str = field(default="auto", metadata={"choices": LINEAR_KINDS})
+    kv_cache: str = field(default="auto", metadata={"choices": KV_CACHES})
 
     def __post_init__(self) -> None:
         if self.max_context is not None:
@@ -41,6 +45,8 @@ class EngineConfig:
             raise ConfigError(f"attention is {self.attention!r}, expected one of {', '.join(ATTENTION_BACKENDS)}")
         if self.linear not in LINEAR_KINDS:
             raise ConfigError(f"linear is {self.linear!r}, expected one of {', '.join(LINEAR_KINDS)}")
+        if self.kv_cache not in KV_CACHES:
+            raise ConfigError(f"kv_cache is {self.kv_cache!r}, expected one of {', '.join(KV_CACHES)}")
         if self.ntk not in ("prompt", "reserve"):
             raise ConfigError(f"ntk is {self.ntk!r}, expected 'prompt' or 'reserve'")
 

@@ -177,6 +177,37 @@ class ModelConfig:
             "vocab_size": self.vocab_size,
         }
 
+    def to_own_layout(self) -> dict[str, Any]:
+        """config.json in the layout of this model type: the published one for `qwen`, else transformers' own."""
+        if self.model_type == "qwen":
+            return self.to_published()
+        qwen2 = self.model_type == "qwen2"
+        return {
+            "architectures": ["Qwen2ForCausalLM" if qwen2 else "LlamaForCausalLM"],
+            **({} if qwen2 else {"attention_bias": False, "mlp_bias": False, "pretraining_tp": 1}),
+            "attention_dropout": 0.0,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": list(self.eos_token_ids) or None,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "hidden_size": self.hidden_size,
+            "initializer_range": self.initializer_range,
+            "intermediate_size": self.intermediate_size,
+            "max_position_embeddings": self.max_position_embeddings,
+            "model_type": self.model_type,
+            "num_attention_heads": self.num_attention_heads,
+            "num_hidden_layers": self.num_hidden_layers,
+            "num_key_value_heads": self.num_key_value_heads,
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_scaling": None,
+            "rope_theta": self.rope_theta,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "torch_dtype": "float16",
+            "use_cache": True,
+            **({"use_sliding_window": False} if qwen2 else {}),
+            "vocab_size": self.vocab_size,
+        }
+
 
 def qwen_1_8b() -> ModelConfig:
     """The published Qwen-1.8B (and -Chat): 1,836,828,672 parameters."""
@@ -188,8 +219,10 @@ def qwen_1_8b() -> ModelConfig:
 
 
 # Written by libraries into every config; none of them changes the maths of a forward pass in evaluation mode.
+# (quantization_config is read by QuantConfig.)
 _INERT = frozenset(
-    """architectures auto_map transformers_version torch_dtype dtype use_cache tokenizer_class name_or_path
+    """quantization_config
+    architectures auto_map transformers_version torch_dtype dtype use_cache tokenizer_class name_or_path
     output_attentions output_hidden_states return_dict return_dict_in_generate output_scores torchscript id2label
     label2id problem_type finetuning_task task_specific_params prefix pad_token_id sep_token_id
     decoder_start_token_id chunk_size_feed_forward is_encoder_decoder is_decoder bad_words_ids
@@ -210,7 +243,6 @@ _INERT_BY_TYPE = {
 
 
 def _read_qwen(f: Fields) -> ModelConfig:
-    _refuse_quantized(f)
     f.require("no_bias", [True], "the projections and the feed-forward have no biases")
     f.require("scale_attn_weights", [True], "attention is scaled by 1/sqrt(head_dim)")
     if f.raw.get("rotary_pct", 1.0) != 1.0:
@@ -249,7 +281,6 @@ def _read_qwen(f: Fields) -> ModelConfig:
 
 def _read_llama_shaped(f: Fields) -> ModelConfig:
     """`qwen2` and `llama`: the same block; they differ in the q/k/v bias."""
-    _refuse_quantized(f)
     f.require("hidden_act", ["silu", "swish"], "the feed-forward is SwiGLU")
     f.require("rope_scaling", [None], "plain rotary embedding")
     f.require("mlp_bias", [False], "the feed-forward has no biases")
@@ -299,16 +330,6 @@ def _read_llama_shaped(f: Fields) -> ModelConfig:
     )
     f.finish(_INERT | _INERT_BY_TYPE[f.model_type])
     return config
-
-
-def _refuse_quantized(f: Fields) -> None:
-    section = f.raw.pop("quantization_config", None)
-    if section is not None:
-        method = section.get("quant_method", "unknown") if isinstance(section, Mapping) else section
-        raise ConfigError(
-            f"{f.source} describes a quantized checkpoint (quant_method {method!r}), which this version can't read",
-            hint="load the unquantized checkpoint, for example Qwen/Qwen-1_8B-Chat",
-        )
 
 
 _READERS = {"qwen": _read_qwen, "qwen2": _read_llama_shaped, "llama": _read_llama_shaped}

@@ -19,7 +19,9 @@ from qwenlet.engine.runner import Runner
 from qwenlet.engine.scheduler import Scheduler
 from qwenlet.engine.stop import StopTexts, StopTokens
 from qwenlet.errors import ConfigError, ContextLengthError, RequestError
+from qwenlet.linear import QuantLinear
 from qwenlet.model import Qwen
+from qwenlet.program import obstacle
 from qwenlet.sampling import TokenCounts, TokenLogprob, choose, needs_counts, token_logprob
 from qwenlet.tokenizer import StreamDecoder, Tokenizer
 
@@ -42,7 +44,7 @@ class Engine:
         stop_ids: Sequence[int] = (),
     ) -> None:
         limit = model.config.context_length
-        dtype = model.transformer.wte.weight.dtype
+        cache_dtype = _cache_dtype(model, options.kv_cache)
         if options.max_context is not None and options.max_context > limit:
             raise ConfigError(
                 f"max_context is {options.max_context}, but this model has published maths for {limit} positions",
@@ -50,11 +52,12 @@ class Engine:
             )
         self.model, self.tokenizer, self.options, self.defaults = model, tokenizer, options, defaults
         self.device = device
-        self.context_length = options.max_context or _affordable(model.config, dtype, device)
+        self.context_length = options.max_context or _affordable(model.config, cache_dtype, device)
         self.stop_ids = frozenset([*defaults.eos_token_ids, *stop_ids])
-        self.pool = PagePool(model.config, pages_for(self.context_length), dtype, device)
+        native = device.type == "cpu" and obstacle(model, cache_dtype) is None
+        self.pool = PagePool(model.config, pages_for(self.context_length), cache_dtype, device, tiled=native)
         self.scheduler = Scheduler(self.pool)
-        self.runner = Runner(model, self.pool, device, options.attention)
+        self.runner = Runner(model, self.pool, device, options.attention, options.prefill_chunk)
         self._lock = threading.RLock()
 
     # ---------------------------------------------------------------------------------------------- requests
@@ -115,6 +118,20 @@ class Engine:
             counts=TokenCounts(prompt, self.model.config.vocab_size, self.device) if needs_counts(params) else None,
         )
 
+    def logits(self, ids: Sequence[int], alpha: float, first: int = 0) -> torch.Tensor:
+        """Float32 logits [len(ids) - first, V] on the CPU from position `first` on, by the kernels that generate.
+
+        Raises:
+            RequestError: running requests hold the pages that this needs.
+        """
+        with self._lock:
+            if self.pool.free_pages < pages_for(len(ids)):
+                raise RequestError(
+                    f"{len(ids)} tokens need {pages_for(len(ids))} pages of the cache, {self.pool.free_pages} are free",
+                    hint="let the running requests end first",
+                )
+            return self.runner.logits(ids, alpha, first)
+
     def cancel(self, request: Request) -> None:
         """Ends a request at once and frees its pages. Harmless if it has ended already."""
         with self._lock:
@@ -144,7 +161,7 @@ class Engine:
     def _advance(self, request: Request) -> None:
         if request.started_at is None:
             request.started_at = time.perf_counter()
-        tokens = request.next_tokens(self.options.prefill_chunk)
+        tokens = request.next_tokens(self.runner.chunk)
         logits = self.runner.run(request, tokens)
         if logits is None:
             request.stored += len(tokens)
@@ -230,6 +247,17 @@ class Engine:
                 error=error,
             )
         )
+
+
+_CACHE_DTYPES = {"int8": torch.int8, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def _cache_dtype(model: Qwen, asked: str) -> torch.dtype:
+    """ "auto" is int8 where weights are quantized, else their precision."""
+    if asked != "auto":
+        return _CACHE_DTYPES[asked]
+    quantized = any(isinstance(module, QuantLinear) for module in model.modules())
+    return torch.int8 if quantized else next(iter(model.transformer.ln_f.parameters())).dtype
 
 
 def _affordable(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:

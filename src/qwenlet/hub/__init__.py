@@ -19,7 +19,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from qwenlet.config import MODEL_TYPES
 from qwenlet.errors import HubError, OfflineError
@@ -27,7 +27,17 @@ from qwenlet.hub import demo
 from qwenlet.hub.downloads import Progress, cache_dir, is_offline
 from qwenlet.hub.names import DEMO, HubId, local_path, looks_like_path, missing_path, parse_hub_id, pinned, unknown_name
 
-__all__ = ["LocalModel", "Progress", "Pulled", "cache_dir", "is_offline", "local_models", "pull", "resolve"]
+__all__ = [
+    "LocalModel",
+    "Progress",
+    "Pulled",
+    "cache_dir",
+    "is_offline",
+    "local_models",
+    "published_config",
+    "pull",
+    "resolve",
+]
 
 Source = Literal["huggingface", "modelscope"]
 
@@ -142,6 +152,20 @@ def pull(
 
     done = huggingface.fetch(target, huggingface.cache_folder(cache_dir), progress, verify=True)
     return Pulled(done.path, done.commit, done.files, done.bytes_total, done.bytes_downloaded)
+
+
+def published_config(name: str, *, revision: str | None = None) -> dict[str, Any]:
+    """config.json of a model that is not here, fetched from the Hugging Face hub and kept nowhere.
+
+    Raises:
+        HubError: `name` is no hub id, or the hub doesn't give it.
+    """
+    target = _target(name, revision)
+    if not isinstance(target, HubId) or target.file is not None:
+        raise HubError(f"{name} is not on this machine", hint=f"fetch it first: qwenlet pull {name}")
+    from qwenlet.hub import huggingface
+
+    return huggingface.fetch_config(target)
 
 
 def local_models(cache_dir: Path | None = None) -> list[LocalModel]:

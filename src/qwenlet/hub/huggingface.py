@@ -15,12 +15,14 @@ import contextlib
 import io
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qwenlet import __version__
+from qwenlet.config import read_json
 from qwenlet.errors import HubError, OfflineError, QwenletError
 from qwenlet.hub.downloads import Progress, git_blob_sha1_of, require_space, sha256_of, storage_error
 from qwenlet.hub.layout import choose_files, find_model
@@ -242,6 +244,26 @@ def fetch(hub_id: HubId, cache: Path, progress: Progress | None = None, verify: 
     if path is None:
         raise HubError(f"{hub_id} is incomplete on the hub itself: missing {', '.join(missing)}")
     return Fetched(path, repository.commit, len(repository.files), sum(f.size for f in repository.files), downloaded)
+
+
+def fetch_config(hub_id: HubId) -> dict[str, Any]:
+    """config.json of the asked revision, kept nowhere: what planning needs before a model is downloaded."""
+    folder = Path(tempfile.gettempdir())
+    with _explained(hub_id, folder), _quiet(), tempfile.TemporaryDirectory() as temporary:
+        from huggingface_hub import errors, hf_hub_download
+
+        try:
+            path = hf_hub_download(
+                hub_id.repo, "config.json", revision=hub_id.revision or _MAIN, cache_dir=temporary,
+                library_name="qwenlet", library_version=__version__,
+            )  # fmt: skip
+        except errors.LocalEntryNotFoundError:
+            raise
+        except errors.EntryNotFoundError:
+            raise HubError(
+                f"{hub_id.repo} has no config.json", hint=f"if it holds GGUF files, run: qwenlet pull {hub_id.repo}"
+            ) from None
+        return read_json(path)
 
 
 def _remote_file(sibling: RepoSibling, hub_id: HubId) -> _RemoteFile:

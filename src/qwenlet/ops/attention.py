@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qwenlet.errors import ConfigError
+from qwenlet.ops.pages import CachePages
 
 _BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -67,16 +68,22 @@ def causal_attention_batch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return _sdpa(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), new, new).transpose(1, 2)
 
 
-def causal_attention_pages(q: Tensor, k: Tensor, v: Tensor, runs: Sequence[slice], keys: int) -> Tensor:
-    """The same over keys that lie in pages: q [T, H, D]; k and v [pages, G, page, D]; `runs` are the row's pages in
-    order, as slices of neighbours, and the first `keys` of their keys count."""
-    k, v = (_gather(pages, runs)[:, :, :keys] for pages in (k, v))
+def causal_attention_pages(q: Tensor, pages: CachePages, runs: Sequence[slice], keys: int) -> Tensor:
+    """The same over keys that lie in pages, plain or int8: q [T, H, D]; `runs` are the row's pages in order, as slices of
+    neighbours, and the first `keys` of their keys count."""
+    k = _gather(pages.k, pages.k_scales, runs, q.dtype)[:, :, :keys]
+    v = _gather(pages.v, pages.v_scales, runs, q.dtype)[:, :, :keys]
     return _sdpa(q.transpose(0, 1)[None], k, v, q.shape[0], keys)[0].transpose(0, 1)
 
 
-def _gather(pages: Tensor, runs: Sequence[slice]) -> Tensor:
+def _gather(pages: Tensor, scales: Tensor | None, runs: Sequence[slice], dtype: torch.dtype) -> Tensor:
     """[pages, G, page, D] -> [1, G, keys, D] in one copy. (`index_select` would copy the whole pool first.)"""
-    return torch.cat([pages[run].transpose(0, 1) for run in runs], dim=1).flatten(1, 2)[None]
+
+    def side_by_side(table: Tensor) -> Tensor:
+        return torch.cat([table[run].transpose(0, 1) for run in runs], dim=1).flatten(1, 2)[None]
+
+    found = side_by_side(pages)
+    return found if scales is None else (found.float() * side_by_side(scales)[..., None]).to(dtype)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, new: int, keys: int) -> Tensor:

@@ -13,7 +13,8 @@ Dimension letters: N outputs, K inputs, G = K / group_size groups, T = ceil(N / 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,8 +27,9 @@ GROUP_SIZES = (32, 64, 128)  # columns that may share a scale: what the kernels 
 
 @dataclass(frozen=True)
 class QuantTensor:
-    """A linear's weight in codes: column j of row n is worth (codes[n, j] - zeros[n, g]) * scales[n, g], g = j // group_size,
-    or with `minimums` codes[n, j] * scales[n, g] + minimums[n, g]; it multiplies input column order[j].
+    """A linear's weight in codes: column j of row n is worth (codes[n, j] - zeros[n, g]) * scales[n, g] where
+    g = j // group_size, or with `minimums` codes[n, j] * scales[n, g] + minimums[n, g]; it multiplies input column
+    order[j].
 
     Attributes:
         bits: 4 or 8.
@@ -90,40 +92,48 @@ class GPTQTensors:
     g_idx: Tensor
 
 
-def _shifts(bits: int) -> Tensor:
-    return torch.arange(0, 32, bits, dtype=torch.int32)
-
-
 def pack_words(codes: Tensor, bits: int) -> Tensor:
     """[..., C] codes below 2^bits -> [..., C * bits / 32] int32, the first code in the lowest bits."""
-    each = codes.to(torch.int32).unflatten(-1, (-1, 32 // bits))
-    return torch.bitwise_left_shift(each, _shifts(bits)).sum(-1, dtype=torch.int64).to(torch.int32)
+    octets = codes.to(torch.uint8)
+    if bits == 4:
+        octets = octets[..., 0::2] | octets[..., 1::2] << 4
+    return octets.contiguous().view(torch.int32)
 
 
 def unpack_words(words: Tensor, bits: int) -> Tensor:
-    """The way back: [..., W] int32 -> [..., W * 32 / bits] uint8."""
-    each = torch.bitwise_right_shift(words[..., None], _shifts(bits)) & ((1 << bits) - 1)
-    return each.to(torch.uint8).flatten(-2)
+    """The way back: [..., W] int32 -> [..., W * 32 / bits] uint8; with 8 bits a view of the same memory."""
+    octets = words.contiguous().view(torch.uint8)
+    return octets if bits == 8 else torch.stack((octets & 15, octets >> 4), dim=-1).flatten(-2)
+
+
+# a word of qzeros in a symmetric layer: zero points of 2^(bits - 1), stored less one
+_SYMMETRIC_WORD = {4: 0x77777777, 8: 0x7F7F7F7F}
+
+
+def _gptq_zeros(parts: GPTQTensors, bits: int) -> Tensor | None:
+    """[N, G] uint8, or None for symmetric codes."""
+    if bool((parts.qzeros == _SYMMETRIC_WORD[bits]).all()):
+        return None
+    return (unpack_words(parts.qzeros, bits) + 1).T
 
 
 def from_gptq(parts: GPTQTensors, bits: int, group_size: int) -> QuantTensor:
     """Raises FormatError where g_idx is no arrangement of full groups."""
     codes = unpack_words(parts.qweight.T.contiguous(), bits)
-    zeros = unpack_words(parts.qzeros, bits) + 1
-    symmetric = bool((zeros == 1 << (bits - 1)).all())
+    zeros = _gptq_zeros(parts, bits)
     order = gptq_order(parts.g_idx, codes.shape[1], group_size)
     return QuantTensor(
         bits,
         group_size,
         codes if order is None else codes[:, order],
         parts.scales.T.to(torch.float16).contiguous(),
-        None if symmetric else zeros.T.contiguous(),
+        None if zeros is None else zeros.contiguous(),
         order=order,
     )
 
 
 def gptq_order(g_idx: Tensor, columns: int, group_size: int) -> Tensor | None:
-    """Input columns sorted by their group, or None where they come in order. Raises FormatError if groups aren't full."""
+    """Input columns sorted by group, or None where they come in order. Raises FormatError if groups aren't full."""
     wanted = torch.arange(columns, dtype=torch.int32) // group_size
     if g_idx.shape == wanted.shape and torch.equal(g_idx.to(torch.int32), wanted):
         return None
@@ -206,10 +216,14 @@ class Tiles:
 
 def _lines(table: Tensor) -> Tensor:
     """[N, C] -> [T, C, 16], padded with zeros."""
-    short = -table.shape[0] % TILE_ROWS
-    if short:
-        table = torch.cat((table, table.new_zeros(short, table.shape[1])))
-    return table.unflatten(0, (-1, TILE_ROWS)).transpose(1, 2).contiguous()
+    rows, columns = table.shape
+    whole, rest = divmod(rows, TILE_ROWS)
+    lines = table.new_empty(whole + bool(rest), columns, TILE_ROWS)
+    lines[:whole].copy_(table[: rows - rest].unflatten(0, (whole, TILE_ROWS)).transpose(1, 2))
+    if rest:
+        lines[whole] = 0
+        lines[whole, :, :rest] = table[rows - rest :].T
+    return lines
 
 
 def _rows(lines: Tensor, rows: int) -> Tensor:
@@ -230,24 +244,48 @@ def to_tiles(weight: QuantTensor) -> Tiles:
 
 
 def gptq_to_tiles(parts: GPTQTensors, bits: int, group_size: int) -> Tiles:
-    """The same as `to_tiles(from_gptq(...))`, moving whole lines where nothing is permuted or padded."""
-    rows = parts.qweight.shape[1]
-    if rows % TILE_ROWS or gptq_order(parts.g_idx, parts.g_idx.shape[0], group_size) is not None:
+    """The same as `to_tiles(from_gptq(...))`, moving whole lines where no columns are permuted."""
+    if gptq_order(parts.g_idx, parts.g_idx.shape[0], group_size) is not None:
         return to_tiles(from_gptq(parts, bits, group_size))
-
-    def lines(table: Tensor) -> Tensor:  # (C, N) -> (T, C, 16)
-        return table.unflatten(1, (-1, TILE_ROWS)).transpose(0, 1).contiguous()
-
-    zeros = unpack_words(parts.qzeros, bits) + 1
-    symmetric = bool((zeros == 1 << (bits - 1)).all())
+    zeros = _gptq_zeros(parts, bits)
     return Tiles(
         bits,
         group_size,
-        rows,
-        lines(parts.qweight),
-        lines(parts.scales.to(torch.float16)),
-        None if symmetric else lines(zeros),
+        parts.qweight.shape[1],
+        _lines(parts.qweight.T),
+        _lines(parts.scales.to(torch.float16).T),
+        None if zeros is None else _lines(zeros),
     )
+
+
+_STEP_ROWS = 1024  # of a large tensor at a time, so that its codes never stand in memory as a whole
+
+
+def gguf_to_tiles(type_id: int, raw: Tensor) -> Tiles:
+    """The same as `to_tiles(from_gguf(...))`, a slice of the rows at a time."""
+    return stack_tiles((from_gguf(type_id, piece) for piece in raw.split(_STEP_ROWS)), raw.shape[0])
+
+
+def stack_tiles(pieces: Iterable[QuantTensor], rows: int) -> Tiles:
+    """The tiles of `rows` rows that come in pieces of one kind, each but the last a multiple of 16 rows."""
+    whole: Tiles | None = None
+    count, at = -(-rows // TILE_ROWS), 0
+    for piece in pieces:
+        tiles = to_tiles(piece)
+        if whole is None:
+            room = {name: table.new_empty(count, *table.shape[1:]) for name, table in _tables(tiles).items()}
+            whole = replace(tiles, rows=rows, **room)
+        for name, table in _tables(tiles).items():
+            _tables(whole)[name][at : at + len(table)] = table
+        at += len(tiles.weight)
+    assert whole is not None, "no rows"
+    return whole
+
+
+def _tables(tiles: Tiles) -> dict[str, Tensor]:
+    """What lies in tiles: the fields that are there."""
+    named = {name: getattr(tiles, name) for name in ("weight", "scales", "zeros", "minimums")}
+    return {name: table for name, table in named.items() if table is not None}
 
 
 def from_tiles(tiles: Tiles) -> QuantTensor:
@@ -260,3 +298,10 @@ def from_tiles(tiles: Tiles) -> QuantTensor:
         None if tiles.minimums is None else _rows(tiles.minimums, tiles.rows),
         tiles.order,
     )
+
+
+def bf16_to_tiles(weight: Tensor) -> Tiles:
+    """[N, K] bfloat16 in lines of 16 rows' words, a word two columns; no scales. K is even."""
+    assert weight.dtype == torch.bfloat16, f"{weight.dtype}, expected bfloat16"
+    words = weight.detach().contiguous().view(torch.int32)
+    return Tiles(16, 0, weight.shape[0], _lines(words), torch.empty(0, dtype=torch.float16))

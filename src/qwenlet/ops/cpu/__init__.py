@@ -37,6 +37,13 @@ def _module() -> ModuleType | None:
     return _kernels
 
 
+def kernels() -> ModuleType:
+    """The native module; ask `status` first whether there is one."""
+    module = _module()
+    assert module is not None, "no kernels were built"
+    return module
+
+
 def available() -> list[str]:
     """Instruction sets with kernels that this processor runs, fastest first."""
     module = _module()
@@ -98,5 +105,39 @@ def linear_bf16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def linear_quant(x: Tensor, weight: Tiles, bias: Tensor | None) -> Tensor:
-    """`reference.linear_int` for x [M, K] of any float dtype -> [M, N] in that dtype."""
-    return reference.linear_int(x, from_tiles(weight), bias).to(x.dtype)
+    """`reference.linear_int` for x [M, K] of any float dtype -> [M, N] in that dtype.
+
+    A row's result is the same bits whatever the rows beside it. Without kernels the reference itself runs.
+
+    Args:
+        bias: [N] float32 or None.
+    """
+    if status().isa is None or not len(x):
+        return reference.linear_int(x, from_tiles(weight), bias).to(x.dtype)
+    return linear_tiles(x, weight, bias)
+
+
+def linear_tiles(x: Tensor, weight: Tiles, bias: Tensor | None) -> Tensor:
+    """The same by the kernels, for quantized and for bfloat16 weights (then x is rounded to bfloat16)."""
+    isa, module = status().isa, kernels()
+    assert isa is not None, "no kernels run here"
+    rows = x.to(torch.float32).contiguous()
+    y = rows.new_empty(len(rows), weight.rows)
+    bound = weight_numbers(weight, bias)
+    order = None if weight.order is None else weight.order.to(torch.int32)
+    for at in range(0, len(rows), module.MAX_BATCH):
+        piece, out = rows[at : at + module.MAX_BATCH], y[at:]
+        order_at = 0 if order is None else order.data_ptr()
+        module.linear_tiles(
+            isa, torch.get_num_threads(), piece.data_ptr(), len(piece), out.data_ptr(), order_at, *bound
+        )
+    return y.to(x.dtype)
+
+
+def weight_numbers(weight: Tiles, bias: Tensor | None) -> tuple[int, ...]:
+    """bits, group, N, K and the addresses of everything, as the kernels take them."""
+    columns = weight.weight.shape[1] * 32 // weight.bits
+    parts = (weight.weight, weight.scales, weight.zeros, weight.minimums, bias)
+    assert all(part is None or part.is_contiguous() for part in parts), "weights in tiles are contiguous"
+    addresses = (0 if part is None else part.data_ptr() for part in parts)
+    return (weight.bits, weight.group_size, weight.rows, columns, *addresses)

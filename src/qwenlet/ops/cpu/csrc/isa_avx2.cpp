@@ -1,7 +1,12 @@
 // AVX2 and FMA: bfloat16 widened to float32 by a shift.
 #include <immintrin.h>
 
+#include "lanes_avx2.h"
+
+#include "attention.h"
 #include "linear_bf16.h"
+#include "linear_tiles.h"
+#include "rows.h"
 
 namespace {
 
@@ -39,10 +44,10 @@ struct Dot {
     }
 };
 
-bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
 
 }  // namespace
 
 namespace qwenlet {
-const Kernels kAvx2 = {"avx2", supported, linear_bf16<Dot>};
+const Kernels kAvx2 = {"avx2", supported, linear_bf16<Dot>, linear_tiles, norm, swiglu, round_inputs, turn_query, store, attend};
 }

@@ -1,7 +1,12 @@
 // AVX-512 without bfloat16 arithmetic: widened to float32 by a shift.
 #include <immintrin.h>
 
+#include "lanes_avx512.h"
+
+#include "attention.h"
 #include "linear_bf16.h"
+#include "linear_tiles.h"
+#include "rows.h"
 
 namespace {
 
@@ -36,12 +41,10 @@ struct Dot {
     }
 };
 
-bool supported() {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-}
+bool supported() { return has_avx512(); }
 
 }  // namespace
 
 namespace qwenlet {
-const Kernels kAvx512 = {"avx512", supported, linear_bf16<Dot>};
+const Kernels kAvx512 = {"avx512", supported, linear_bf16<Dot>, linear_tiles, norm, swiglu, round_inputs, turn_query, store, attend};
 }

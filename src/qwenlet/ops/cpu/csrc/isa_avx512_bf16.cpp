@@ -1,7 +1,12 @@
 // AVX-512 with bfloat16 arithmetic: one instruction multiplies and sums 32 pairs.
 #include <immintrin.h>
 
+#include "lanes_avx512.h"
+
+#include "attention.h"
 #include "linear_bf16.h"
+#include "linear_tiles.h"
+#include "rows.h"
 
 namespace {
 
@@ -37,13 +42,10 @@ struct Dot {
     }
 };
 
-bool supported() {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16");
-}
+bool supported() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 
 }  // namespace
 
 namespace qwenlet {
-const Kernels kAvx512Bf16 = {"avx512_bf16", supported, linear_bf16<Dot>};
+const Kernels kAvx512Bf16 = {"avx512_bf16", supported, linear_bf16<Dot>, linear_tiles, norm, swiglu, round_inputs, turn_query, store, attend};
 }

@@ -1,5 +1,10 @@
 // Plain C++ that any compiler vectorizes as far as it may.
+#include "lanes_portable.h"
+
+#include "attention.h"
 #include "linear_bf16.h"
+#include "linear_tiles.h"
+#include "rows.h"
 
 namespace {
 
@@ -27,5 +32,5 @@ bool supported() { return true; }
 }  // namespace
 
 namespace qwenlet {
-const Kernels kPortable = {"portable", supported, linear_bf16<Dot>};
+const Kernels kPortable = {"portable", supported, linear_bf16<Dot>, linear_tiles, norm, swiglu, round_inputs, turn_query, store, attend};
 }

@@ -6,8 +6,54 @@
 
 namespace qwenlet {
 
-// Most rows of x the streaming kernels take at once; beyond it a blocked matrix product is faster.
+// Most rows of x the streaming bfloat16 kernel takes at once; beyond it a blocked matrix product is faster.
 constexpr int kMaxRows = 8;
+// Outputs that lie side by side in a tile, and keys in a tile of a page: one 64-byte line holds a word of each.
+constexpr int kTile = 16;
+// Tokens of a cache page.
+constexpr int kPage = 64;
+// Most rows a call of linear_tiles may have, and bytes of scratch a thread needs for it and for attention.
+constexpr int64_t kMaxBatch = 1024;
+constexpr int64_t kScratch = kMaxBatch * 2 * kTile * 4 + 64 * 1024;
+// Rows of one sequence that attention takes together.
+constexpr int kQueryBlock = 16;
+
+// Activations as a linear reads them: rows of k numbers, either eight-bit codes with a scale per group, or bfloat16.
+struct Inputs {
+    int64_t k;
+    int64_t group;        // columns of a scale; 0: bfloat16
+    bool pairs;           // for four-bit weights: of every 8 codes the even ones first, as nibbles lie in a byte
+    int8_t* codes;        // [rows, k]
+    float* scales;        // [rows, k / group]
+    int32_t* sums;        // [rows, k / group], of the codes
+    uint16_t* bf16;       // [rows, k]
+    const int32_t* order; // [k] or null: which number comes first, second, ...
+};
+
+// A weight in tiles, see ops/packing.py: bits is 4 or 8, or 16 for bfloat16 (lines of 16 outputs x 2 columns).
+struct TileWeight {
+    int bits;
+    int64_t group, n, k;
+    const uint8_t* weight;
+    const uint16_t* scales;    // [tiles, k / group, 16] float16
+    const uint8_t* zeros;      // the same, or null: 2^(bits - 1)
+    const uint16_t* minimums;  // the same in float16, or null
+    const float* bias;         // [n] or null
+};
+
+enum class Cache : int { kInt8 = 0, kBf16 = 1, kFp16 = 2 };
+
+// Keys and values of one layer, in pages of 64 tokens.
+//   k: [pages, kv_heads, 4, dim / q, 16, q] with q numbers of a key in four bytes, int8 keys stored 128 higher
+//   v: [pages, kv_heads, 64, dim]; scales of int8: [pages, kv_heads, 64] float32
+struct Pages {
+    Cache kind;
+    int64_t heads, kv_heads, dim;
+    uint8_t* k;
+    uint8_t* v;
+    float* k_scales;
+    float* v_scales;
+};
 
 struct Kernels {
     const char* name;
@@ -18,6 +64,33 @@ struct Kernels {
     //   x [rows, k], w [*, k], bias [*] or null, y [rows, stride]; rows <= kMaxRows
     void (*linear_bf16)(const uint16_t* x, int rows, const uint16_t* w, int64_t begin, int64_t end, int64_t k,
                         const uint16_t* bias, uint16_t* y, int64_t stride);
+
+    // The same for weights in tiles [begin, end), float32 out (added to what is there if `add`). Eight-bit products are
+    // summed exactly within a group and groups in their order, so here too a row depends on itself alone.
+    void (*linear_tiles)(const TileWeight& w, const Inputs& x, int64_t rows, int64_t begin, int64_t end, float* y,
+                         int64_t stride, bool add, char* scratch);
+
+    // out[i] = x[i] / rms(x) * weight[i]; out may be x.
+    void (*norm)(const float* x, const float* weight, float eps, int64_t count, float* out);
+    // out[i] = a[i] * silu(b[i])
+    void (*swiglu)(const float* a, const float* b, int64_t count, float* out);
+    // Row `row` of `to`, from floats.
+    void (*round_inputs)(const float* x, const Inputs& to, int64_t row);
+
+    // Turns the queries of one token in place ([heads, dim], pairs i and i + dim / 2) and multiplies them by `scale`; for
+    // an int8 cache writes their codes and scales as well.
+    void (*turn_query)(const Pages& p, float* q, const float* cos, const float* sin, float scale, int8_t* codes,
+                       float* code_scales, int64_t head);
+    // Turns key head `head` of one token and stores it and its value in a slot of a page.
+    void (*store)(const Pages& p, float* k, const float* v, const float* cos, const float* sin, int64_t page, int64_t slot,
+                  int64_t head);
+    // out = softmax(q k^T / sqrt(dim)) v of one head for `rows` <= kQueryBlock tokens of one sequence at positions
+    // position, position + 1, ..., each over the keys up to its own. Pages are the block of the running softmax, in their
+    // order, so a row does not depend on the rows beside it.
+    //   q [rows, q_stride] floats at this head, codes [rows, q_stride] and code_scales [rows, heads] likewise
+    void (*attend)(const Pages& p, int64_t head, const float* q, const int8_t* codes, const float* code_scales,
+                   int64_t q_stride, int64_t rows, int64_t position, const int32_t* table, float* out, int64_t out_stride,
+                   char* scratch);
 };
 
 #if defined(QWENLET_X86)

@@ -61,6 +61,17 @@ GompParallel openmp_team() {
 #endif
 }
 
+using TeamNumber = int (*)();
+
+TeamNumber team_number(const char* name) {
+#if defined(__linux__)
+    return reinterpret_cast<TeamNumber>(dlsym(RTLD_DEFAULT, name));
+#else
+    (void)name;
+    return nullptr;
+#endif
+}
+
 class Pool {
   public:
     ~Pool() {
@@ -89,12 +100,7 @@ class Pool {
             wake_.notify_all();
         }
         job.take_chunks();
-        for (int looks = 0; busy_.load(std::memory_order_acquire) > 0; ++looks) {
-            if (looks < kLooksBeforeYield)
-                relax();
-            else
-                std::this_thread::yield();
-        }
+        for (int looks = 0; busy_.load(std::memory_order_acquire) > 0; ++looks) wait_a_little(looks);
     }
 
   private:
@@ -155,6 +161,13 @@ Pool& pool() {
 
 }  // namespace
 
+void wait_a_little(int looks) {
+    if (looks < kLooksBeforeYield)
+        relax();
+    else
+        std::this_thread::yield();
+}
+
 void parallel_for(int threads, int64_t count, int64_t chunk, const std::function<void(int64_t, int64_t)>& body) {
     if (threads <= 1 || count <= chunk) {
         if (count > 0) body(0, count);
@@ -166,6 +179,22 @@ void parallel_for(int threads, int64_t count, int64_t chunk, const std::function
         return;
     }
     pool().run(threads, count, chunk, body);
+}
+
+bool run_team(int threads, const std::function<void(int, int)>& body) {
+    if (threads <= 1) {
+        body(0, 1);
+        return true;
+    }
+    const GompParallel team = openmp_team();
+    static const TeamNumber size = team_number("omp_get_num_threads"), index = team_number("omp_get_thread_num");
+    if (team == nullptr || size == nullptr || index == nullptr) return false;
+    struct Call {
+        const std::function<void(int, int)>* body;
+    } call{&body};
+    // the library may give fewer threads than were asked for
+    team([](void* data) { (*static_cast<Call*>(data)->body)(index(), size()); }, &call, static_cast<unsigned>(threads), 0);
+    return true;
 }
 
 }  // namespace qwenlet

@@ -1,0 +1,36 @@
+"""Weights rounded to nearest while they are read: what quant="int4" does to a checkpoint of floats."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qwenlet.config import EMBEDDING_GROUP_SIZE, QuantConfig
+from qwenlet.ops.packing import QuantTensor
+from qwenlet.ops.rounding import round_to_nearest
+
+_SLICE_ROWS = 4096  # of an embedding at a time
+
+
+class Rounding:
+    """Rounds what `quant` (fitted to the model) asks for."""
+
+    def __init__(self, quant: QuantConfig) -> None:
+        self.quant = quant
+
+    def linear(self, name: str, weight: Tensor) -> QuantTensor:
+        """A linear's weight [N, K] of any float dtype, by our name; it must be one that `quant` names."""
+        bits, group_size = self.quant.of_linear(name) or (None, None)
+        assert bits is not None, f"{name} stays float"
+        assert group_size is not None, "fit() the group size to the model first"
+        return round_to_nearest(weight, bits, group_size, sym=self.quant.sym, mse=self.quant.mse)
+
+    def embedding(self, table: Tensor) -> tuple[Tensor, Tensor]:
+        """[V, C] of any float dtype -> codes [V, C] int8 and scales [V, C / 32] float16."""
+        codes = torch.empty(table.shape, dtype=torch.int8)
+        scales = torch.empty(table.shape[0], table.shape[1] // EMBEDDING_GROUP_SIZE, dtype=torch.float16)
+        for at in range(0, len(table), _SLICE_ROWS):
+            rows = slice(at, at + _SLICE_ROWS)
+            rounded = round_to_nearest(table[rows], 8, EMBEDDING_GROUP_SIZE)
+            codes[rows], scales[rows] = (rounded.codes ^ 0x80).view(torch.int8), rounded.scales
+        return codes, scales

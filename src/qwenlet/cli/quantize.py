@@ -1,0 +1,146 @@
+"""`qwenlet quantize`: a checkpoint in four or eight bits, and what that cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from qwenlet.cli import console
+from qwenlet.cli.options import Flags, expand, new_app
+from qwenlet.config import QuantConfig
+
+if TYPE_CHECKING:
+    from qwenlet.quant.calibration import Calibration
+    from qwenlet.quant.pipeline import Outcome
+
+HALF = 16  # on the command line, what stays in half precision
+
+app = new_app()
+
+
+@app.command()
+@expand
+def quantize(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A model as for chat: a folder, a .gguf file, a name.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    quant: Annotated[
+        dict[str, Any],
+        Flags(QuantConfig, skip=("method", "desc_act", "static_groups", "head_bits", "embedding_bits")),
+    ],
+    method: Annotated[str, typer.Option(help="gptq calibrates on a text; rtn rounds to nearest, in seconds.")] = "gptq",
+    desc_act: Annotated[
+        bool, typer.Option("--desc-act/--no-desc-act", help="GPTQ rounds the most active inputs first (act-order).")
+    ] = True,
+    static_groups: Annotated[
+        bool,
+        typer.Option(
+            "--static-groups/--no-static-groups",
+            help="Columns stay where they are all the same, so that the order costs no time when the model runs.",
+        ),
+    ] = True,
+    head_bits: Annotated[
+        int | None, typer.Option(help=f"Of the output head: 4, 8, or {HALF} to leave it; as --bits unless given.")
+    ] = None,
+    embedding_bits: Annotated[int, typer.Option(help=f"Of the embedding: 8, or {HALF} to leave it.")] = 8,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|NAME",
+            help="What GPTQ looks at: .json as for fine-tuning, .jsonl, plain text, or a part of the built-in samples "
+            "(builtin, english, chinese, dialogues). All built-in samples unless given; your own text is better.",
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="How many samples of the calibration text.")] = 128,
+    max_length: Annotated[int, typer.Option(min=1, help="Tokens of a sample at most.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, help="Which samples are picked.")] = 0,
+    text: Annotated[
+        Path | None, typer.Option(help="A text to measure the quality on; a short built-in one unless given.")
+    ] = None,
+    report: Annotated[bool, typer.Option("--report/--no-report", help="Measure what it cost.")] = True,
+    offline: Annotated[bool, typer.Option("--offline", help="Use only what is on this machine.")] = False,
+) -> None:
+    """Write a model in four or eight bits, in AutoGPTQ's layout, and measure what it cost.
+
+    An interrupted run goes on where it stopped when the same command is given again.
+    """
+    from qwenlet import hub
+    from qwenlet.quant.pipeline import quantize
+
+    calibrated = method == "gptq"
+    bits = quant.get("bits", QuantConfig.bits)
+    config = QuantConfig(
+        **quant,
+        method=_method(method),
+        desc_act=calibrated and desc_act,
+        static_groups=calibrated and desc_act and static_groups,
+        head_bits=_or_half(bits if head_bits is None else head_bits),
+        embedding_bits=_or_half(embedding_bits),
+    )
+    text_to_score = None if text is None else console.file_text(text)
+    with console.Progress() as progress:
+        found = hub.resolve(source, offline=offline or None, progress=progress.update)
+    picked = _calibration(found, calibration, samples, max_length, seed) if calibrated else None
+    with console.Progress("steps") as progress:
+        outcome = quantize(found, out, config, picked, progress=progress.update)
+    if outcome.resumed:
+        console.note(f"went on after {outcome.resumed} finished layers of an earlier run")
+    for error in outcome.errors:
+        if error.damp_percent is not None and error.damp_percent > config.damp_percent:
+            console.note(f"{error.name} needed damping of {error.damp_percent:.0%}; more calibration text may help")
+    if report:
+        _report(found, outcome, text_to_score, None if text is None else text.name)
+    print(outcome.path)
+
+
+def _method(name: str) -> Literal["gptq", "rtn"]:
+    if name not in ("gptq", "rtn"):
+        raise typer.BadParameter(f"{name!r} is not gptq or rtn", param_hint="--method")
+    return name  # type: ignore[return-value]
+
+
+def _or_half(bits: int) -> int | None:
+    return None if bits == HALF else bits
+
+
+def _calibration(model: Path, source: str | None, samples: int, max_length: int, seed: int) -> Calibration:
+    from qwenlet.checkpoint import Checkpoint
+    from qwenlet.quant.calibration import load_calibration
+    from qwenlet.tokenizer import Tokenizer
+
+    checkpoint = Checkpoint.open(model)
+    if checkpoint.header is None:
+        tokenizer = Tokenizer.from_folder(checkpoint.path)
+    else:
+        tokenizer = Tokenizer.from_gguf(checkpoint.header.metadata, str(checkpoint.path))
+    return load_calibration(source, tokenizer, samples=samples, max_length=max_length, seed=seed)
+
+
+def _report(model: Path, outcome: Outcome, text: str | None, name: str | None) -> None:
+    """Measures the written model beside its source, as users get both; JSON beside the weights, a table on stderr."""
+    import qwenlet
+    from qwenlet.errors import MissingTokenizerError
+    from qwenlet.quant.report import measure_quality
+
+    with (
+        console.Progress("steps") as progress,
+        qwenlet.load(str(model), device="cpu", quant="none", offline=True) as reference,
+        qwenlet.load(str(outcome.path), device="cpu", offline=True) as quantized,
+    ):
+        try:
+            measured = measure_quality(
+                reference,
+                quantized,
+                outcome.quant,
+                text,
+                text_name=name,
+                layer_errors={error.name: error.error for error in outcome.errors},
+                calibration_sha256=None if outcome.calibration is None else outcome.calibration.sha256,
+                progress=progress.update,
+            )
+        except MissingTokenizerError:
+            console.note("the model has no vocabulary, so its quality can't be measured on a text")
+            return
+    measured.save(outcome.path)
+    console.stderr().print(measured.table())

@@ -1,0 +1,251 @@
+// Attention over pages: rotate and store, then answer. Keys lie in tiles of sixteen, a word of each in a 64-byte line, so
+// sixteen scores come out as lanes; values lie row by row, and a running softmax goes page by page.
+#pragma once
+
+#include <cmath>
+
+#include "kernels.h"
+#include "rows.h"
+
+namespace {
+
+using qwenlet::Cache;
+using qwenlet::kPage;
+using qwenlet::kQueryBlock;
+using qwenlet::Pages;
+
+constexpr int kKeyTiles = kPage / 16;
+
+inline int64_t item_bytes(const Pages& p) { return p.kind == Cache::kInt8 ? 1 : 2; }
+
+// x [dim] turned by cos, sin [dim / 2]: pairs are (i, i + dim / 2)
+inline void turn(float* x, const float* cos, const float* sin, int64_t dim, float scale) {
+    const int64_t half = dim / 2;
+    const F factor = f_set(scale);
+    for (int64_t i = 0; i < half; i += 16) {
+        const F a = f_load(x + i), b = f_load(x + half + i), c = f_load(cos + i), s = f_load(sin + i);
+        f_store(x + i, f_mul(f_sub(f_mul(a, c), f_mul(b, s)), factor));
+        f_store(x + half + i, f_mul(f_add(f_mul(b, c), f_mul(a, s)), factor));
+    }
+}
+
+void turn_query(const Pages& p, float* q, const float* cos, const float* sin, float scale, int8_t* codes,
+                float* code_scales, int64_t head) {
+    turn(q + head * p.dim, cos, sin, p.dim, scale);
+    if (p.kind == Cache::kInt8) round_group(q + head * p.dim, p.dim, codes + head * p.dim, code_scales + head, false);
+}
+
+constexpr int kMostDim = 256;
+
+void store(const Pages& p, float* k, const float* v, const float* cos, const float* sin, int64_t page, int64_t slot,
+           int64_t head) {
+    const int64_t dim = p.dim, in_pool = page * p.kv_heads + head, bytes = item_bytes(p);
+    turn(k, cos, sin, dim, 1.0f);
+    // word w of the key lies in line w of its tile
+    uint8_t* tile = p.k + in_pool * kPage * dim * bytes + slot / 16 * 16 * dim * bytes + slot % 16 * 4;
+    uint8_t* row = p.v + (in_pool * kPage + slot) * dim * bytes;
+    alignas(64) uint8_t key[kMostDim * 2];
+    if (p.kind == Cache::kInt8) {
+        round_group(k, dim, reinterpret_cast<int8_t*>(key), p.k_scales + in_pool * kPage + slot, false);
+        for (int64_t i = 0; i < dim; ++i) key[i] ^= 0x80;
+        round_group(v, dim, reinterpret_cast<int8_t*>(row), p.v_scales + in_pool * kPage + slot, false);
+    } else {
+        for (int64_t i = 0; i < dim; i += 16) {
+            auto* key_at = reinterpret_cast<uint16_t*>(key) + i;
+            auto* row_at = reinterpret_cast<uint16_t*>(row) + i;
+            if (p.kind == Cache::kBf16) {
+                f_store_bf16(key_at, f_load(k + i));
+                f_store_bf16(row_at, f_load(v + i));
+            } else {
+                f_store_half(key_at, f_load(k + i));
+                f_store_half(row_at, f_load(v + i));
+            }
+        }
+    }
+    for (int64_t w = 0; w < dim * bytes / 4; ++w) std::memcpy(tile + w * 64, key + w * 4, 4);
+}
+
+// scores[r][t] of R rows against the 64 keys of a page, one tile of keys a register
+template <int R>
+inline void scores_int8(const uint8_t* k, const float* k_scales, const int8_t* codes, const float* code_scales,
+                        int64_t q_stride, int64_t scales_stride, int64_t dim, float factor, F (*scores)[kKeyTiles]) {
+    I dot[R][kKeyTiles];
+    for (int r = 0; r < R; ++r) {
+        I sum = i_set(0);
+        for (int64_t i = 0; i < dim; i += 16) {
+            int8_t const* at = codes + r * q_stride + i;
+            sum = i_add(sum, i_round(f_load_i8(at)));
+        }
+        const int32_t start = -128 * i_sum(sum);  // keys are stored 128 higher
+        for (int t = 0; t < kKeyTiles; ++t) dot[r][t] = i_set(start);
+    }
+    for (int64_t w = 0; w < dim / 4; ++w)
+        for (int t = 0; t < kKeyTiles; ++t) {
+            const Line line = line_load(k + t * 16 * dim + w * 64);
+            for (int r = 0; r < R; ++r) dot[r][t] = dot4<8>(dot[r][t], line, codes + r * q_stride + w * 4);
+        }
+    for (int r = 0; r < R; ++r) {
+        const F scale = f_set(code_scales[r * scales_stride] * factor);
+        for (int t = 0; t < kKeyTiles; ++t)
+            scores[r][t] = f_mul(f_mul(f_from(dot[r][t]), scale), f_load(k_scales + t * 16));
+    }
+}
+
+template <int R, bool Half>
+inline void scores_16bit(const uint8_t* k, const float* q, int64_t q_stride, int64_t dim, float factor,
+                         F (*scores)[kKeyTiles]) {
+    for (int r = 0; r < R; ++r)
+        for (int t = 0; t < kKeyTiles; ++t) scores[r][t] = f_set(0.0f);
+    for (int64_t w = 0; w < dim / 2; ++w)
+        for (int t = 0; t < kKeyTiles; ++t) {
+            const Line line = line_load(k + t * 32 * dim + w * 64);
+            F first, second;
+            if (Half)
+                line_half(line, first, second);
+            else
+                line_bf16(line, first, second);
+            for (int r = 0; r < R; ++r) {
+                scores[r][t] = f_fma(first, f_set(q[r * q_stride + 2 * w]), scores[r][t]);
+                scores[r][t] = f_fma(second, f_set(q[r * q_stride + 2 * w + 1]), scores[r][t]);
+            }
+        }
+    for (int r = 0; r < R; ++r)
+        for (int t = 0; t < kKeyTiles; ++t) scores[r][t] = f_mul(scores[r][t], f_set(factor));
+}
+
+inline F load_value(const Pages& p, const uint8_t* v, int64_t i) {
+    if (p.kind == Cache::kInt8) return f_load_i8(reinterpret_cast<const int8_t*>(v) + i);
+    const auto* words = reinterpret_cast<const uint16_t*>(v) + i;
+    return p.kind == Cache::kBf16 ? f_load_bf16(words) : f_load_half(words);
+}
+
+// sums[r][d] = sums[r][d] * fade[r] + sum_j weights[r][j] v[j][d], keys in order; v as stored (Kind) or floats (kFloat)
+constexpr int kFloat = -1;
+
+template <int Kind>
+inline F value_at(const void* v, int64_t i) {
+    if constexpr (Kind == kFloat) return f_load(static_cast<const float*>(v) + i);
+    if constexpr (Kind == static_cast<int>(Cache::kInt8)) return f_load_i8(static_cast<const int8_t*>(v) + i);
+    if constexpr (Kind == static_cast<int>(Cache::kBf16)) return f_load_bf16(static_cast<const uint16_t*>(v) + i);
+    return f_load_half(static_cast<const uint16_t*>(v) + i);
+}
+
+template <int Kind, int R, int Chunks>
+inline void mix_chunk(const void* v, int64_t dim, int64_t at, int keys, const float* weights, const float* fade, float* sums) {
+    F acc[R][Chunks];
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < Chunks; ++c) acc[r][c] = f_mul(f_load(sums + r * dim + at + c * 16), f_set(fade[r]));
+    for (int j = 0; j < keys; ++j)
+        for (int c = 0; c < Chunks; ++c) {
+            const F value = value_at<Kind>(v, j * dim + at + c * 16);
+            for (int r = 0; r < R; ++r) acc[r][c] = f_fma(f_set(weights[r * kPage + j]), value, acc[r][c]);
+        }
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < Chunks; ++c) f_store(sums + r * dim + at + c * 16, acc[r][c]);
+}
+
+template <int Kind, int R>
+inline void mix(const void* v, int64_t dim, int keys, const float* weights, const float* fade, float* sums) {
+    int64_t at = 0;
+    for (; at + 128 <= dim; at += 128) mix_chunk<Kind, R, 8>(v, dim, at, keys, weights, fade, sums);
+    for (; at + 64 <= dim; at += 64) mix_chunk<Kind, R, 4>(v, dim, at, keys, weights, fade, sums);
+    for (; at < dim; at += 16) mix_chunk<Kind, R, 1>(v, dim, at, keys, weights, fade, sums);
+}
+
+template <int R>
+inline void mix_stored(const Pages& p, const void* v, int keys, const float* weights, const float* fade, float* sums) {
+    if (p.kind == Cache::kInt8) return mix<static_cast<int>(Cache::kInt8), R>(v, p.dim, keys, weights, fade, sums);
+    if (p.kind == Cache::kBf16) return mix<static_cast<int>(Cache::kBf16), R>(v, p.dim, keys, weights, fade, sums);
+    mix<static_cast<int>(Cache::kFp16), R>(v, p.dim, keys, weights, fade, sums);
+}
+
+template <int R>
+inline void page_scores(const Pages& p, int64_t in_pool, const float* q, const int8_t* codes, const float* code_scales,
+                        int64_t q_stride, F (*scores)[kKeyTiles]) {
+    const float factor = 1.0f / __builtin_sqrtf(static_cast<float>(p.dim));
+    const uint8_t* k = p.k + in_pool * kPage * p.dim * item_bytes(p);
+    if (p.kind == Cache::kInt8)
+        scores_int8<R>(k, p.k_scales + in_pool * kPage, codes, code_scales, q_stride, p.heads, p.dim, factor, scores);
+    else if (p.kind == Cache::kBf16)
+        scores_16bit<R, false>(k, q, q_stride, p.dim, factor, scores);
+    else
+        scores_16bit<R, true>(k, q, q_stride, p.dim, factor, scores);
+}
+
+void attend(const Pages& p, int64_t head, const float* q, const int8_t* codes, const float* code_scales, int64_t q_stride,
+            int64_t rows, int64_t position, const int32_t* table, float* out, int64_t out_stride, char* scratch) {
+    const int64_t dim = p.dim, kv_head = head / (p.heads / p.kv_heads), bytes = item_bytes(p);
+    float* sums = reinterpret_cast<float*>(scratch);    // [rows, dim]
+    float* weights = sums + kQueryBlock * dim;          // [rows, 64]
+    float* values = weights + kQueryBlock * kPage;      // [64, dim]
+    float top[kQueryBlock], total[kQueryBlock], fade[kQueryBlock];
+    for (int64_t r = 0; r < rows; ++r) {
+        top[r] = -INFINITY;
+        total[r] = 0.0f;
+    }
+    for (int64_t i = 0; i < rows * dim; i += 16) f_store(sums + i, f_set(0.0f));
+    for (int64_t page = 0; page * kPage < position + rows; ++page) {
+        const int64_t first_key = page * kPage, in_pool = table[page] * p.kv_heads + kv_head;
+        const uint8_t* v = p.v + in_pool * kPage * dim * bytes;
+        // rows before the page's first key see nothing of it
+        int64_t r0 = first_key > position ? first_key - position : 0;
+        const int64_t from = r0;
+        while (r0 < rows) {
+            F scores[4][kKeyTiles];
+            const int64_t count = rows - r0 >= 4 ? 4 : 1;
+            const float* scale_at = code_scales ? code_scales + r0 * p.heads : nullptr;
+            const int8_t* codes_at = codes ? codes + r0 * q_stride : nullptr;
+            if (count == 4)
+                page_scores<4>(p, in_pool, q + r0 * q_stride, codes_at, scale_at, q_stride, scores);
+            else
+                page_scores<1>(p, in_pool, q + r0 * q_stride, codes_at, scale_at, q_stride, scores);
+            for (int64_t i = 0; i < count; ++i) {
+                const int64_t r = r0 + i, keys = position + r - first_key + 1;  // keys of this page that row r sees
+                F highest = f_set(-INFINITY);
+                for (int t = 0; t < kKeyTiles; ++t) {
+                    scores[i][t] = f_first(scores[i][t], static_cast<int>(keys - t * 16), -INFINITY);
+                    highest = f_max(highest, scores[i][t]);
+                }
+                const float before = top[r], now = max_lanes(highest);
+                top[r] = before > now ? before : now;
+                fade[r] = 0.0f;
+                if (before > -INFINITY) {
+                    float lanes[16];
+                    f_store(lanes, f_exp(f_set(before - top[r])));
+                    fade[r] = lanes[0];
+                }
+                F sum = f_set(0.0f);
+                for (int t = 0; t < kKeyTiles; ++t) {
+                    F weight = f_exp(f_sub(scores[i][t], f_set(top[r])));
+                    weight = f_first(weight, static_cast<int>(keys - t * 16), 0.0f);
+                    sum = f_add(sum, weight);
+                    if (p.kind == Cache::kInt8) {  // the value's scale joins its weight; what was never stored is no number
+                        weight = f_mul(weight, f_load(p.v_scales + in_pool * kPage + t * 16));
+                        weight = f_first(weight, static_cast<int>(keys - t * 16), 0.0f);
+                    }
+                    f_store(weights + r * kPage + t * 16, weight);
+                }
+                total[r] = total[r] * fade[r] + sum_lanes(sum);
+            }
+            r0 += count;
+        }
+        const int64_t most = position + rows - first_key;
+        const int keys = static_cast<int>(most < kPage ? most : kPage);
+        if (rows - from >= 8) {  // many rows: values as floats once
+            for (int64_t i = 0; i < keys * dim; i += 16) f_store(values + i, load_value(p, v, i));
+            int64_t r = from;
+            for (; r + 2 <= rows; r += 2)
+                mix<kFloat, 2>(values, dim, keys, weights + r * kPage, fade + r, sums + r * dim);
+            for (; r < rows; ++r) mix<kFloat, 1>(values, dim, keys, weights + r * kPage, fade + r, sums + r * dim);
+        } else {
+            for (int64_t r = from; r < rows; ++r)
+                mix_stored<1>(p, v, keys, weights + r * kPage, fade + r, sums + r * dim);
+        }
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+        const F scale = f_set(1.0f / total[r]);
+        for (int64_t i = 0; i < dim; i += 16) f_store(out + r * out_stride + i, f_mul(f_load(sums + r * dim + i), scale));
+    }
+}
+
+}  // namespace

@@ -1,0 +1,114 @@
+// Sixteen lanes in one AVX-512 register. Needs F, BW, VL, VNNI; bfloat16 products use its extension where it is compiled in.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+using F = __m512;
+using I = __m512i;
+using Line = __m512i;
+
+constexpr int kGemmRows = 6, kGemmTiles = 2, kGemvTiles = 4, kStreamTiles = 2;
+
+inline F f_set(float v) { return _mm512_set1_ps(v); }
+inline F f_load(const float* p) { return _mm512_loadu_ps(p); }
+inline void f_store(float* p, F v) { _mm512_storeu_ps(p, v); }
+inline F f_load_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline F f_load_i8(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+inline F f_load_bf16(const uint16_t* p) {
+    return _mm512_castsi512_ps(
+        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+}
+inline F f_add(F a, F b) { return _mm512_add_ps(a, b); }
+inline F f_sub(F a, F b) { return _mm512_sub_ps(a, b); }
+inline F f_mul(F a, F b) { return _mm512_mul_ps(a, b); }
+inline F f_div(F a, F b) { return _mm512_div_ps(a, b); }
+inline F f_fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+inline F f_max(F a, F b) { return _mm512_max_ps(a, b); }
+inline F f_min(F a, F b) { return _mm512_min_ps(a, b); }
+inline F f_abs(F a) { return _mm512_abs_ps(a); }
+inline F f_round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline F f_pow2(F whole) { return _mm512_scalef_ps(f_set(1.0f), whole); }
+inline F f_from(I v) { return _mm512_cvtepi32_ps(v); }
+// lanes below `count` as they are, the others `other`
+inline F f_first(F a, int count, float other) {
+    const auto mask = static_cast<__mmask16>(count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1);
+    return _mm512_mask_blend_ps(mask, f_set(other), a);
+}
+inline void f_store_bf16(uint16_t* p, F v) {
+    I bits = _mm512_castps_si512(v);
+    const I odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    I rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(rounded));
+}
+inline void f_store_half(uint16_t* p, F v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+
+inline I i_set(int32_t v) { return _mm512_set1_epi32(v); }
+inline I i_add(I a, I b) { return _mm512_add_epi32(a, b); }
+inline I i_mul(I a, I b) { return _mm512_mullo_epi32(a, b); }
+inline I i_load_u8(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline I i_round(F v) { return _mm512_cvtps_epi32(v); }
+inline int32_t i_sum(I v) { return _mm512_reduce_add_epi32(v); }
+inline void i_store_i8(int8_t* p, I v, bool pairs) {
+    __m128i bytes = _mm512_cvtepi32_epi8(v);
+    if (pairs) bytes = _mm_shuffle_epi8(bytes, _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+}
+
+inline Line line_load(const void* p) { return _mm512_loadu_si512(p); }
+inline void line_store(void* p, Line v) { _mm512_storeu_si512(p, v); }
+inline Line line_low(Line v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
+inline Line line_high(Line v) { return _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15)); }
+
+// acc[lane] += sum over i < 4 of unsigned byte line[4 lane + i] times signed byte x[i]
+template <int Bits>
+inline I dot4(I acc, Line line, const int8_t* x) {
+    int32_t word;
+    std::memcpy(&word, x, 4);
+    // written out: as an intrinsic the compiler copies the accumulator to a second register and back
+    asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(line), "v"(_mm512_set1_epi32(word)));
+    return acc;
+}
+
+// acc[lane] += line[2 lane] x[0] + line[2 lane + 1] x[1] in bfloat16
+inline F dot2(F acc, Line line, const uint16_t* x) {
+    uint32_t word;
+    std::memcpy(&word, x, 4);
+#if defined(__AVX512BF16__)
+    return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(line), reinterpret_cast<__m512bh>(_mm512_set1_epi32(word)));
+#else
+    const F first = _mm512_castsi512_ps(_mm512_slli_epi32(line, 16));
+    const F second = _mm512_castsi512_ps(_mm512_and_si512(line, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+    acc = _mm512_fmadd_ps(first, _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(word << 16))), acc);
+    return _mm512_fmadd_ps(second, _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(word & 0xffff0000u))), acc);
+#endif
+}
+
+// The two numbers of each lane of a line of bfloat16 or float16.
+inline void line_bf16(Line v, F& first, F& second) {
+    first = _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
+    second = _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+inline void line_half(Line v, F& first, F& second) {
+    first = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(v));
+    second = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(v, 16)));
+}
+
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+inline bool has_avx512() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512vnni");
+}
+
+}  // namespace

@@ -1,0 +1,275 @@
+// Linears over weights in tiles: sixteen outputs a register, so no sum ever crosses lanes.
+//
+// A few rows stream the weights once and unpack them on the way. Many rows go in blocks: a stretch of columns of one or
+// two tiles is unpacked into the first cache and used for all rows, some at a time in registers. Both sum whole numbers
+// exactly within a group and the groups in float32 in their order, so both give a row the same bits.
+#pragma once
+
+#include "kernels.h"
+
+namespace {
+
+using qwenlet::Inputs;
+using qwenlet::kTile;
+using qwenlet::TileWeight;
+
+// What the sum over a group starts from: the zero points' share, as whole numbers.
+enum class Zero { kConstant, kPoints, kMinimum };
+
+template <Zero Z>
+inline I group_start(const TileWeight& w, const uint8_t* zeros, int32_t sum) {
+    if (Z == Zero::kConstant) return i_set(w.bits == 4 ? -8 * sum : -128 * sum);
+    if (Z == Zero::kPoints) return i_mul(i_load_u8(zeros), i_set(-sum));
+    return i_set(0);
+}
+
+// acc += dot * scale (+ minimum * sum), the one place where whole numbers become floats
+template <Zero Z>
+inline F group_end(F acc, I dot, F scale, float input_scale, const uint16_t* minimums, int32_t sum) {
+    acc = f_fma(f_from(dot), f_mul(scale, f_set(input_scale)), acc);
+    if (Z == Zero::kMinimum) acc = f_fma(f_load_half(minimums), f_set(static_cast<float>(sum) * input_scale), acc);
+    return acc;
+}
+
+inline void put(const TileWeight& w, int64_t tile, F value, float* y, bool add) {
+    const int64_t n = tile * kTile;
+    float* to = y + n;
+    if (n + kTile <= w.n) {
+        if (w.bias) value = f_add(value, f_load(w.bias + n));
+        if (add) value = f_add(value, f_load(to));
+        f_store(to, value);
+        return;
+    }
+    float lanes[kTile];
+    f_store(lanes, value);
+    for (int64_t i = 0; n + i < w.n; ++i) {
+        const float with_bias = w.bias ? lanes[i] + w.bias[n + i] : lanes[i];
+        to[i] = add ? with_bias + to[i] : with_bias;
+    }
+}
+
+constexpr int64_t kAheadBytes = 2048;
+
+// R rows, C tiles, weights streamed.
+template <int Bits, Zero Z, int R, int C>
+void stream_quant(const TileWeight& w, const Inputs& x, int64_t row, int64_t tile, float* y, int64_t stride, bool add) {
+    const int64_t groups = w.k / w.group, lines = w.group * Bits / 32, span = w.k * Bits / 32 * 64;
+    F acc[R][C];
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) acc[r][c] = f_set(0.0f);
+    const uint8_t* at[C];
+    for (int c = 0; c < C; ++c) at[c] = w.weight + (tile + c) * span;
+    for (int64_t g = 0; g < groups; ++g) {
+        const int8_t* codes[R];
+        I dot[R][C];
+        for (int r = 0; r < R; ++r) {
+            codes[r] = x.codes + (row + r) * x.k + g * w.group;
+            const int32_t sum = x.sums[(row + r) * groups + g];
+            for (int c = 0; c < C; ++c)
+                dot[r][c] = group_start<Z>(w, Z == Zero::kPoints ? w.zeros + ((tile + c) * groups + g) * kTile : nullptr, sum);
+        }
+        for (int64_t l = 0; l < lines; ++l) {
+            for (int c = 0; c < C; ++c) {
+                prefetch(at[c] + l * 64 + kAheadBytes);
+                const Line line = line_load(at[c] + l * 64);
+                if constexpr (Bits == 4) {
+                    const Line low = line_low(line), high = line_high(line);
+                    for (int r = 0; r < R; ++r) {
+                        dot[r][c] = dot4<4>(dot[r][c], low, codes[r] + l * 8);
+                        dot[r][c] = dot4<4>(dot[r][c], high, codes[r] + l * 8 + 4);
+                    }
+                } else {
+                    for (int r = 0; r < R; ++r) dot[r][c] = dot4<8>(dot[r][c], line, codes[r] + l * 4);
+                }
+            }
+        }
+        for (int c = 0; c < C; ++c) {
+            const int64_t group_at = ((tile + c) * groups + g) * kTile;
+            const F scale = f_load_half(w.scales + group_at);
+            for (int r = 0; r < R; ++r) {
+                const int64_t input_at = (row + r) * groups + g;
+                acc[r][c] = group_end<Z>(acc[r][c], dot[r][c], scale, x.scales[input_at], w.minimums + group_at,
+                                         x.sums[input_at]);
+            }
+            at[c] += lines * 64;
+        }
+    }
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) put(w, tile + c, acc[r][c], y + (row + r) * stride, add);
+}
+
+// The same for bfloat16 weights.
+template <int R, int C>
+void stream_bf16(const TileWeight& w, const Inputs& x, int64_t row, int64_t tile, float* y, int64_t stride, bool add) {
+    const int64_t lines = w.k / 2;
+    F acc[R][C];
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) acc[r][c] = f_set(0.0f);
+    for (int64_t l = 0; l < lines; ++l)
+        for (int c = 0; c < C; ++c) {
+            const uint8_t* at = w.weight + ((tile + c) * lines + l) * 64;
+            prefetch(at + kAheadBytes);
+            const Line line = line_load(at);
+            for (int r = 0; r < R; ++r) acc[r][c] = dot2(acc[r][c], line, x.bf16 + (row + r) * x.k + 2 * l);
+        }
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) put(w, tile + c, acc[r][c], y + (row + r) * stride, add);
+}
+
+template <int Bits, Zero Z, int R, int C>
+inline void stream(const TileWeight& w, const Inputs& x, int64_t row, int64_t tile, float* y, int64_t stride, bool add) {
+    if constexpr (Bits == 16)
+        stream_bf16<R, C>(w, x, row, tile, y, stride, add);
+    else
+        stream_quant<Bits, Z, R, C>(w, x, row, tile, y, stride, add);
+}
+
+template <int Bits, Zero Z, int C>
+void stream_rows(const TileWeight& w, const Inputs& x, int64_t rows, int64_t tile, float* y, int64_t stride, bool add) {
+    int64_t row = 0;
+    for (; row + 4 <= rows; row += 4) stream<Bits, Z, 4, C>(w, x, row, tile, y, stride, add);
+    switch (rows - row) {
+        case 3: return stream<Bits, Z, 3, C>(w, x, row, tile, y, stride, add);
+        case 2: return stream<Bits, Z, 2, C>(w, x, row, tile, y, stride, add);
+        case 1: return stream<Bits, Z, 1, C>(w, x, row, tile, y, stride, add);
+    }
+}
+
+template <int Bits, Zero Z>
+void stream_tiles(const TileWeight& w, const Inputs& x, int64_t rows, int64_t begin, int64_t end, float* y, int64_t stride,
+                  bool add) {
+    int64_t tile = begin;
+    if (rows == 1)
+        for (; tile + kGemvTiles <= end; tile += kGemvTiles)
+            stream<Bits, Z, 1, kGemvTiles>(w, x, 0, tile, y, stride, add);
+    else
+        for (; tile + kStreamTiles <= end; tile += kStreamTiles)
+            stream_rows<Bits, Z, kStreamTiles>(w, x, rows, tile, y, stride, add);
+    for (; tile < end; ++tile) stream_rows<Bits, Z, 1>(w, x, rows, tile, y, stride, add);
+}
+
+// ------------------------------------------------------------------------------------------------- many rows
+
+// Columns of a stretch: two tiles of them, unpacked, are half of a 32 KiB cache.
+constexpr int64_t kStretch = 512;
+
+// One block of R rows over one stretch of C tiles: `sums` [R, C, 16] go on from the stretch before.
+//   lines: [C, columns / 4, 64] unpacked bytes, or for bfloat16 [C, columns / 2, 64]; `apart` bytes from tile to tile
+template <int Bits, Zero Z, int R, int C>
+void block(const TileWeight& w, const Inputs& x, int64_t row, int64_t tile, int64_t column, int64_t columns,
+           const uint8_t* lines, int64_t apart, float* sums) {
+    F acc[R][C];
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) acc[r][c] = f_load(sums + (r * C + c) * kTile);
+    if constexpr (Bits == 16) {
+        for (int64_t l = 0; l < columns / 2; ++l) {
+            Line line[C];
+            for (int c = 0; c < C; ++c) line[c] = line_load(lines + c * apart + l * 64);
+            for (int r = 0; r < R; ++r)
+                for (int c = 0; c < C; ++c)
+                    acc[r][c] = dot2(acc[r][c], line[c], x.bf16 + (row + r) * x.k + column + 2 * l);
+        }
+    } else {
+        const int64_t groups = w.k / w.group;
+        for (int64_t g = column / w.group; g < (column + columns) / w.group; ++g) {
+            I dot[R][C];
+            for (int r = 0; r < R; ++r) {
+                const int32_t sum = x.sums[(row + r) * groups + g];
+                for (int c = 0; c < C; ++c)
+                    dot[r][c] =
+                        group_start<Z>(w, Z == Zero::kPoints ? w.zeros + ((tile + c) * groups + g) * kTile : nullptr, sum);
+            }
+            const int8_t* codes = x.codes + row * x.k + g * w.group;
+            const uint8_t* from = lines + (g * w.group - column) * 16;
+            for (int64_t l = 0; l < w.group / 4; ++l) {
+                Line line[C];
+                for (int c = 0; c < C; ++c) line[c] = line_load(from + c * apart + l * 64);
+                for (int r = 0; r < R; ++r)
+                    for (int c = 0; c < C; ++c) dot[r][c] = dot4<Bits>(dot[r][c], line[c], codes + r * x.k + l * 4);
+            }
+            for (int c = 0; c < C; ++c) {
+                const int64_t group_at = ((tile + c) * groups + g) * kTile;
+                const F scale = f_load_half(w.scales + group_at);
+                for (int r = 0; r < R; ++r) {
+                    const int64_t input_at = (row + r) * groups + g;
+                    acc[r][c] = group_end<Z>(acc[r][c], dot[r][c], scale, x.scales[input_at], w.minimums + group_at,
+                                             x.sums[input_at]);
+                }
+            }
+        }
+    }
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) f_store(sums + (r * C + c) * kTile, acc[r][c]);
+}
+
+template <int Bits, Zero Z, int R, int C>
+void block_rest(int64_t rows, const TileWeight& w, const Inputs& x, int64_t row, int64_t tile, int64_t column,
+                int64_t columns, const uint8_t* lines, int64_t apart, float* sums) {
+    if (rows == R) return block<Bits, Z, R, C>(w, x, row, tile, column, columns, lines, apart, sums);
+    if constexpr (R > 1) block_rest<Bits, Z, R - 1, C>(rows, w, x, row, tile, column, columns, lines, apart, sums);
+}
+
+template <int Bits, Zero Z, int C>
+void block_tiles(const TileWeight& w, const Inputs& x, int64_t rows, int64_t tile, float* y, int64_t stride, bool add,
+                 char* scratch) {
+    // [rows, C, 16] sums, then the unpacked stretch
+    float* sums = reinterpret_cast<float*>(scratch);
+    uint8_t* unpacked = reinterpret_cast<uint8_t*>(sums + rows * C * kTile);
+    for (int64_t i = 0; i < rows * C; ++i) f_store(sums + i * kTile, f_set(0.0f));
+    const int64_t span = w.k * Bits / 32 * 64;
+    const int64_t stretch = Bits == 16 ? kStretch / 2 : kStretch;
+    for (int64_t column = 0; column < w.k; column += stretch) {
+        const int64_t columns = w.k - column < stretch ? w.k - column : stretch;
+        const uint8_t* lines = w.weight + tile * span + column * Bits * 2;
+        int64_t apart = span;
+        if constexpr (Bits == 4) {
+            for (int c = 0; c < C; ++c)
+                for (int64_t l = 0; l < columns / 8; ++l) {
+                    const Line line = line_load(lines + c * span + l * 64);
+                    uint8_t* to = unpacked + (c * columns / 4 + 2 * l) * 64;
+                    line_store(to, line_low(line));
+                    line_store(to + 64, line_high(line));
+                }
+            lines = unpacked;
+            apart = columns * 16;
+        }
+        int64_t row = 0;
+        for (; row + kGemmRows <= rows; row += kGemmRows)
+            block<Bits, Z, kGemmRows, C>(w, x, row, tile, column, columns, lines, apart, sums + row * C * kTile);
+        if (row < rows)
+            block_rest<Bits, Z, kGemmRows, C>(rows - row, w, x, row, tile, column, columns, lines, apart,
+                                              sums + row * C * kTile);
+    }
+    for (int64_t r = 0; r < rows; ++r)
+        for (int c = 0; c < C; ++c) put(w, tile + c, f_load(sums + (r * C + c) * kTile), y + r * stride, add);
+}
+
+// Rows from which unpacking once for all is faster than on the way.
+constexpr int64_t kBlockRows = 9;
+
+template <int Bits, Zero Z>
+void linear_of(const TileWeight& w, const Inputs& x, int64_t rows, int64_t begin, int64_t end, float* y, int64_t stride,
+               bool add, char* scratch) {
+    if (rows < kBlockRows) return stream_tiles<Bits, Z>(w, x, rows, begin, end, y, stride, add);
+    int64_t tile = begin;
+    for (; tile + kGemmTiles <= end; tile += kGemmTiles)
+        block_tiles<Bits, Z, kGemmTiles>(w, x, rows, tile, y, stride, add, scratch);
+    for (; tile < end; ++tile) block_tiles<Bits, Z, 1>(w, x, rows, tile, y, stride, add, scratch);
+}
+
+template <int Bits>
+void linear_quant(const TileWeight& w, const Inputs& x, int64_t rows, int64_t begin, int64_t end, float* y, int64_t stride,
+                  bool add, char* scratch) {
+    if (w.minimums) return linear_of<Bits, Zero::kMinimum>(w, x, rows, begin, end, y, stride, add, scratch);
+    if (w.zeros) return linear_of<Bits, Zero::kPoints>(w, x, rows, begin, end, y, stride, add, scratch);
+    linear_of<Bits, Zero::kConstant>(w, x, rows, begin, end, y, stride, add, scratch);
+}
+
+void linear_tiles(const TileWeight& w, const Inputs& x, int64_t rows, int64_t begin, int64_t end, float* y, int64_t stride,
+                  bool add, char* scratch) {
+    if (w.bits == 4) return linear_quant<4>(w, x, rows, begin, end, y, stride, add, scratch);
+    if (w.bits == 8) return linear_quant<8>(w, x, rows, begin, end, y, stride, add, scratch);
+    linear_of<16, Zero::kConstant>(w, x, rows, begin, end, y, stride, add, scratch);
+}
+
+}  // namespace

@@ -1,0 +1,228 @@
+#include "program.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdlib>
+#include <memory>
+
+#include "pool.h"
+
+namespace qwenlet {
+namespace {
+
+// Rows of one sequence that attention takes together.
+struct Block {
+    int64_t first, rows, position;
+    const int32_t* table;
+};
+
+// Where a token stands.
+struct Place {
+    int64_t position;
+    const int32_t* table;
+};
+
+double now() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+struct FreeScratch {
+    void operator()(char* p) const { std::free(p); }
+};
+using Scratch = std::unique_ptr<char, FreeScratch>;
+
+// All threads wait here for each other.
+class Barrier {
+  public:
+    explicit Barrier(int threads) : threads_(threads) {}
+    void wait() {
+        const int round = round_.load(std::memory_order_relaxed);
+        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
+            arrived_.store(0, std::memory_order_relaxed);
+            round_.store(round + 1, std::memory_order_release);
+            return;
+        }
+        for (int looks = 0; round_.load(std::memory_order_acquire) == round; ++looks) wait_a_little(looks);
+    }
+
+  private:
+    const int threads_;
+    std::atomic<int> arrived_{0};
+    std::atomic<int> round_{0};
+};
+
+class Run {
+  public:
+    Run(const Program& program, const Kernels& kernels, const Batch& batch)
+        : program_(program), kernels_(kernels), batch_(batch), next_(program.steps.size()) {
+        places_.reserve(static_cast<size_t>(batch.tokens));
+        int64_t first = 0;
+        for (int64_t s = 0; s < batch.sequences; ++s) {
+            const int32_t* table = batch.tables + batch.table_offsets[s];
+            for (int64_t i = 0; i < batch.lengths[s]; ++i) places_.push_back({batch.starts[s] + i, table});
+            for (int64_t i = 0; i < batch.lengths[s]; i += kQueryBlock)
+                blocks_.push_back(
+                    {first + i, std::min<int64_t>(kQueryBlock, batch.lengths[s] - i), batch.starts[s] + i, table});
+            first += batch.lengths[s];
+        }
+        // the longest first, so that none is left for the end
+        std::stable_sort(blocks_.begin(), blocks_.end(),
+                         [](const Block& x, const Block& y) { return x.position + x.rows > y.position + y.rows; });
+    }
+
+    int64_t count(const Step& step) const {
+        const int64_t rows = step.last_rows ? batch_.outputs : batch_.tokens;
+        switch (step.kind) {
+            case Step::kLinear: return rows ? (program_.weights[step.linear].n + kTile - 1) / kTile : 0;
+            case Step::kStore: return batch_.tokens * (of(step).heads + of(step).kv_heads);
+            case Step::kAttend: return static_cast<int64_t>(blocks_.size()) * of(step).heads;
+            default: return rows;
+        }
+    }
+
+    int64_t chunk(const Step& step) const {
+        const int64_t rows = step.last_rows ? batch_.outputs : batch_.tokens;
+        if (step.kind == Step::kLinear) {
+            if (rows > kMaxRows) return 4;
+            // some 64 KiB of weights: long enough to stream, short enough to share out evenly
+            const TileWeight& w = program_.weights[step.linear];
+            return std::max<int64_t>(4, 65536 / (w.k * w.bits * 2) / 4 * 4);
+        }
+        if (step.kind == Step::kStore) return batch_.tokens == 1 ? 8 : of(step).heads + of(step).kv_heads;
+        return 1;
+    }
+
+    void work(const Step& step, int64_t begin, int64_t end, char* scratch) const {
+        switch (step.kind) {
+            case Step::kLinear: return linear(step, begin, end, scratch);
+            case Step::kStore:
+                for (int64_t i = begin; i < end; ++i) store(step, i);
+                return;
+            case Step::kAttend:
+                for (int64_t i = begin; i < end; ++i) attend(step, i, scratch);
+                return;
+            default:
+                for (int64_t i = begin; i < end; ++i) row(step, i, reinterpret_cast<float*>(scratch));
+        }
+    }
+
+    // Takes chunks of one step until there are none.
+    void share(size_t index, char* scratch) {
+        const Step& step = program_.steps[index];
+        const int64_t all = count(step), each = chunk(step);
+        for (;;) {
+            const int64_t begin = next_[index].fetch_add(each, std::memory_order_relaxed);
+            if (begin >= all) return;
+            work(step, begin, std::min(begin + each, all), scratch);
+        }
+    }
+
+  private:
+    const Pages& of(const Step& step) const { return program_.pages[step.pages]; }
+
+    void linear(const Step& step, int64_t begin, int64_t end, char* scratch) const {
+        const TileWeight& w = program_.weights[step.linear];
+        kernels_.linear_tiles(w, program_.inputs[step.from], step.last_rows ? batch_.outputs : batch_.tokens, begin, end,
+                              step.y ? step.y : batch_.output, step.y ? step.stride : batch_.output_stride, step.add, scratch);
+    }
+
+    void row(const Step& step, int64_t i, float* scratch) const {
+        const int64_t from = step.last_rows ? batch_.output_rows[i] : i;
+        const float* a = step.a + from * step.stride;
+        float* out = step.out ? step.out + i * step.count : scratch;
+        if (step.kind == Step::kNorm)
+            kernels_.norm(a, step.weight, step.eps, step.count, out);
+        else if (step.kind == Step::kSwiglu)
+            kernels_.swiglu(a, step.b + from * step.stride, step.count, out);
+        for (int target : step.to)
+            kernels_.round_inputs(step.kind == Step::kRound ? a : out, program_.inputs[target], i);
+    }
+
+    void store(const Step& step, int64_t i) const {
+        const Pages& p = of(step);
+        const int64_t heads = p.heads + p.kv_heads, token = i / heads, head = i % heads;
+        float* qkv = step.out + token * step.stride;
+        const float *cos = batch_.cos + token * p.dim / 2, *sin = batch_.sin + token * p.dim / 2;
+        if (head < p.heads) {
+            const float scale = batch_.query_scale ? batch_.query_scale[token] : 1.0f;
+            kernels_.turn_query(p, qkv, cos, sin, scale, step.codes + token * p.heads * p.dim,
+                                step.code_scales + token * p.heads, head);
+            return;
+        }
+        const int64_t kv_head = head - p.heads;
+        const Place place = places_[static_cast<size_t>(token)];
+        kernels_.store(p, qkv + head * p.dim, qkv + (head + p.kv_heads) * p.dim, cos, sin,
+                       place.table[place.position / kPage], place.position % kPage, kv_head);
+    }
+
+    void attend(const Step& step, int64_t i, char* scratch) const {
+        const Pages& p = of(step);
+        const Block& block = blocks_[static_cast<size_t>(i / p.heads)];
+        const int64_t head = i % p.heads, width = p.heads * p.dim;
+        // queries lie at the front of qkv, their codes in rows of their own
+        const float* q = step.out + block.first * step.stride + head * p.dim;
+        if (p.kind == Cache::kInt8)
+            kernels_.attend(p, head, q, step.codes + block.first * width + head * p.dim,
+                            step.code_scales + block.first * p.heads + head, width, block.rows, block.position, block.table,
+                            step.y + block.first * width + head * p.dim, width, scratch);
+        else
+            kernels_.attend(p, head, q, nullptr, nullptr, step.stride, block.rows, block.position, block.table,
+                            step.y + block.first * width + head * p.dim, width, scratch);
+    }
+
+    const Program& program_;
+    const Kernels& kernels_;
+    const Batch& batch_;
+    std::vector<std::atomic<int64_t>> next_;
+    std::vector<Place> places_;
+    std::vector<Block> blocks_;
+};
+
+// A thread's scratch lives as long as the thread.
+char* own_scratch() {
+    static thread_local Scratch scratch(static_cast<char*>(std::aligned_alloc(64, kScratch)));
+    return scratch.get();
+}
+
+}  // namespace
+
+void Program::run(const Kernels& kernels, int threads, const Batch& batch, double* seconds) const {
+    Run run(*this, kernels, batch);
+    const auto follow = [&](int index, int count, Barrier& barrier) {
+        double before = now();
+        for (size_t s = 0; s < steps.size(); ++s) {
+            run.share(s, own_scratch());
+            if (count > 1 && (steps[s].wait || seconds)) barrier.wait();
+            if (seconds && index == 0) {
+                const double after = now();
+                seconds[s] = after - before;
+                before = after;
+            }
+        }
+    };
+    // the team's size is known only inside it
+    std::atomic<Barrier*> shared{nullptr};
+    const bool done = run_team(threads, [&](int index, int count) {
+        Barrier* barrier = shared.load(std::memory_order_acquire);
+        if (barrier == nullptr) {
+            Barrier* fresh = new Barrier(count);
+            if (shared.compare_exchange_strong(barrier, fresh))
+                barrier = fresh;
+            else
+                delete fresh;
+        }
+        follow(index, count, *barrier);
+    });
+    delete shared.load();
+    if (done) return;
+    for (size_t s = 0; s < steps.size(); ++s) {
+        const double before = now();
+        const Step& step = steps[s];
+        parallel_for(threads, run.count(step), run.chunk(step),
+                     [&](int64_t begin, int64_t end) { run.work(step, begin, end, own_scratch()); });
+        if (seconds) seconds[s] = now() - before;
+    }
+}
+
+}  // namespace qwenlet

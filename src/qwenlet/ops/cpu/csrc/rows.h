@@ -1,0 +1,90 @@
+// What happens to one row between linears: norm, gate, rounding. Lengths are multiples of 16.
+#pragma once
+
+#include "kernels.h"
+
+namespace {
+
+// Sixteen lanes added in an order that does not depend on the instruction set.
+inline float sum_lanes(F v) {
+    float lanes[16];
+    f_store(lanes, v);
+    for (int half = 8; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    return lanes[0];
+}
+
+inline float max_lanes(F v) {
+    float lanes[16];
+    f_store(lanes, v);
+    for (int half = 8; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
+    return lanes[0];
+}
+
+// e^x for x <= 88, to about 2 units in the last place: 2^n e^r with |r| <= ln 2 / 2, e^r by its series to r^7.
+inline F f_exp(F x) {
+    x = f_max(x, f_set(-87.0f));  // below that the result counts for nothing beside 1
+    const F n = f_round(f_mul(x, f_set(1.44269504088896341f)));
+    F r = f_fma(n, f_set(-0.693145751953125f), x);  // ln 2 in two parts, the first exact in few bits
+    r = f_fma(n, f_set(-1.42860682030941723e-6f), r);
+    constexpr float kSeries[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
+    F p = f_set(1.0f / 5040);
+    for (const float c : kSeries) p = f_fma(p, r, f_set(c));
+    return f_mul(p, f_pow2(n));
+}
+
+void norm(const float* x, const float* weight, float eps, int64_t count, float* out) {
+    F squares = f_set(0.0f);
+    for (int64_t i = 0; i < count; i += 16) {
+        const F v = f_load(x + i);
+        squares = f_fma(v, v, squares);
+    }
+    const F scale = f_set(1.0f / __builtin_sqrtf(sum_lanes(squares) / static_cast<float>(count) + eps));
+    for (int64_t i = 0; i < count; i += 16) f_store(out + i, f_mul(f_mul(f_load(x + i), scale), f_load(weight + i)));
+}
+
+void swiglu(const float* a, const float* b, int64_t count, float* out) {
+    for (int64_t i = 0; i < count; i += 16) {
+        const F gate = f_load(b + i);
+        // below -87 the exponential would pass the largest float; the gate is zero there all the same
+        const F negative = f_min(f_sub(f_set(0.0f), gate), f_set(87.0f));
+        f_store(out + i, f_mul(f_load(a + i), f_div(gate, f_add(f_set(1.0f), f_exp(negative)))));
+    }
+}
+
+// Symmetric eight-bit codes of `count` numbers, which share a scale; returns their sum.
+inline int32_t round_group(const float* x, int64_t count, int8_t* codes, float* scale, bool pairs) {
+    F largest = f_set(0.0f);
+    for (int64_t i = 0; i < count; i += 16) largest = f_max(largest, f_abs(f_load(x + i)));
+    const float top = max_lanes(largest);
+    *scale = top * (1.0f / 127.0f);
+    const F inverse = f_set(top > 0.0f ? 127.0f / top : 0.0f);
+    I total = i_set(0);
+    for (int64_t i = 0; i < count; i += 16) {
+        const I code = i_round(f_mul(f_load(x + i), inverse));
+        total = i_add(total, code);
+        i_store_i8(codes + i, code, pairs);
+    }
+    return i_sum(total);
+}
+
+void round_inputs(const float* x, const qwenlet::Inputs& to, int64_t row) {
+    float sorted[128];
+    const int64_t step = to.group ? to.group : 16;
+    for (int64_t i = 0; i < to.k; i += step) {
+        const float* from = x + i;
+        if (to.order) {
+            for (int64_t j = 0; j < step; ++j) sorted[j] = x[to.order[i + j]];
+            from = sorted;
+        }
+        if (to.group) {
+            const int64_t at = row * (to.k / to.group) + i / to.group;
+            to.sums[at] = round_group(from, step, to.codes + row * to.k + i, to.scales + at, to.pairs);
+        } else {
+            f_store_bf16(to.bf16 + row * to.k + i, f_load(from));
+        }
+    }
+}
+
+}  // namespace

@@ -1,0 +1,133 @@
+"""Qwen's forward pass recorded as a native program: same maths as model.py, one call a step instead of some 1,500.
+
+The modules stay the readable definition and the other side of an equality test (tests/test_program.py). A program serves
+any mix of rows, and a row's result depends on that row alone, down to the bits.
+
+Left out: what the program can't take (`obstacle` says what), which runs by the modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from qwenlet.cache import PagePool, Rows
+from qwenlet.config import ModelConfig
+from qwenlet.linear import QuantLinear, TiledLinear
+from qwenlet.model import Qwen, Rotation
+from qwenlet.ops import cpu
+from qwenlet.ops.cpu.program import Form, Program
+
+CACHE_DTYPES = (torch.int8, torch.bfloat16, torch.float16)
+_LARGEST_HEAD = 256
+_NATIVE = (QuantLinear, TiledLinear)
+
+
+def obstacle(model: Qwen, cache_dtype: torch.dtype) -> str | None:
+    """Why the model's forward pass can't be a program here; None if it can."""
+    status = cpu.status()
+    if status.isa is None:
+        return status.reason
+    config = model.config
+    if cache_dtype not in CACHE_DTYPES:
+        return f"the kernels keep no {str(cache_dtype).removeprefix('torch.')} cache"
+    if config.hidden_size % 16 or config.intermediate_size % 16:
+        return f"hidden sizes {config.hidden_size} and {config.intermediate_size} are not multiples of 16"
+    if config.head_dim % 32 or config.head_dim > _LARGEST_HEAD:
+        return f"heads of {config.head_dim} are not a multiple of 32 up to {_LARGEST_HEAD}"
+    linears = [*_linears(model), ("lm_head", model.lm_head)]
+    plain = next((name for name, module in linears if not isinstance(module, _NATIVE)), None)
+    return None if plain is None else f"{plain} is a linear of torch's"
+
+
+def _linears(model: Qwen) -> list[tuple[str, nn.Module]]:
+    found: list[tuple[str, nn.Module]] = []
+    for i, block in enumerate(model.transformer.h):
+        attn, mlp = block.attn, block.mlp
+        for name, module in (
+            ("attn.c_attn", attn.c_attn), ("attn.c_proj", attn.c_proj),
+            ("mlp.w1", mlp.w1), ("mlp.w2", mlp.w2), ("mlp.c_proj", mlp.c_proj),
+        ):  # fmt: skip
+            found.append((f"transformer.h.{i}.{name}", module))
+    return found
+
+
+class QwenProgram:
+    """The model's forward pass over a pool of pages.
+
+    Args:
+        capacity: most tokens of one call.
+    """
+
+    def __init__(self, model: Qwen, pool: PagePool, capacity: int) -> None:
+        reason = obstacle(model, pool.dtype)
+        assert reason is None, reason
+        assert pool.tiled, "the kernels keep keys in tiles"
+        config = model.config
+        self._model, self._pool = model, pool
+        self.native = Program(min(capacity, cpu.kernels().MAX_BATCH))
+        self.capacity = self.native.capacity
+        self._x = self.native.buffer(config.hidden_size)
+        self._record(model, pool, config)
+
+    def _record(self, model: Qwen, pool: PagePool, config: ModelConfig) -> None:
+        p, x = self.native, self._x
+        heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        qkv = p.buffer(heads + 2 * kv_heads, dim)
+        codes, code_scales = p.buffer(heads, dim, dtype=torch.int8), p.buffer(heads)
+        answer = p.buffer(heads * dim)
+        up, gate = p.buffer(config.intermediate_size), p.buffer(config.intermediate_size)
+        for i, block in enumerate(model.transformer.h):
+            attn, mlp = block.attn, block.mlp
+            source = p.inputs("hidden", _form(attn.c_attn))
+            p.norm(x, block.ln_1.weight, block.ln_1.eps, [source])
+            p.linear("c_attn", attn.c_attn.tiles, attn.c_attn.bias, source, qkv.flatten(1))
+            p.attention(heads, pool.layer(i), qkv, codes, code_scales, answer)
+            source = p.inputs("answer", _form(attn.c_proj))
+            p.round(answer, [source])
+            p.linear("attn.c_proj", attn.c_proj.tiles, attn.c_proj.bias, source, x, add=True)
+            first, second = (p.inputs("hidden", _form(module)) for module in (mlp.w1, mlp.w2))
+            p.norm(x, block.ln_2.weight, block.ln_2.eps, sorted({first, second}))
+            p.linear("w1", mlp.w1.tiles, mlp.w1.bias, first, up, wait=False)
+            p.linear("w2", mlp.w2.tiles, mlp.w2.bias, second, gate)
+            source = p.inputs("gated", _form(mlp.c_proj))
+            p.swiglu(up, gate, [source])
+            p.linear("mlp.c_proj", mlp.c_proj.tiles, mlp.c_proj.bias, source, x, add=True)
+        source = p.inputs("last", _form(model.lm_head))
+        norm = model.transformer.ln_f
+        p.norm(x, norm.weight, norm.eps, [source], last_rows=True)
+        p.linear("lm_head", model.lm_head.tiles, model.lm_head.bias, source, None)
+
+    def forward(
+        self,
+        ids: Tensor,
+        rows: Rows,
+        tables: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        logits_at: Tensor,
+        seconds: Tensor | None = None,
+    ) -> Tensor:
+        """Stores the tokens' keys and values; float32 logits [len(logits_at), V].
+
+        Args:
+            ids: [N] int64, N at most `capacity`.
+            tables: page numbers of each row, in order, enough for its past and its new tokens.
+            starts: tokens each row has stored already.
+            logits_at: [M] int64, indices of the tokens whose logits are wanted; may be empty.
+            seconds: [steps] float64, filled with how long each step of `native.names` took.
+        """
+        self._x[: len(ids)] = self._model.transformer.wte(ids)
+        rotation = Rotation(self._model.config, rows, extend=True)
+        scale = None if rotation.logn is None else rotation.logn.float().contiguous()
+        logits = torch.empty(len(logits_at), self._model.config.vocab_size)
+        isa = cpu.status().isa
+        assert isa is not None
+        cos, sin = rotation.cos.contiguous(), rotation.sin.contiguous()
+        self.native.run(isa, rows.lengths, starts, tables, cos, sin, scale, logits_at, logits, seconds)
+        return logits
+
+
+def _form(linear: QuantLinear | TiledLinear) -> Form:
+    return Form.of(linear.tiles)

@@ -1,0 +1,379 @@
+"""A checkpoint -> a quantized checkpoint, one layer in memory at a time.
+
+With method "rtn" every weight is rounded by itself. With "gptq" the calibration's hidden states walk through the model:
+
+    embed -> for each layer: attention half: c_attn, then c_proj          each calibrated on what the codes found so far
+                             feed-forward half: w1 and w2, then c_proj    make of the samples (true-sequential)
+          -> final norm -> head -> write the folder
+
+A finished layer is kept in a work folder (workfolder.py). A run that goes on there sends the hidden states through the
+finished layers again and then has the same numbers as an unbroken one.
+
+Memory: one layer and the hidden states (tokens * hidden size) in float32, and the largest Hessian five times over.
+Left out: the algorithm (gptq.py), the files' layout (checkpoint/quantized.py), quality (report.py).
+
+Dimension letters: T calibration tokens, C hidden size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qwenlet.cache import NoPast, Rows
+from qwenlet.checkpoint import Checkpoint, Progress, write_quantized
+from qwenlet.checkpoint.files import read_parts
+from qwenlet.checkpoint.load import plan_reading
+from qwenlet.checkpoint.save import refuse_existing
+from qwenlet.config import QuantConfig
+from qwenlet.config.quant import HEAD
+from qwenlet.errors import CheckpointError, RequestError
+from qwenlet.model import Block, Rotation
+from qwenlet.ops.packing import QuantTensor
+from qwenlet.ops.rounding import round_to_nearest
+from qwenlet.quant.calibration import Calibration
+from qwenlet.quant.gptq import Hessian, gptq
+from qwenlet.quant.workfolder import WeightError, WorkFolder
+
+# Tokens of one forward call: enough to fill the matrix products, few enough for the feed-forward's wide rows.
+_BATCH_TOKENS = 4096
+_SLICE_ROWS = 4096  # of a weight that is rounded at a time
+
+Half = Callable[[Tensor, Rotation, NoPast], Tensor]
+Inputs = tuple[str, ...]
+"""Linears that read the same inputs, and so share a Hessian."""
+
+
+@dataclass
+class Outcome:
+    """What a run did.
+
+    Attributes:
+        path: the folder that was written.
+        quant: as used, with a group size.
+        errors: of every linear, in the order they were quantized.
+        resumed: layers that an earlier run had finished.
+    """
+
+    path: Path
+    quant: QuantConfig
+    calibration: Calibration | None
+    errors: list[WeightError] = field(default_factory=list)
+    resumed: int = 0
+
+
+def quantize(
+    source: str | Path,
+    out: str | Path,
+    quant: QuantConfig,
+    calibration: Calibration | None = None,
+    *,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Writes the checkpoint at `source`, quantized, into the new folder `out`.
+
+    Args:
+        calibration: what GPTQ needs; round to nearest looks at none.
+        progress: called with (steps done, steps in all, what).
+    Raises:
+        ConfigError: a group size that does not divide a layer.
+        CheckpointError: `out` exists; the source is damaged, quantized already, or holds NaN; an earlier run with other
+            settings left its work beside `out`; a file could not be written (finished layers stay).
+        RequestError: no calibration for GPTQ, or samples that the model can't take.
+    """
+    out = Path(out).resolve()
+    refuse_existing(out)
+    checkpoint = Checkpoint.open(source)
+    if checkpoint.quant is not None:
+        raise CheckpointError(f"{source} is quantized already", hint="quantize the original model")
+    quant = quant.fit(checkpoint.config)
+    if quant.method == "rtn":
+        outcome = Outcome(out, quant, None)
+        write_quantized(checkpoint, out, quant, _nearest(quant, outcome.errors), progress=progress)
+        return outcome
+    if calibration is None:
+        raise RequestError("GPTQ needs a calibration text", hint="make one with load_calibration, or use method='rtn'")
+    outcome = Outcome(out, quant, calibration)
+    work = WorkFolder(out, _run(checkpoint, quant, calibration))
+    with torch.inference_mode():
+        _Walk(checkpoint, outcome, calibration, work, progress or _silent).run()
+    write_quantized(checkpoint, out, quant, _saved(work, quant), progress=progress)
+    work.remove()
+    return outcome
+
+
+def _silent(done: int, total: int, what: str) -> None: ...
+
+
+def _run(checkpoint: Checkpoint, quant: QuantConfig, calibration: Calibration) -> dict[str, Any]:
+    """All that the codes depend on."""
+    files = [checkpoint.path] if checkpoint.path.is_file() else sorted(checkpoint.path.iterdir())
+    marks = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}\n" for file in files if file.is_file()]
+    source = f"{checkpoint.path.resolve()} {hashlib.sha256(''.join(marks).encode()).hexdigest()[:16]}"
+    return asdict(quant) | {"source": source, "calibration": calibration.sha256}
+
+
+def _nearest(quant: QuantConfig, errors: list[WeightError]) -> Callable[[str, Tensor], QuantTensor]:
+    def weight_of(name: str, weight: Tensor) -> QuantTensor:
+        bits, group_size = _grid(quant, name)
+        parts, lost, total = [], 0.0, 0.0
+        for rows in weight.split(_SLICE_ROWS):
+            with _naming(name):
+                part = round_to_nearest(rows, bits, group_size, sym=quant.sym, mse=quant.mse)
+            lost += float((part.dequantize() - rows).square().sum())
+            total += float(rows.float().square().sum())
+            parts.append(part)
+        errors.append(WeightError(name, math.sqrt(lost / total) if total else 0.0))
+        zeros = [part.zeros for part in parts if part.zeros is not None]
+        return QuantTensor(
+            bits,
+            group_size,
+            torch.cat([part.codes for part in parts]),
+            torch.cat([part.scales for part in parts]),
+            torch.cat(zeros) if zeros else None,
+        )
+
+    return weight_of
+
+
+def _saved(work: WorkFolder, quant: QuantConfig) -> Callable[[str, Tensor], QuantTensor]:
+    """Hands out what the walk found, a layer's file read once."""
+    held: dict[str, QuantTensor] = {}
+
+    def weight_of(name: str, weight: Tensor) -> QuantTensor:
+        nonlocal held
+        if name not in held:
+            held = work.load(_part(name))[0]
+        return held[name]
+
+    return weight_of
+
+
+def _grid(quant: QuantConfig, name: str) -> tuple[int, int]:
+    kind = quant.of_linear(name)
+    assert kind is not None, f"{name} stays float"
+    bits, group_size = kind
+    assert group_size is not None, "the group size is fitted to the model"
+    return bits, group_size
+
+
+def _part(name: str) -> str:
+    """The work folder's file for a linear: transformer.h.3.mlp.w1 -> layer-003."""
+    return HEAD if name == HEAD else f"layer-{int(name.split('.')[2]):03d}"
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Puts the linear's name in front of what went wrong."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{name}: {error.message}", hint=error.hint) from None
+
+
+class _Reached(Exception):
+    """The last input that was wanted has been seen; what comes behind it need not be computed."""
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Some samples of the calibration: which hidden states are theirs, and their rows."""
+
+    states: slice
+    rows: Rows
+
+
+class _Walk:
+    """The calibration's hidden states on their way through the model."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, outcome: Outcome, calibration: Calibration, work: WorkFolder, progress: Progress
+    ) -> None:
+        self.config, self.quant, self.outcome, self.work = checkpoint.config, outcome.quant, outcome, work
+        self.weights = checkpoint.weights()
+        self.model, self.plan = plan_reading(checkpoint, self.weights, [])
+        longest = max(map(len, calibration.samples))
+        if longest > self.config.seq_length:
+            raise RequestError(
+                f"a calibration sample has {longest} tokens, but the model was trained on {self.config.seq_length}",
+                hint="use a smaller --max-length",
+            )
+        self.batches = _batches(calibration.samples)
+        self.states = self._embed(torch.cat(calibration.samples))  # (T, C)
+        self.progress = progress
+        self.passes, self.passes_in_all = 0, self.config.num_hidden_layers * _PASSES[self.quant.true_sequential] + 1
+
+    def run(self) -> None:
+        for layer in range(self.config.num_hidden_layers):
+            self._layer(layer)
+        if self.quant.head_bits is not None and not self._known(HEAD):
+            self._head()
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        largest = int(ids.max())
+        if largest >= self.config.vocab_size:
+            raise RequestError(f"the calibration holds the id {largest}, the model knows {self.config.vocab_size} ids")
+        return self._read("transformer.wte.weight")[ids].float()
+
+    def _read(self, name: str) -> Tensor:
+        """A weight as it is stored, mapped where it can be; float32 where it is stored in codes."""
+        parts = self.plan[name]
+        return read_parts(self.weights, parts, self.weights.stored_dtype(parts[0].name) or torch.float32)
+
+    def _known(self, part: str) -> bool:
+        """Whether an earlier run finished this part; its errors are taken over."""
+        if not self.work.has(part):
+            return False
+        self.outcome.errors += self.work.load(part)[1]
+        return True
+
+    # ---------------------------------------------------------------------------------------------- a layer
+
+    def _layer(self, layer: int) -> None:
+        block = self.model.transformer.h[layer]
+        assert isinstance(block, Block)
+        prefix = f"transformer.h.{layer}."
+        for name, _ in list(block.named_parameters()):
+            _assign(block, name, self._read(prefix + name).float())
+        part = _part(prefix)
+        known = self._known(part)
+        found: dict[str, QuantTensor] = {}
+        if known:
+            self.outcome.resumed += 1
+            found = self.work.load(part)[0]
+            for name, weight in found.items():
+                _assign(block, f"{name.removeprefix(prefix)}.weight", weight.dequantize())
+        errors: list[WeightError] = []
+        for half, rounds in _halves(block, self.quant.true_sequential):
+            for inputs in [] if known else rounds:
+                for names, hessian in zip(inputs, self._hessians(block, half, inputs, layer), strict=True):
+                    for name in names:
+                        linear = _linear(block, name)
+                        found[prefix + name] = self._solve(prefix + name, linear.weight, hessian, errors)
+                        linear.weight.data = found[prefix + name].dequantize()
+            self._advance(half, layer)
+        if not known:
+            self.work.save(part, found, errors)
+            self.outcome.errors += errors
+        block.to("meta")
+        self.passes = (layer + 1) * _PASSES[self.quant.true_sequential]  # a known layer needed fewer
+
+    def _hessians(self, block: Block, half: Half, inputs: Sequence[Inputs], layer: int) -> list[Hessian]:
+        """One for each of `inputs`, over all samples; nothing behind the last of them is computed."""
+        linears = [_linear(block, names[0]) for names in inputs]
+        hessians = [Hessian(linear.in_features) for linear in linears]
+
+        def seen(which: int, arguments: tuple[Tensor, ...]) -> None:
+            hessians[which].add(arguments[0])
+            if which == len(hessians) - 1:
+                raise _Reached
+
+        hooks = [
+            linear.register_forward_pre_hook(lambda _, arguments, which=which: seen(which, arguments))
+            for which, linear in enumerate(linears)
+        ]
+        try:
+            for batch in self._passing(f"layer {layer + 1} of {self.config.num_hidden_layers}"):
+                with suppress(_Reached):
+                    half(self.states[batch.states], Rotation(self.config, batch.rows, extend=True), NoPast(batch.rows))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return hessians
+
+    def _advance(self, half: Half, layer: int) -> None:
+        """The hidden states through half a layer, its linears quantized."""
+        for batch in self._passing(f"layer {layer + 1} of {self.config.num_hidden_layers}"):
+            rotation = Rotation(self.config, batch.rows, extend=True)
+            self.states[batch.states] = half(self.states[batch.states], rotation, NoPast(batch.rows))
+
+    def _head(self) -> None:
+        norm = self.model.transformer.ln_f
+        _assign(norm, "weight", self._read("transformer.ln_f.weight").float())
+        hessian = Hessian(self.config.hidden_size)
+        for batch in self._passing(HEAD):
+            hessian.add(norm(self.states[batch.states]))
+        errors: list[WeightError] = []
+        weight = self._read("transformer.wte.weight" if self.config.tie_word_embeddings else f"{HEAD}.weight")
+        self.work.save(HEAD, {HEAD: self._solve(HEAD, weight, hessian, errors)}, errors)
+        self.outcome.errors += errors
+
+    # ---------------------------------------------------------------------------------------------- pieces
+
+    def _solve(self, name: str, weight: Tensor, hessian: Hessian, errors: list[WeightError]) -> QuantTensor:
+        bits, group_size = _grid(self.quant, name)
+        with _naming(name):
+            solution = gptq(
+                weight,
+                hessian,
+                bits,
+                group_size,
+                sym=self.quant.sym,
+                mse=self.quant.mse,
+                desc_act=self.quant.desc_act,
+                static_groups=self.quant.static_groups,
+                damp_percent=self.quant.damp_percent,
+            )
+        errors.append(WeightError(name, solution.error, solution.damp_percent, solution.dead_columns))
+        return solution.weight
+
+    def _passing(self, what: str) -> Iterator[_Batch]:
+        """All batches, with the progress of the whole run. A pass over a layer's inputs is the unit of time."""
+        count = len(self.batches)
+        for i, batch in enumerate(self.batches):
+            yield batch
+            self.progress(self.passes * count + i + 1, self.passes_in_all * count, what)
+        self.passes += 1
+
+
+def _halves(block: Block, sequential: bool) -> list[tuple[Half, list[list[Inputs]]]]:
+    """What the hidden states go through one after the other, and for each the rounds in which linears are quantized.
+
+    Linears of one round are calibrated together, the next round sees their codes at work.
+    """
+
+    def attention(x: Tensor, rotation: Rotation, past: NoPast) -> Tensor:
+        return x + block.attn(block.ln_1(x), rotation, past)
+
+    def feed_forward(x: Tensor, rotation: Rotation, past: NoPast) -> Tensor:
+        return x + block.mlp(block.ln_2(x))
+
+    first: list[Inputs] = [("attn.c_attn",), ("attn.c_proj",)]
+    second: list[Inputs] = [("mlp.w1", "mlp.w2"), ("mlp.c_proj",)]
+    if not sequential:
+        return [(block, [first + second])]
+    return [(attention, [[inputs] for inputs in first]), (feed_forward, [[inputs] for inputs in second])]
+
+
+_PASSES = {True: 6, False: 2}  # over the samples, for each layer of `_halves`
+
+
+def _linear(block: Block, name: str) -> nn.Linear:
+    linear = block.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    return linear
+
+
+def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=False))
+
+
+def _batches(samples: Sequence[Tensor]) -> list[_Batch]:
+    batches, at, lengths = [], 0, list(map(len, samples))
+    while lengths:
+        take = 1
+        while take < len(lengths) and sum(lengths[: take + 1]) <= _BATCH_TOKENS:
+            take += 1
+        now, lengths = lengths[:take], lengths[take:]
+        batches.append(_Batch(slice(at, at + sum(now)), Rows.fresh(now, [1.0] * take)))
+        at += sum(now)
+    return batches

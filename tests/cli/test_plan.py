@@ -1,0 +1,203 @@
+"""`qwenlet plan`: what is printed, where the configuration comes from, what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+from qwenlet import hub
+from qwenlet.cli import plan as verb
+from qwenlet.cli.plan import parse_size
+from qwenlet.config import QuantConfig, qwen_1_8b
+from qwenlet.errors import RequestError
+
+INT4 = QuantConfig(head_bits=None, embedding_bits=None, group_size=32, method="gptq")
+
+
+@pytest.fixture
+def model(golden) -> str:
+    return str(golden / "tiny-qwen")
+
+
+@pytest.fixture
+def nothing_here(monkeypatch, tmp_path):
+    for name in ("QWENLET_CACHE", "HF_HUB_CACHE", "HF_HOME"):
+        monkeypatch.setenv(name, str(tmp_path))
+    for name in ("QWENLET_OFFLINE", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def facts(run):
+    def ask(*arguments: str) -> dict:
+        result = run("plan", *arguments, "--json")
+        assert result.code == 0, result.err
+        return json.loads(result.out)
+
+    return ask
+
+
+# ------------------------------------------------------------------------------------------------------- the answer
+
+
+def test_a_table_for_people(run):
+    command = ("plan", "--like", "qwen-1.8b", "--quant", "int4", "--context", "2048")
+    text = run(*command, "--memory", "2G").out
+    for expected in ("qwen-1.8b: 1,836,828,672 parameters, int4 in groups of 128, head int4 in groups of 32",
+                     "embedding int8", "4.12 bits a weight", "2,048 tokens, 101,376 bytes each in int8", "peak",
+                     "fits in 2.0 GB", "What a token costs", "largest context"):  # fmt: skip
+        assert expected in text, expected
+    assert "would fit" not in text
+
+    text = run(*command, "--memory", "1.4G", "--batch", "4").out
+    assert "does not fit in 1.4 GB" in text
+    assert "Each of these would fit" in text
+    assert "--context" in text.partition("would fit")[2]
+    assert "No setting makes this model fit" in run(*command, "--memory", "10M").out
+
+
+def test_json_for_programs(facts):
+    found = facts("--like", "qwen-1.8b", "--dtype", "bf16", "--context", "8192", "--memory", "3G")
+    assert (found["parameters"], found["kv_cache"], found["context"], found["batch"]) == (
+        1_836_828_672,
+        "bf16",
+        8192,
+        1,
+    )
+    assert found["peak"] > found["memory"] == 3 * 10**9
+    assert found["fits"] is False
+    assert found["largest_context"] is None
+    assert found["advice"][0]["options"] == "--quant int4"
+    for change in found["advice"]:
+        words = change["options"].split()
+        given = dict(zip(words[::2], words[1::2], strict=True))
+        again = facts("--like", "qwen-1.8b", "--memory", "3G", *sum(({"--context": "8192"} | given).items(), ()))
+        assert again["fits"] is True
+        assert again["peak"] == change["peak"], "the options lead to what was promised"
+
+
+def test_what_this_machine_has_is_the_limit_unless_one_is_given(facts, monkeypatch):
+    monkeypatch.setattr(verb, "available_memory", lambda: 123_456_789)
+    assert facts("--like", "qwen-1.8b")["memory"] == 123_456_789
+    monkeypatch.setattr(verb, "available_memory", lambda: None)
+    found = facts("--like", "qwen-1.8b")
+    assert found["memory"] is None
+    assert "fits" not in found
+
+
+def test_the_dtype_follows_the_processor_and_quantized_weights_compute_in_float32(facts, monkeypatch):
+    for flags, dtype in ((("avx512_bf16",), "bf16"), (("avx2",), "fp32")):
+        monkeypatch.setattr(verb, "cpu_info", lambda flags=flags: ("a processor", frozenset(flags)))
+        assert facts("--like", "qwen-1.8b")["quantization"] == dtype
+    assert facts("--like", "qwen-1.8b", "--quant", "none")["kv_cache"] == "fp32"
+    assert facts("--like", "qwen-1.8b", "--quant", "int8")["kv_cache"] == "int8"
+
+
+# --------------------------------------------------------------------------------- where the configuration comes from
+
+
+def test_weights_need_not_be_there(facts, model, tmp_path):
+    shutil.copy(f"{model}/config.json", tmp_path)
+    found = facts(str(tmp_path), "--dtype", "bf16")
+    assert found["quantization"] == "bf16"
+    assert found["parameters"] == facts(model)["parameters"]
+    assert facts(str(tmp_path / "config.json"))["parameters"] == found["parameters"]
+
+
+def test_a_quantized_checkpoint_says_so(facts, run, tmp_path):
+    published = qwen_1_8b().to_published()
+    (tmp_path / "config.json").write_text(json.dumps(published | {"quantization_config": INT4.to_published()}))
+    found = facts(str(tmp_path), "--memory", "8G")
+    assert found["quantization"] == "int4 in groups of 32, head fp32, embedding fp32"
+    assert found["kv_cache"] == "int8"
+    # what the file left in half precision can be rounded, its codes stay
+    assert facts(str(tmp_path), "--quant", "int4")["quantization"] == (
+        "int4 in groups of 32, head int4 in groups of 32, embedding int8"
+    )
+    assert "in 4 bits; 8 were asked for" in run("plan", str(tmp_path), "--quant", "int8").err
+    assert facts(str(tmp_path), "--quant", "none", "--dtype", "bf16")["quantization"] == "bf16"
+
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    (tmp_path / "quantize_config.json").write_text(json.dumps(INT4.to_published()))
+    assert facts(str(tmp_path), "--memory", "8G") == found
+
+
+def test_a_gguf_file_is_planned_as_its_codes_run(facts, demo_gguf):
+    found = facts(str(demo_gguf))
+    assert found["quantization"] == "as the file stores it"
+    assert [kind["bits"] for kind in found["weights"]] == [5.0, 8.5, 8.5]
+    assert facts(str(demo_gguf.parent / demo_gguf.name), "--dtype", "bf16")["quantization"] == "bf16"
+    assert "int4" in facts(str(demo_gguf), "--quant", "int4")["quantization"]
+
+
+def test_of_a_model_that_is_elsewhere_only_the_configuration_is_fetched(facts, run, nothing_here, monkeypatch):
+    asked = []
+
+    def published_config(name):
+        asked.append(name)
+        return qwen_1_8b().to_published() | {"bf16": True}
+
+    monkeypatch.setattr(hub, "published_config", published_config)
+    assert facts("Qwen/Qwen-1_8B-Chat")["parameters"] == 1_836_828_672
+    assert asked == ["Qwen/Qwen-1_8B-Chat"]
+    assert "going online is forbidden" in run("plan", "Qwen/Qwen-1_8B-Chat", "--offline").err
+    assert len(asked) == 1
+
+
+def test_a_name_that_has_no_configuration_to_fetch_is_an_error(run, nothing_here):
+    assert "qwenlet pull demo" in run("plan", "demo").err
+    assert "qwenlet pull acme/x:y.gguf" in run("plan", "acme/x:y.gguf").err
+    assert "no such file" in run("plan", "./nowhere").err
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "there is no model to plan for"),
+        (("demo", "--like", "qwen-1.8b"), "not both"),
+        (("--like", "gpt"), "'gpt' is not one of"),
+        (("--like", "qwen-1.8b", "--quant", "int3"), "quant is 'int3'"),
+        (("--like", "qwen-1.8b", "--dtype", "fp8"), "dtype is 'fp8'"),
+        (("--like", "qwen-1.8b", "--quant", "int4", "--dtype", "bf16"), "quantized weights compute in fp32"),
+        (("--like", "qwen-1.8b", "--kv-cache", "int2"), "kv_cache is 'int2'"),
+        (("--like", "qwen-1.8b", "--context", "99999"), "published maths for 32767"),
+        (("--like", "qwen-1.8b", "--context", "0"), "context"),
+        (("--like", "qwen-1.8b", "--memory", "much"), "'much' is no amount of memory"),
+    ],
+)
+def test_bad_input_is_named(run, arguments, message):
+    result = run("plan", *arguments)
+    assert result.code != 0
+    assert result.out == ""
+    assert message in result.err
+
+
+def test_sizes_are_read_as_they_are_written():
+    assert [parse_size(text) for text in ("4G", "900M", "1.5 GB", "2GiB", "64KiB", "12k", "4096", "1T")] == [
+        4 * 10**9, 9 * 10**8, 15 * 10**8, 2**31, 2**16, 12_000, 4096, 10**12,
+    ]  # fmt: skip
+    for text in ("", "G", "-1G", "1X", "1,5G", "0", "4i", "nan", "1e9"):
+        with pytest.raises(RequestError, match="no amount of memory"):
+            parse_size(text)
+
+
+def test_it_answers_at_once_and_without_torch():
+    code = (
+        "import sys; from qwenlet.cli import main; code = main(['plan', '--like', 'qwen-1.8b', '--memory', '1G']);"
+        "heavy = {'torch', 'numpy', 'gguf'} & set(sys.modules); assert not heavy, heavy; sys.exit(code)"
+    )
+    fastest = 60.0
+    for _ in range(3):
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        fastest = min(fastest, time.perf_counter() - started)
+        assert done.returncode == 0, done.stderr
+    assert fastest < 1.0, "half a second on a quiet machine"
