@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import qwenlet
 from qwenlet import SamplingParams
@@ -246,3 +247,81 @@ def test_the_dtype_follows_the_device_the_model_lives_on(golden: Path, monkeypat
     with qwenlet.load(str(golden / "tiny-qwen"), device="cpu") as llm:
         assert llm.dtype in (torch.bfloat16, torch.float32)
         assert "this processor" in str(llm.load_report)
+
+
+# ------------------------------------------------------------------------------------------------------- quantization
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("QWENLET_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "quantized"
+
+
+def close_to(logits: torch.Tensor, reference: torch.Tensor) -> bool:
+    return bool((logits - reference).norm() < 0.05 * reference.norm())
+
+
+def test_quantized_tensors_of_a_gguf_run_as_they_are(
+    llm: qwenlet.LLM, demo_gguf: Path, reference: dict[str, Any]
+) -> None:
+    with qwenlet.load(str(demo_gguf), device="cpu") as quantized:
+        assert quantized.load_report.dtype == "int4 and int8"
+        assert quantized.dtype == torch.float32
+        assert quantized.options.kv_cache == "int8"
+        exact, ours = llm.logits(reference["ids"]), quantized.logits(reference["ids"])
+        # activations of eight bits; bfloat16 costs 0.002
+        assert F.kl_div(ours.log_softmax(-1), exact.log_softmax(-1), log_target=True, reduction="batchmean") < 0.02
+        assert "Paris" in quantized.chat(QUESTION, system=quantized.default_system)[0]
+
+
+def test_a_dtype_or_none_makes_floats_of_them(llm: qwenlet.LLM, demo_gguf: Path) -> None:
+    assert llm.load_report.dtype == "float32", "the fixture asks for dtype='fp32'"
+    assert llm.options.kv_cache == "fp32"
+    with qwenlet.load(str(demo_gguf), device="cpu", quant="none", max_context=64) as floats:
+        assert floats.load_report.dtype in ("bfloat16", "float32")
+
+
+def test_quant_rounds_once_and_keeps_the_result(tiny: qwenlet.LLM, golden: Path, cache: Path) -> None:
+    ids = list(range(20))
+    with qwenlet.load(str(golden / "tiny-qwen"), quant="int8", device="cpu") as first:
+        assert close_to(first.logits(ids), tiny.logits(ids))
+        assert "rounded, and kept in" in str(first.load_report)
+        assert first.path == golden / "tiny-qwen", "the model is still the one that was named"
+    (kept,) = cache.iterdir()
+    before = (kept / "model.safetensors").stat().st_mtime_ns
+    with qwenlet.load(str(golden / "tiny-qwen"), quant="int8", device="cpu") as second:
+        assert torch.equal(second.logits(ids), first_logits(golden, ids))
+    assert (kept / "model.safetensors").stat().st_mtime_ns == before
+    with qwenlet.load(str(kept), device="cpu") as saved:
+        assert saved.load_report.dtype == "int8"
+
+
+def first_logits(golden: Path, ids: list[int]) -> torch.Tensor:
+    with qwenlet.load(str(golden / "tiny-qwen"), quant=qwenlet.QuantConfig.named("int8"), device="cpu") as again:
+        return again.logits(ids)
+
+
+def test_without_a_cache_it_is_rounded_in_memory(
+    tiny: qwenlet.LLM, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("QWENLET_CACHE", str(tmp_path / "file"))
+    with qwenlet.load(str(golden / "tiny-qwen"), quant="int8", device="cpu", kv_cache="fp32") as llm:
+        assert "rounded anew at each start" in str(llm.load_report)
+        assert llm.options.kv_cache == "fp32"
+        assert close_to(llm.logits([1, 2, 3]), tiny.logits([1, 2, 3]))
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"quant": 4}, "quant is 4"),
+        ({"quant": "int4", "dtype": "bf16"}, "compute in fp32"),
+        ({"quant": qwenlet.QuantConfig(group_size=128)}, "groups of 128 do not divide the 64 inputs"),
+        ({"quant": qwenlet.QuantConfig(method="gptq")}, "rounded to nearest"),
+    ],
+)
+def test_what_quant_cant_mean(golden: Path, cache: Path, options: dict[str, Any], word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        qwenlet.load(str(golden / "tiny-qwen"), device="cpu", **options)

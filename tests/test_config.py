@@ -125,9 +125,10 @@ def test_unknown_architecture_names_the_known_ones(model_type: Any) -> None:
         ModelConfig.from_dict(published() | {"model_type": model_type})
 
 
-def test_a_quantized_checkpoint_is_refused_with_words() -> None:
-    with pytest.raises(ConfigError, match="quantized"):
-        ModelConfig.from_dict(published() | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
+def test_what_a_config_says_of_quantization_is_read_elsewhere() -> None:
+    """By QuantConfig (test_config_quant.py): the shapes are the same."""
+    raw = published() | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    assert ModelConfig.from_dict(raw) == ModelConfig.from_dict(published())
 
 
 def test_gguf_metadata_of_the_first_generation() -> None:

@@ -17,6 +17,7 @@ _LAZY = {
     "Tokenizer": "qwenlet.tokenizer",
     "EngineConfig": "qwenlet.config",
     "ModelConfig": "qwenlet.config",
+    "QuantConfig": "qwenlet.config",
     "SamplingParams": "qwenlet.config",
     "QwenletError": "qwenlet.errors",
 }
@@ -25,7 +26,7 @@ __all__ = sorted([*_LAZY, "__version__"])
 
 if TYPE_CHECKING:
     from qwenlet.api import LLM, Score, load
-    from qwenlet.config import EngineConfig, ModelConfig, SamplingParams
+    from qwenlet.config import EngineConfig, ModelConfig, QuantConfig, SamplingParams
     from qwenlet.engine import Chunk, Completion
     from qwenlet.errors import QwenletError
     from qwenlet.tokenizer import Tokenizer

@@ -277,7 +277,7 @@ def _touched(size: int, tokens: int) -> int:
 def _activations(setup: Setup) -> int:
     """Float32 buffers of one step: the residual stream and its norm, q/k/v, the feed-forward, a row's logits."""
     model = setup.model
-    rows = min(setup.chunk, setup.context) if setup.batch == 1 else max(setup.batch, min(setup.chunk, setup.context))
+    rows = max(setup.batch, min(setup.chunk, setup.context))
     width = 3 * model.hidden_size + 2 * model.qkv_size + 3 * model.intermediate_size
     # of each row that is sampled: logits in the model's dtype, in float32, and sorted or masked
     return 4 * (rows * width + setup.batch * 3 * model.vocab_size)
@@ -346,8 +346,10 @@ def _candidates(setup: Setup) -> Iterator[tuple[str, Setup]]:
         yield "--batch 1", replace(setup, batch=1)
     if setup.cache_type != "int8":
         yield "--kv-cache int8", replace(setup, kv_cache="int8")
+    cache = "" if setup.kv_cache in ("auto", "int8") else " --kv-cache int8"
     for name in ("int8", "int4"):
         quant = QuantConfig.named(name)
         if setup.bits.layers > quant.bits + 1:
             with suppress(ConfigError):  # layers that can't be cut into groups
-                yield f"--quant {name}", replace(setup, quant=quant, kv_cache="auto", mapped=True, gguf=False)
+                changed = replace(setup, quant=quant, kv_cache="int8", mapped=True, gguf=False)
+                yield f"--quant {name}{cache}", changed

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -194,10 +195,12 @@ def test_it_answers_at_once_and_without_torch():
         "import sys; from qwenlet.cli import main; code = main(['plan', '--like', 'qwen-1.8b', '--memory', '1G']);"
         "heavy = {'torch', 'numpy', 'gguf'} & set(sys.modules); assert not heavy, heavy; sys.exit(code)"
     )
-    fastest = 60.0
+    fastest = math.inf  # in processor time, as other tests may run beside this one
     for _ in range(3):
-        started = time.perf_counter()
+        before = os.times()
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        fastest = min(fastest, time.perf_counter() - started)
+        after = os.times()
         assert done.returncode == 0, done.stderr
-    assert fastest < 1.0, "half a second on a quiet machine"
+        used = after.children_user - before.children_user + after.children_system - before.children_system
+        fastest = min(fastest, used)
+    assert fastest < 0.8, "less than half a second on a quiet machine"

@@ -181,7 +181,8 @@ class GPTQFile:
             gptq_order(tensors.g_idx, len(tensors.g_idx), self._kind(stem)[1])
         except FormatError as error:
             raise FormatError(f"{stem}: {error.message}", hint=_DAMAGED) from None
-        if not bool(tensors.scales.isfinite().all()):
+        # a float32 sum of float16 numbers is finite unless one of them isn't, and takes a tenth of the time of isfinite
+        if not bool(tensors.scales.sum(dtype=torch.float32).isfinite()):
             raise FormatError(f"{stem}.scales holds numbers that are not finite in float16", hint=_DAMAGED)
         return tensors
 

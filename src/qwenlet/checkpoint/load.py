@@ -80,10 +80,8 @@ class Checkpoint:
             if not defaults.eos_token_ids:
                 defaults = replace(defaults, eos_token_ids=config.eos_token_ids)
             quant = _quant_config(path)
-            if quant is not None:
-                quant = quant.fit(config)  # groups that cut a layer are named before any weight is read
-                if quant.head_bits is not None:
-                    config = replace(config, tie_word_embeddings=False)  # the head has codes of its own
+            if quant is not None and quant.head_bits is not None:
+                config = replace(config, tie_word_embeddings=False)  # the head has codes of its own
             return cls(path, config, defaults, layout, quant=quant)
         if not path.exists():
             raise CheckpointError(

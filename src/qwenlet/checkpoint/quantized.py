@@ -104,7 +104,7 @@ def write_quantized(
         write_json(folder / "config.json", config.to_own_layout() | precision | {"quantization_config": section})
         write_json(folder / "quantize_config.json", section)
         write_defaults(folder, config, checkpoint.defaults)
-        write_tokenizer(folder, checkpoint)
+        write_tokenizer(folder, checkpoint, foreign=True)
         writer = ShardWriter(folder)
         for module_name, module in model.named_modules():
             parts = {

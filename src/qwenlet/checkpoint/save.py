@@ -186,19 +186,21 @@ def convert(
     return Path(out)
 
 
-def write_tokenizer(folder: Path, checkpoint: Checkpoint) -> None:
-    """A folder's tokenizer files as they are; a GGUF file's vocabulary as qwen.tiktoken, or tokenizer.json if it isn't
-    Qwen's."""
+def write_tokenizer(folder: Path, checkpoint: Checkpoint, *, foreign: bool = False) -> None:
+    """A folder's tokenizer files as they are, a GGUF file's vocabulary as qwen.tiktoken.
+
+    foreign: a vocabulary that isn't Qwen's becomes a tokenizer.json; otherwise it is a TokenizerError.
+    """
     if checkpoint.header is not None:
         with suppress(MissingTokenizerError):
             metadata, source = checkpoint.header.metadata, str(checkpoint.path)
             tokenizer = Tokenizer.from_gguf(metadata, source)
-            if tokenizer.is_qwen:
+            if foreign and not tokenizer.is_qwen:
+                vocabulary, settings = gguf_to_tokenizer_json(metadata, source)
+                write_json(folder / "tokenizer.json", vocabulary)
+                write_json(folder / "tokenizer_config.json", settings)
+            else:
                 tokenizer.save(folder)
-                return
-            vocabulary, settings = gguf_to_tokenizer_json(metadata, source)
-            write_json(folder / "tokenizer.json", vocabulary)
-            write_json(folder / "tokenizer_config.json", settings)
         return
     for file in checkpoint.path.iterdir():
         if file.suffix == ".tiktoken" or file.name in _COPIED:

@@ -27,8 +27,25 @@ def quantize(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
     quant: Annotated[
         dict[str, Any],
-        Flags(QuantConfig, skip=("method", "desc_act", "static_groups", "head_bits", "embedding_bits")),
+        Flags(
+            QuantConfig,
+            skip=(
+                "group_size",
+                "method",
+                "desc_act",
+                "static_groups",
+                "head_bits",
+                "head_group_size",
+                "embedding_bits",
+            ),
+        ),
     ],
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Input columns that share a scale: 32, 64 or 128; the largest that divides every layer unless given."
+        ),
+    ] = None,
     method: Annotated[str, typer.Option(help="gptq calibrates on a text; rtn rounds to nearest, in seconds.")] = "gptq",
     desc_act: Annotated[
         bool, typer.Option("--desc-act/--no-desc-act", help="GPTQ rounds the most active inputs first (act-order).")
@@ -43,6 +60,9 @@ def quantize(
     head_bits: Annotated[
         int | None, typer.Option(help=f"Of the output head: 4, 8, or {HALF} to leave it; as --bits unless given.")
     ] = None,
+    head_group_size: Annotated[
+        int, typer.Option(help="Input columns of the head that share a scale.")
+    ] = QuantConfig.head_group_size,
     embedding_bits: Annotated[int, typer.Option(help=f"Of the embedding: 8, or {HALF} to leave it.")] = 8,
     calibration: Annotated[
         str | None,
@@ -72,10 +92,12 @@ def quantize(
     bits = quant.get("bits", QuantConfig.bits)
     config = QuantConfig(
         **quant,
+        group_size=group_size,
         method=_method(method),
         desc_act=calibrated and desc_act,
         static_groups=calibrated and desc_act and static_groups,
         head_bits=_or_half(bits if head_bits is None else head_bits),
+        head_group_size=head_group_size,
         embedding_bits=_or_half(embedding_bits),
     )
     text_to_score = None if text is None else console.file_text(text)
@@ -83,7 +105,12 @@ def quantize(
         found = hub.resolve(source, offline=offline or None, progress=progress.update)
     picked = _calibration(found, calibration, samples, max_length, seed) if calibrated else None
     with console.Progress("steps") as progress:
-        outcome = quantize(found, out, config, picked, progress=progress.update)
+        try:
+            outcome = quantize(found, out, config, picked, progress=progress.update)
+        except KeyboardInterrupt:
+            if calibrated:
+                console.note("finished layers are kept beside OUT: the same command goes on there")
+            raise
     if outcome.resumed:
         console.note(f"went on after {outcome.resumed} finished layers of an earlier run")
     for error in outcome.errors:
@@ -119,14 +146,14 @@ def _calibration(model: Path, source: str | None, samples: int, max_length: int,
 
 def _report(model: Path, outcome: Outcome, text: str | None, name: str | None) -> None:
     """Measures the written model beside its source, as users get both; JSON beside the weights, a table on stderr."""
-    import qwenlet
+    from qwenlet import api
     from qwenlet.errors import MissingTokenizerError
     from qwenlet.quant.report import measure_quality
 
     with (
         console.Progress("steps") as progress,
-        qwenlet.load(str(model), device="cpu", quant="none", offline=True) as reference,
-        qwenlet.load(str(outcome.path), device="cpu", offline=True) as quantized,
+        api.load(str(model), device="cpu", quant="none", offline=True) as reference,
+        api.load(str(outcome.path), device="cpu", offline=True) as quantized,
     ):
         try:
             measured = measure_quality(

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,7 +98,8 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
     octets = codes.to(torch.uint8)
     if bits == 4:
         octets = octets[..., 0::2] | octets[..., 1::2] << 4
-    return octets.contiguous().view(torch.int32)
+    # flat: what has one row may count as contiguous with strides that no wider type can take
+    return octets.flatten().view(torch.int32).view(*octets.shape[:-1], -1)
 
 
 def unpack_words(words: Tensor, bits: int) -> Tensor:
@@ -273,7 +275,7 @@ def stack_tiles(pieces: Iterable[QuantTensor], rows: int) -> Tiles:
     for piece in pieces:
         tiles = to_tiles(piece)
         if whole is None:
-            room = {name: table.new_empty(count, *table.shape[1:]) for name, table in _tables(tiles).items()}
+            room: dict[str, Any] = {n: t.new_empty(count, *t.shape[1:]) for n, t in _tables(tiles).items()}
             whole = replace(tiles, rows=rows, **room)
         for name, table in _tables(tiles).items():
             _tables(whole)[name][at : at + len(table)] = table

@@ -1,6 +1,8 @@
-"""Making quantized checkpoints.
+"""Making quantized checkpoints, and measuring what that cost.
 
-gptq          the algorithm alone: one weight, one Hessian
-calibration   texts -> token ids
-pipeline      layer by layer through a model, resumable, and the folder at the end
+    gptq          the algorithm alone: one weight, the correlations of its inputs -> codes
+    calibration   texts -> token ids
+    pipeline      a checkpoint -> a quantized checkpoint, layer by layer
+    workfolder    what a run has finished, so that it can go on
+    report        quality of the result
 """

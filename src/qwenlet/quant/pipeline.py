@@ -28,12 +28,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qwenlet import __version__
 from qwenlet.cache import NoPast, Rows
 from qwenlet.checkpoint import Checkpoint, Progress, write_quantized
 from qwenlet.checkpoint.files import read_parts
 from qwenlet.checkpoint.load import plan_reading
 from qwenlet.checkpoint.save import refuse_existing
-from qwenlet.config import QuantConfig
+from qwenlet.config import ModelConfig, QuantConfig
 from qwenlet.config.quant import HEAD
 from qwenlet.errors import CheckpointError, RequestError
 from qwenlet.model import Block, Rotation
@@ -101,8 +102,9 @@ def quantize(
         return outcome
     if calibration is None:
         raise RequestError("GPTQ needs a calibration text", hint="make one with load_calibration, or use method='rtn'")
+    _check_samples(calibration, checkpoint.config)
     outcome = Outcome(out, quant, calibration)
-    work = WorkFolder(out, _run(checkpoint, quant, calibration))
+    work = WorkFolder(out, _run_of(checkpoint, quant, calibration))
     with torch.inference_mode():
         _Walk(checkpoint, outcome, calibration, work, progress or _silent).run()
     write_quantized(checkpoint, out, quant, _saved(work, quant), progress=progress)
@@ -113,12 +115,23 @@ def quantize(
 def _silent(done: int, total: int, what: str) -> None: ...
 
 
-def _run(checkpoint: Checkpoint, quant: QuantConfig, calibration: Calibration) -> dict[str, Any]:
+def _check_samples(calibration: Calibration, config: ModelConfig) -> None:
+    largest, longest = (max(int(of(sample)) for sample in calibration.samples) for of in (torch.max, len))
+    if largest >= config.vocab_size:
+        raise RequestError(f"the calibration holds the id {largest}, the model knows {config.vocab_size} ids")
+    if longest > config.seq_length:
+        raise RequestError(
+            f"a calibration sample has {longest} tokens, but the model was trained on {config.seq_length}",
+            hint="use a smaller --max-length",
+        )
+
+
+def _run_of(checkpoint: Checkpoint, quant: QuantConfig, calibration: Calibration) -> dict[str, Any]:
     """All that the codes depend on."""
     files = [checkpoint.path] if checkpoint.path.is_file() else sorted(checkpoint.path.iterdir())
     marks = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}\n" for file in files if file.is_file()]
     source = f"{checkpoint.path.resolve()} {hashlib.sha256(''.join(marks).encode()).hexdigest()[:16]}"
-    return asdict(quant) | {"source": source, "calibration": calibration.sha256}
+    return asdict(quant) | {"source": source, "calibration": calibration.sha256, "qwenlet": __version__}
 
 
 def _nearest(quant: QuantConfig, errors: list[WeightError]) -> Callable[[str, Tensor], QuantTensor]:
@@ -200,73 +213,59 @@ class _Walk:
         self.config, self.quant, self.outcome, self.work = checkpoint.config, outcome.quant, outcome, work
         self.weights = checkpoint.weights()
         self.model, self.plan = plan_reading(checkpoint, self.weights, [])
-        longest = max(map(len, calibration.samples))
-        if longest > self.config.seq_length:
-            raise RequestError(
-                f"a calibration sample has {longest} tokens, but the model was trained on {self.config.seq_length}",
-                hint="use a smaller --max-length",
-            )
         self.batches = _batches(calibration.samples)
-        self.states = self._embed(torch.cat(calibration.samples))  # (T, C)
+        self.states = self._read("transformer.wte.weight")[torch.cat(calibration.samples)].float()  # (T, C)
         self.progress = progress
         self.passes, self.passes_in_all = 0, self.config.num_hidden_layers * _PASSES[self.quant.true_sequential] + 1
 
     def run(self) -> None:
-        for layer in range(self.config.num_hidden_layers):
-            self._layer(layer)
-        if self.quant.head_bits is not None and not self._known(HEAD):
+        layers = [f"transformer.h.{layer}." for layer in range(self.config.num_hidden_layers)]
+        finished = [self.work.has(_part(prefix)) for prefix in layers]
+        self.outcome.resumed = sum(finished)
+        head_left = self.quant.head_bits is not None and not self.work.has(HEAD)
+        if not all(finished) or head_left:
+            for prefix, known in zip(layers, finished, strict=True):
+                self._layer(prefix, known)
+        if head_left:
             self._head()
-
-    def _embed(self, ids: Tensor) -> Tensor:
-        largest = int(ids.max())
-        if largest >= self.config.vocab_size:
-            raise RequestError(f"the calibration holds the id {largest}, the model knows {self.config.vocab_size} ids")
-        return self._read("transformer.wte.weight")[ids].float()
+        for part in [_part(prefix) for prefix in layers] + ([] if self.quant.head_bits is None else [HEAD]):
+            self.outcome.errors += self.work.load(part)[1]
 
     def _read(self, name: str) -> Tensor:
         """A weight as it is stored, mapped where it can be; float32 where it is stored in codes."""
         parts = self.plan[name]
         return read_parts(self.weights, parts, self.weights.stored_dtype(parts[0].name) or torch.float32)
 
-    def _known(self, part: str) -> bool:
-        """Whether an earlier run finished this part; its errors are taken over."""
-        if not self.work.has(part):
-            return False
-        self.outcome.errors += self.work.load(part)[1]
-        return True
-
     # ---------------------------------------------------------------------------------------------- a layer
 
-    def _layer(self, layer: int) -> None:
+    def _layer(self, prefix: str, known: bool) -> None:
+        """The hidden states through one layer, which is quantized on the way unless an earlier run has done it."""
+        layer = int(prefix.split(".")[2])
         block = self.model.transformer.h[layer]
         assert isinstance(block, Block)
-        prefix = f"transformer.h.{layer}."
+        what = f"layer {layer + 1} of {self.config.num_hidden_layers}"
         for name, _ in list(block.named_parameters()):
             _assign(block, name, self._read(prefix + name).float())
-        part = _part(prefix)
-        known = self._known(part)
         found: dict[str, QuantTensor] = {}
-        if known:
-            self.outcome.resumed += 1
-            found = self.work.load(part)[0]
-            for name, weight in found.items():
-                _assign(block, f"{name.removeprefix(prefix)}.weight", weight.dequantize())
         errors: list[WeightError] = []
+        if known:
+            for name, weight in self.work.load(_part(prefix))[0].items():
+                _assign(block, f"{name.removeprefix(prefix)}.weight", weight.dequantize())
         for half, rounds in _halves(block, self.quant.true_sequential):
             for inputs in [] if known else rounds:
-                for names, hessian in zip(inputs, self._hessians(block, half, inputs, layer), strict=True):
+                for names, hessian in zip(inputs, self._hessians(block, half, inputs, what), strict=True):
                     for name in names:
                         linear = _linear(block, name)
                         found[prefix + name] = self._solve(prefix + name, linear.weight, hessian, errors)
                         linear.weight.data = found[prefix + name].dequantize()
-            self._advance(half, layer)
+            for batch in self._passing(what):
+                self.states[batch.states] = self._run(half, batch)
         if not known:
-            self.work.save(part, found, errors)
-            self.outcome.errors += errors
+            self.work.save(_part(prefix), found, errors)
         block.to("meta")
         self.passes = (layer + 1) * _PASSES[self.quant.true_sequential]  # a known layer needed fewer
 
-    def _hessians(self, block: Block, half: Half, inputs: Sequence[Inputs], layer: int) -> list[Hessian]:
+    def _hessians(self, block: Block, half: Half, inputs: Sequence[Inputs], what: str) -> list[Hessian]:
         """One for each of `inputs`, over all samples; nothing behind the last of them is computed."""
         linears = [_linear(block, names[0]) for names in inputs]
         hessians = [Hessian(linear.in_features) for linear in linears]
@@ -281,19 +280,16 @@ class _Walk:
             for which, linear in enumerate(linears)
         ]
         try:
-            for batch in self._passing(f"layer {layer + 1} of {self.config.num_hidden_layers}"):
+            for batch in self._passing(what):
                 with suppress(_Reached):
-                    half(self.states[batch.states], Rotation(self.config, batch.rows, extend=True), NoPast(batch.rows))
+                    self._run(half, batch)
         finally:
             for hook in hooks:
                 hook.remove()
         return hessians
 
-    def _advance(self, half: Half, layer: int) -> None:
-        """The hidden states through half a layer, its linears quantized."""
-        for batch in self._passing(f"layer {layer + 1} of {self.config.num_hidden_layers}"):
-            rotation = Rotation(self.config, batch.rows, extend=True)
-            self.states[batch.states] = half(self.states[batch.states], rotation, NoPast(batch.rows))
+    def _run(self, half: Half, batch: _Batch) -> Tensor:
+        return half(self.states[batch.states], Rotation(self.config, batch.rows, extend=True), NoPast(batch.rows))
 
     def _head(self) -> None:
         norm = self.model.transformer.ln_f
@@ -304,7 +300,6 @@ class _Walk:
         errors: list[WeightError] = []
         weight = self._read("transformer.wte.weight" if self.config.tie_word_embeddings else f"{HEAD}.weight")
         self.work.save(HEAD, {HEAD: self._solve(HEAD, weight, hessian, errors)}, errors)
-        self.outcome.errors += errors
 
     # ---------------------------------------------------------------------------------------------- pieces
 
