@@ -25,7 +25,7 @@ LADDER: list[list[str]] = [
     ["chat", "vocabulary", "ops"],
     ["cache", "linear", "sampling"],
     ["model"],
-    ["checkpoint", "hub"],
+    ["checkpoint", "hub", "program"],
     ["scoring"],
     ["engine", "quant"],
     ["api"],

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from qwenlet.config import GenerationDefaults, SamplingParams
 from qwenlet.errors import RequestError
+from qwenlet.ops import cpu
 from qwenlet.sampling import (
     TokenCounts,
     choose,
@@ -160,3 +161,21 @@ def test_logprobs_are_those_of_the_model() -> None:
     assert entry.logprob == pytest.approx(float(reference[7]), abs=1e-5)
     assert [i for i, _ in entry.top] == reference.topk(3).indices.tolist()
     assert token_logprob(logits, 7, 0).top == ()
+
+
+@pytest.mark.skipif(not cpu.available(), reason="built without a compiler: there are no kernels to test")
+@given(
+    seed=st.integers(0, 10_000), p=st.floats(0.0, 0.9999), spread=st.sampled_from([0.0, 0.01, 1.0, 5.0, 60.0]),
+    size=st.sampled_from([1, 2, 17, 500, 3000]),
+)  # fmt: skip
+def test_the_native_top_p_keeps_the_smallest_set_that_carries_p(seed: int, p: float, spread: float, size: int) -> None:
+    logits = torch.randn(size, generator=torch.Generator().manual_seed(seed)) * spread
+    kept = cpu.top_p(logits, p)
+    weights = (logits - logits.max()).double().exp()
+    order = sorted(range(size), key=lambda i: (-float(logits[i]), i))
+    carried = weights[order].cumsum(0) / weights.sum()
+    count = len(kept)
+    assert kept.tolist() == sorted(order[:count]), "the most likely ones, ties by id, in the order of ids"
+    slack = 1e-6  # exponentials in float32
+    assert carried[count - 1] >= p - slack
+    assert count == 1 or carried[count - 2] < p + slack

@@ -148,14 +148,14 @@ def prepack_works() -> tuple[bool, str]:
     return True, "oneDNN keeps bfloat16 weights in blocked order"
 
 
-Kind = type[StreamedLinear] | type[PrepackedLinear] | None
+Kind = type[TiledLinear] | type[StreamedLinear] | type[PrepackedLinear] | None
 
 
 def choose_linear(asked: str, device: torch.device, dtype: torch.dtype) -> tuple[Kind, str]:
     """Which class runs the linears (None: torch's own), and why.
 
     Args:
-        asked: "auto", or by name "streamed", "prepacked", "torch".
+        asked: "auto", or by name "tiled", "streamed", "prepacked", "torch".
     Raises:
         ConfigError: what was asked for does not run here.
     """
@@ -168,15 +168,24 @@ def choose_linear(asked: str, device: torch.device, dtype: torch.dtype) -> tuple
             f"linear={asked!r} is for bfloat16 on a CPU, not {dtype} on {device}", hint="use linear='auto'"
         )
     streamed, (packs, packs_why) = cpu.status(), prepack_works()
-    if asked in ("auto", "streamed") and streamed.isa is not None:
-        return StreamedLinear, f"{streamed.isa} kernels, {streamed.reason}"
-    if asked == "streamed":
-        raise ConfigError(f"linear='streamed' has no kernels here: {streamed.reason}", hint="use linear='auto'")
+    if asked in ("auto", "tiled", "streamed") and streamed.isa is not None:
+        kind = StreamedLinear if asked == "streamed" else TiledLinear
+        return kind, f"{streamed.isa} kernels, {streamed.reason}"
+    if asked in ("tiled", "streamed"):
+        raise ConfigError(f"linear={asked!r} has no kernels here: {streamed.reason}", hint="use linear='auto'")
     if packs:
         return PrepackedLinear, packs_why
     if asked == "prepacked":
         raise ConfigError(f"linear='prepacked' does not run here: {packs_why}", hint="use linear='auto'")
     return None, packs_why
+
+
+def new_linear(kind: Kind, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """A linear of this kind, or of the next one where the weight's shape doesn't suit it."""
+    assert kind is not None, "torch's own linear needs no swap"
+    if kind is TiledLinear and weight.shape[1] % 16:
+        kind = StreamedLinear
+    return kind(weight, bias)
 
 
 def replace_linear(root: nn.Module, name: str, new: nn.Module) -> None:

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from qwenlet.config import SamplingParams
 from qwenlet.errors import RequestError
+from qwenlet.ops import cpu
+from qwenlet.ops import cpu
 
 # Dividing by less than this leaves one token anyway, and float32 runs out of range.
 _GREEDY_BELOW = 1e-6
@@ -76,9 +78,12 @@ def top_k(logits: Tensor, ids: Tensor | None, k: int) -> tuple[Tensor, Tensor | 
 
 def top_p(logits: Tensor, ids: Tensor | None, p: float) -> tuple[Tensor, Tensor | None]:
     """The smallest set of most likely tokens whose probabilities reach p (arXiv:1904.09751). Exact, and without sorting
-    the whole vocabulary in the usual case: the head of the order is widened until it carries p."""
+    the whole vocabulary: natively by a threshold search, else by widening the head of the order until it carries p."""
     if p >= 1.0:
         return logits, ids
+    if ids is None and logits.device.type == "cpu" and logits.dtype == torch.float32 and cpu.status().isa is not None:
+        places = cpu.top_p(logits, p)
+        return logits[places], places
     total = logits.logsumexp(0)
     size, width = logits.shape[0], 128
     while True:

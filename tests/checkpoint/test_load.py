@@ -266,7 +266,7 @@ def test_prepacked_models_give_the_same_logits(tmp_path: Path, tiny: Path, state
 @needs_kernels
 def test_streamed_models_give_the_same_logits(tiny: Path) -> None:
     plain = load(tiny, torch.bfloat16)
-    streamed, report = load_model(Checkpoint.open(tiny), torch.bfloat16, CPU, linear="auto")
+    streamed, report = load_model(Checkpoint.open(tiny), torch.bfloat16, CPU, linear="streamed")
     assert isinstance(streamed.lm_head, StreamedLinear)
     assert report.swapped == 5 * streamed.config.num_hidden_layers + 1
     expected, found = logits(plain), logits(streamed)

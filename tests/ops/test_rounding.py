@@ -57,6 +57,20 @@ def test_eight_tries_do_what_eighty_do(monkeypatch: pytest.MonkeyPatch, sym: boo
     assert few < 1.015 * squared_error(weight, bits=4, group_size=64, sym=sym)
 
 
+@pytest.mark.parametrize("sym", [True, False])
+def test_important_columns_count_for_more(sym: bool) -> None:
+    weight, importance = weights(), torch.rand(256).pow(4) + 0.01
+
+    def weighted_error(counts: Tensor | None) -> float:
+        scales, zeros = group_scales(weight, 4, 64, sym, importance=counts)
+        middle = 8.0 if zeros is None else zeros.float().repeat_interleave(64, 1)
+        values = (encode(weight, scales, zeros, 4) - middle) * scales.float().repeat_interleave(64, 1)
+        return float(((values - weight).square() * importance).sum())
+
+    assert weighted_error(importance) < 0.93 * weighted_error(None)
+    assert weighted_error(torch.full((256,), 7.0)) == pytest.approx(weighted_error(None), rel=1e-3)
+
+
 @pytest.mark.parametrize("mse", [False, True])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("shift", [-1.0, 1.0], ids=["all negative", "all positive"])

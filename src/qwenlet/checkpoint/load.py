@@ -24,7 +24,7 @@ from qwenlet.checkpoint.rounding import Rounding
 from qwenlet.config import GenerationDefaults, ModelConfig, QuantConfig, config_from_gguf, read_json
 from qwenlet.errors import CheckpointError, ConfigError, FormatError
 from qwenlet.gguf_header import GGUFHeader, read_header
-from qwenlet.linear import choose_linear, replace_linear
+from qwenlet.linear import choose_linear, new_linear, replace_linear
 from qwenlet.model import Qwen
 
 # What the published chat code falls back to.
@@ -228,7 +228,7 @@ def load_model(
             tensors = {leaf: read_parts(weights, of, dtype) for leaf, of in parts.items()}
             report.weight_bytes += sum(tensor.nbytes for tensor in tensors.values())
             if kind is not None and isinstance(module, nn.Linear):
-                replace_linear(model, module_name, kind(tensors["weight"], tensors.get("bias")))
+                replace_linear(model, module_name, new_linear(kind, tensors["weight"], tensors.get("bias")))
                 report.swapped += 1
             else:
                 for leaf, tensor in tensors.items():
@@ -240,7 +240,7 @@ def load_model(
         if codes is not None:
             replace_linear(model, "lm_head", codes.tied_head(plan["transformer.wte.weight"]))
         elif kind is not None:
-            replace_linear(model, "lm_head", kind(model.transformer.wte.weight, None))
+            replace_linear(model, "lm_head", new_linear(kind, model.transformer.wte.weight, None))
             report.swapped += 1
         else:
             model.tie_weights()

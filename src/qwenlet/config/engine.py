@@ -10,7 +10,7 @@ from typing import Any, Literal
 from qwenlet.config.fields import positive
 from qwenlet.errors import ConfigError
 
-LINEAR_KINDS = ("auto", "streamed", "prepacked", "torch")
+LINEAR_KINDS = ("auto", "tiled", "streamed", "prepacked", "torch")
 KV_CACHES = ("auto", "bf16", "fp16", "fp32", "int8")
 ATTENTION_BACKENDS = ("auto", "flash", "math", "efficient")
 
@@ -24,8 +24,9 @@ class EngineConfig:
         attention: which of torch's scaled-dot-product kernels may run; "auto" lets torch choose.
         ntk: "prompt" sets the NTK factor from the prompt, as published; "reserve" from prompt + max_new_tokens.
         prefill_chunk: prompt tokens per step, so that progress can be shown and a reply can be stopped early.
-        linear: which kernels run bfloat16 linears on a CPU: "streamed" (our own), "prepacked" (oneDNN on a copy of the
-            weights in its order), "torch"; "auto" takes the first that runs here.
+        linear: which kernels run bfloat16 linears on a CPU: "tiled" (our own, the whole forward pass in one call),
+            "streamed" (our own for a few rows, torch's for many), "prepacked" (oneDNN on a copy of the weights in its
+            order), "torch"; "auto" takes the first that runs here.
         kv_cache: how keys and values are stored; "auto": in int8 where weights are quantized, else in the model's
             precision.
     """

@@ -22,7 +22,8 @@ def quantize_rows(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     groups = x.float().unflatten(-1, (-1, group_size))
     largest = groups.abs().amax(-1)
     scales = largest * (1.0 / 127.0)
-    inverse = torch.where(largest > 0, 127.0 / largest, torch.zeros_like(largest))
+    # a true division: torch makes 127.0 / tensor a product with the reciprocal, which rounds twice
+    inverse = torch.where(largest > 0, torch.full_like(largest, 127.0) / largest, 0.0)
     codes = (groups * inverse[..., None]).round().clamp(-127, 127).to(torch.int8)
     return codes.flatten(-2), scales
 

@@ -8,7 +8,7 @@ sign: the side with one code more goes to the group's largest weight.
 
 Codes are made for the float16 scales that are stored. Left out: anything that looks at activations (quant/gptq.py).
 
-Dimension letters: N outputs, K inputs, G = K / group_size groups, B groups of a slice.
+Dimension letters: N outputs, K inputs, G = K / group_size groups, R rows of a slice.
 """
 
 from __future__ import annotations
@@ -30,29 +30,34 @@ _SMALLEST, _LARGEST = 2.0**-24, 65504.0  # of float16
 
 
 def group_scales(
-    weight: Tensor, bits: int, group_size: int, sym: bool = True, mse: bool = True
+    weight: Tensor,
+    bits: int,
+    group_size: int,
+    sym: bool = True,
+    mse: bool = True,
+    importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The scale, and unless symmetric the zero point, of each group of columns.
 
     Args:
         weight: [N, K] of any float type; group_size divides K.
         bits: 4 or 8.
+        importance: [K] above 0: how much a column's squared error counts in the search.
     Returns:
         scales [N, G] float16, never 0, some negative with `mse`; zeros [N, G] uint8 from 1 to 2^bits - 1, or None.
     Raises:
         CheckpointError: NaN or infinite weights, or some so large that float16 can't hold their scale.
     """
-    rows, groups = weight.shape[0], weight.shape[1] // group_size
-    scales = torch.empty(rows, groups, dtype=torch.float16)
-    zeros = None if sym else torch.empty(rows, groups, dtype=torch.uint8)
+    groups = weight.shape[1] // group_size
+    scales = torch.empty(weight.shape[0], groups, dtype=torch.float16)
+    zeros = None if sym else torch.empty(scales.shape, dtype=torch.uint8)
+    counts = None if importance is None else importance.view(groups, group_size)
     for piece in _slices(weight):
-        x = weight[piece].float().reshape(-1, group_size)
+        x = weight[piece].float().unflatten(1, (groups, -1))
         scale, zero = (_symmetric_range if sym else _full_range)(x, bits, mse)
-        if mse:
-            scale = _fit(x, scale, zero, bits)
-        scales[piece] = _storable(scale).view(-1, groups)
+        scales[piece] = _storable(_fit(x, scale, zero, bits, counts) if mse else scale)
         if zeros is not None:
-            zeros[piece] = zero.to(torch.uint8).view(-1, groups)
+            zeros[piece] = zero.to(torch.uint8)
     return scales, zeros
 
 
@@ -79,9 +84,9 @@ def _slices(weight: Tensor) -> list[slice]:
 
 
 def _symmetric_range(x: Tensor, bits: int, signed: bool) -> tuple[Tensor, Tensor]:
-    """[B, group] -> scales [B] that reach the largest weight, zero point []."""
+    """[R, G, group] -> scales [R, G] that reach the largest weight, zero point []."""
     half = 1 << (bits - 1)
-    low, high = torch.aminmax(x, dim=1)
+    low, high = torch.aminmax(x, dim=-1)
     zero = torch.tensor(float(half))
     if not signed:
         return torch.maximum(-low, high) * (2.0 / (2 * half - 1)), zero
@@ -90,9 +95,9 @@ def _symmetric_range(x: Tensor, bits: int, signed: bool) -> tuple[Tensor, Tensor
 
 
 def _full_range(x: Tensor, bits: int, _: bool) -> tuple[Tensor, Tensor]:
-    """[B, group] -> scales [B], zero points [B] of whole numbers."""
+    """[R, G, group] -> scales [R, G], zero points [R, G] of whole numbers."""
     top = (1 << bits) - 1
-    low, high = torch.aminmax(x, dim=1)
+    low, high = torch.aminmax(x, dim=-1)
     low, high = low.clamp(max=0), high.clamp(min=0)  # a weight of 0 stays 0
     scale = (high - low) / top
     zero = torch.where(scale > 0, -low / scale, float(1 << (bits - 1))).round()
@@ -100,24 +105,26 @@ def _full_range(x: Tensor, bits: int, _: bool) -> tuple[Tensor, Tensor]:
     return torch.where(zero == 0, high / (top - 1), scale), zero.clamp(1, top)
 
 
-def _fit(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """The best of a few shares of `scale`, each fitted to its codes: [B, group], [B] -> [B].
+def _fit(x: Tensor, scale: Tensor, zero: Tensor, bits: int, importance: Tensor | None) -> Tensor:
+    """The best of a few shares of `scale`, each fitted to its codes: [R, G, group], [R, G] -> [R, G].
 
     With codes q fixed the squared error of s * q is least at s = <x, q> / <q, q>: it is |x|^2 - <x, q>^2 / <q, q>.
+    `importance` [G, group] weighs the products.
     """
-    top = (1 << bits) - 1
     # numbers where all groups share them: torch clamps faster with those
-    low: Any = -zero[:, None] if zero.ndim else -zero.item()
-    high: Any = low + top
-    inverse = torch.where(scale == 0, 0.0, 1.0 / scale)[:, None]
+    low: Any = -zero[..., None] if zero.ndim else -zero.item()
+    high: Any = low + (1 << bits) - 1
+    inverse = torch.where(scale == 0, 0.0, 1.0 / scale)[..., None]
     shares = _SHARES[bits]
-    dots, squares = torch.empty(2, len(shares), len(x))
-    q, xq = torch.empty_like(x), torch.empty_like(x)
+    dots, squares = torch.empty(2, len(shares), *scale.shape)
+    weighted = x if importance is None else x * importance
+    q, product = torch.empty_like(x), torch.empty_like(x)
     for i, share in enumerate(shares):
         torch.mul(x, inverse / share, out=q).round_()
         q.clamp_(low, high)
-        torch.sum(torch.mul(x, q, out=xq), 1, out=dots[i])
-        torch.sum(q.square_(), 1, out=squares[i])
+        torch.sum(torch.mul(weighted, q, out=product), -1, out=dots[i])
+        q.square_()
+        torch.sum(q if importance is None else q.mul_(importance), -1, out=squares[i])
     # where all codes are 0 there is nothing to fit
     gain, best = (dots.square() / squares).nan_to_num(0.0).max(0)
     fitted = (dots / squares).gather(0, best[None])[0]

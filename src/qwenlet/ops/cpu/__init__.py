@@ -134,6 +134,14 @@ def linear_tiles(x: Tensor, weight: Tiles, bias: Tensor | None) -> Tensor:
     return y.to(x.dtype)
 
 
+def top_p(logits: Tensor, p: float) -> Tensor:
+    """Ids in ascending order of the smallest set of most likely tokens that carry p; logits [V] float32, finite."""
+    logits = logits.contiguous()
+    ids = torch.empty(len(logits), dtype=torch.int64)
+    kept = kernels().top_p(p, logits.data_ptr(), len(logits), ids.data_ptr())
+    return ids[:kept].clone()
+
+
 def weight_numbers(weight: Tiles, bias: Tensor | None) -> tuple[int, ...]:
     """bits, group, N, K and the addresses of everything, as the kernels take them."""
     columns = weight.weight.shape[1] * 32 // weight.bits

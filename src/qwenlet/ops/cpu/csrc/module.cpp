@@ -12,6 +12,7 @@
 #include "kernels.h"
 #include "pool.h"
 #include "program.h"
+#include "sample.h"
 
 namespace {
 
@@ -149,6 +150,18 @@ PyObject* linear_tiles(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     Py_RETURN_NONE;
 }
 
+// top_p(p, logits, count, ids) -> how many ids were kept; see sample.h
+PyObject* top_p(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
+    int64_t v[3];
+    if (!read_all("top_p", args, nargs, 1, 3, v)) return nullptr;
+    const double p = PyFloat_AsDouble(args[0]);
+    int64_t kept = 0;
+    Py_BEGIN_ALLOW_THREADS
+    kept = qwenlet::top_p(address<const float>(v[0]), v[1], p, address<int64_t>(v[2]));
+    Py_END_ALLOW_THREADS
+    return PyLong_FromLongLong(kept);
+}
+
 // ------------------------------------------------------------------------------------------------- programs
 
 constexpr char kProgram[] = "qwenlet.program";
@@ -277,6 +290,7 @@ PyMethodDef kMethods[] = {
     {"available", available, METH_NOARGS, "Instruction sets with kernels that this processor runs, fastest first."},
     {"linear_bf16", fast(linear_bf16), METH_FASTCALL, "linear_bf16(isa, threads, x, rows, w, n, k, bias, y)"},
     {"linear_tiles", fast(linear_tiles), METH_FASTCALL, "linear_tiles(isa, threads, x, rows, y, order, <weight>)"},
+    {"top_p", fast(top_p), METH_FASTCALL, "top_p(p, logits, count, ids)"},
     {"program_new", program_new, METH_NOARGS, "An empty program."},
     {"program_inputs", fast(program_inputs), METH_FASTCALL, "See module.cpp, as for the others."},
     {"program_weight", fast(program_weight), METH_FASTCALL, nullptr},

@@ -1,0 +1,154 @@
+"""Linears over weights in tiles: every kernel against the plain definition, on every instruction set of this machine."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from qwenlet.ops import cpu, reference
+from qwenlet.ops.packing import QuantTensor, Tiles, bf16_to_tiles, to_tiles
+
+ROWS = (1, 2, 3, 5, 8, 16, 17, 64, 512)
+WIDTHS = (128, 640, 2048, 5504)
+needs_kernels = pytest.mark.skipif(not cpu.available(), reason="built without a compiler: there are no kernels to test")
+
+
+@pytest.fixture(params=cpu.available() or [None])
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("QWENLET_ISA", request.param or "torch")
+    return str(request.param)
+
+
+def weight(bits: int, group: int, kind: str, rows: int, columns: int, *, act_order: bool = False) -> QuantTensor:
+    draw = torch.Generator().manual_seed(bits * group + columns)
+    groups = columns // group
+    codes = torch.randint(0, 1 << bits, (rows, columns), dtype=torch.uint8, generator=draw)
+    scales = (torch.rand(rows, groups, generator=draw) * 0.02 + 0.001).half()
+    highest = min(1 << bits, 255)
+    points = torch.randint(1, highest + 1, (rows, groups), generator=draw).to(torch.uint8)
+    lows = (-torch.rand(rows, groups, generator=draw) * 0.1).half()
+    return QuantTensor(
+        bits,
+        group,
+        codes,
+        scales,
+        points if kind == "points" else None,
+        lows if kind == "minimums" else None,
+        torch.randperm(columns, generator=draw) if act_order else None,
+    )
+
+
+def exact(x: Tensor, w: QuantTensor) -> tuple[Tensor, Tensor]:
+    """What `reference.linear_int` defines, in float64, and how far float32 sums may be from it.
+
+    Each group adds a product of three float32 numbers (three roundings) and a sum (one more), and a minimum as much
+    again: 8 roundings of 2^-24 a group, of at most the sum of magnitudes so far.
+    """
+    if w.order is not None:
+        x = x[:, w.order]
+    codes, scales = reference.quantize_rows(x, w.group_size)
+    groups = w.shape[1] // w.group_size
+    a = codes.unflatten(-1, (groups, -1)).double()
+    raw = w.codes.unflatten(-1, (groups, -1)).double()
+    zero = float(1 << (w.bits - 1)) if w.zeros is None else w.zeros.double()[..., None]
+    dots = torch.einsum("mgk,ngk->mng", a, raw - (0 if w.minimums is not None else zero))
+    terms = dots * w.scales.double() * scales.double()[:, None]
+    magnitude = terms.abs().sum(-1)
+    total = terms.sum(-1)
+    if w.minimums is not None:
+        lows = (a.sum(-1) * scales.double())[:, None] * w.minimums.double()
+        total, magnitude = total + lows.sum(-1), magnitude + lows.abs().sum(-1)
+    return total, magnitude * (8 * groups + 8) * 2.0**-24
+
+
+@needs_kernels
+@pytest.mark.parametrize("columns", WIDTHS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_every_kernel_is_within_rounding_of_the_definition(isa: str, bits: int, columns: int) -> None:
+    x = torch.randn(512, columns, generator=torch.Generator().manual_seed(1))
+    x[2] = 0.0  # a row without a scale
+    x[:, 5] *= 30.0  # the outliers that real activations have
+    bias = torch.randn(40)
+    rows = ROWS if columns <= 640 else (1, 3, 17)
+    for group, kind, act_order in itertools.product((32, 64, 128), ("middle", "points", "minimums"), (False, True)):
+        w = weight(bits, group, kind, 40, columns, act_order=act_order)  # 40 outputs: the last tile is half empty
+        tiles = to_tiles(w)
+        most = rows[-1]
+        want, bound = exact(x[:most], w)
+        everything = cpu.linear_quant(x[:most], tiles, bias)
+        error = (everything.double() - want - bias.double()).abs()
+        assert (error <= bound + bias.abs() * 2.0**-23).all(), (group, kind, act_order)
+        for count in rows:
+            some = cpu.linear_quant(x[:count], tiles, bias)
+            assert torch.equal(some, everything[:count]), f"{count} rows differ: {group} {kind} {act_order}"
+
+
+@needs_kernels
+@pytest.mark.parametrize("group", [32, 64])
+def test_one_group_alone(isa: str, group: int) -> None:
+    w = weight(4, group, "middle", 16, group)
+    x = torch.randn(3, group)
+    want, bound = exact(x, w)
+    assert ((cpu.linear_quant(x, to_tiles(w), None).double() - want).abs() <= bound).all()
+
+
+@needs_kernels
+def test_eight_bit_extremes_do_not_overflow(isa: str) -> None:
+    """All codes 255 against all activations at their largest, which saturates 16-bit sums of pairs."""
+    ones = torch.full((16, 128), 255, dtype=torch.uint8)
+    w = QuantTensor(8, 128, ones, torch.ones(16, 1).half())
+    y = cpu.linear_quant(torch.ones(1, 128), to_tiles(w), None)
+    torch.testing.assert_close(y, torch.full((1, 16), 127.0 * 128), rtol=1e-6, atol=0)
+
+
+@needs_kernels
+def test_all_sets_agree_to_the_bit_on_quantized_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole-number sums and fused multiply-adds in one order; plain C++ rounds twice where others round once."""
+    w, x = to_tiles(weight(4, 64, "points", 48, 640)), torch.randn(20, 640)
+    results = {}
+    for name in cpu.available():
+        monkeypatch.setenv("QWENLET_ISA", name)
+        results[name] = cpu.linear_quant(x, w, None)
+    fused = [results[name] for name in results if name != "portable"]
+    assert all(torch.equal(fused[0], other) for other in fused[1:])
+    torch.testing.assert_close(results["portable"], fused[0] if fused else results["portable"], rtol=1e-5, atol=1e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize("columns", [64, 640, 2048])
+def test_bfloat16_tiles(isa: str, columns: int) -> None:
+    draw = torch.Generator().manual_seed(3)
+    plain = torch.randn(40, columns, generator=draw).bfloat16()
+    x = torch.randn(512, columns, generator=draw)
+    bias = torch.randn(40, generator=draw)
+    tiles = bf16_to_tiles(plain)
+    rounded = x.bfloat16().double()
+    want = rounded @ plain.double().T + bias.double()
+    # sums of `columns` products, one rounding each, in at worst one chain
+    bound = (rounded.abs() @ plain.double().abs().T + bias.abs()) * columns * 2.0**-24
+    everything = cpu.linear_tiles(x, tiles, bias)
+    assert ((everything.double() - want).abs() <= bound).all()
+    for count in ROWS:
+        assert torch.equal(cpu.linear_tiles(x[:count], tiles, bias), everything[:count])
+
+
+@needs_kernels
+def test_more_rows_than_a_call_takes(isa: str) -> None:
+    w = to_tiles(weight(4, 64, "middle", 16, 64))
+    x = torch.randn(2100, 64)
+    y = cpu.linear_quant(x, w, None)
+    assert torch.equal(y[2099:], cpu.linear_quant(x[2099:], w, None))
+
+
+def test_without_kernels_the_definition_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QWENLET_ISA", "torch")
+    w, x = weight(4, 32, "minimums", 24, 96), torch.randn(5, 96)
+    assert torch.equal(cpu.linear_quant(x, to_tiles(w), None), reference.linear_int(x, w))
+
+
+def test_no_rows_give_no_rows() -> None:
+    tiles: Tiles = to_tiles(weight(8, 32, "middle", 24, 96))
+    assert cpu.linear_quant(torch.empty(0, 96), tiles, None).shape == (0, 24)
