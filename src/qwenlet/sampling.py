@@ -19,7 +19,6 @@ from torch import Tensor
 from qwenlet.config import SamplingParams
 from qwenlet.errors import RequestError
 from qwenlet.ops import cpu
-from qwenlet.ops import cpu
 
 # Dividing by less than this leaves one token anyway, and float32 runs out of range.
 _GREEDY_BELOW = 1e-6

@@ -187,6 +187,17 @@ def test_other_settings_do_not_go_on_with_the_work(source, tmp_path) -> None:
     assert quantize(source, tmp_path / "out", GPTQ, calibration()).resumed == 1
 
 
+def test_two_runs_into_one_folder_are_kept_apart(source, tmp_path) -> None:
+    def second(done: int, total: int, what: str) -> None:
+        if not what.startswith("layer"):
+            return
+        with pytest.raises(CheckpointError, match="another process is quantizing"):
+            quantize(source, tmp_path / "out", GPTQ, calibration())
+
+    first = quantize(source, tmp_path / "out", GPTQ, calibration(), progress=second)
+    assert Checkpoint.open(first.path).quant == GPTQ
+
+
 def test_a_damaged_part_is_named(source, tmp_path) -> None:
     interrupted(source, tmp_path / "out")
     part = tmp_path / ".out.quantizing" / "layer-000.safetensors"

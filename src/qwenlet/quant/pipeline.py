@@ -104,11 +104,11 @@ def quantize(
         raise RequestError("GPTQ needs a calibration text", hint="make one with load_calibration, or use method='rtn'")
     _check_samples(calibration, checkpoint.config)
     outcome = Outcome(out, quant, calibration)
-    work = WorkFolder(out, _run_of(checkpoint, quant, calibration))
-    with torch.inference_mode():
-        _Walk(checkpoint, outcome, calibration, work, progress or _silent).run()
-    write_quantized(checkpoint, out, quant, _saved(work, quant), progress=progress)
-    work.remove()
+    with WorkFolder(out, _run_of(checkpoint, quant, calibration)) as work:
+        with torch.inference_mode():
+            _Walk(checkpoint, outcome, calibration, work, progress or _silent).run()
+        write_quantized(checkpoint, out, quant, _saved(work), progress=progress)
+        work.remove()
     return outcome
 
 
@@ -157,7 +157,7 @@ def _nearest(quant: QuantConfig, errors: list[WeightError]) -> Callable[[str, Te
     return weight_of
 
 
-def _saved(work: WorkFolder, quant: QuantConfig) -> Callable[[str, Tensor], QuantTensor]:
+def _saved(work: WorkFolder) -> Callable[[str, Tensor], QuantTensor]:
     """Hands out what the walk found, a layer's file read once."""
     held: dict[str, QuantTensor] = {}
 

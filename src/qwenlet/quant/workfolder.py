@@ -1,5 +1,6 @@
 """What a GPTQ run has finished: one file a layer, so that a run that was interrupted goes on where it stopped.
 
+    .OUT.quantizing/lock                  held by the run that works there
     .OUT.quantizing/run.json              settings, source and calibration of the run: another run is refused
     .OUT.quantizing/PART.safetensors      linears of a layer, or the head, in GPTQ's form; their errors in its header
 
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -25,8 +26,26 @@ from qwenlet.config import read_json
 from qwenlet.errors import CheckpointError
 from qwenlet.ops.packing import GPTQTensors, QuantTensor, from_gptq, to_gptq
 
+try:
+    import fcntl
+except ImportError:  # Windows: two runs into one folder are not kept apart there
+    fcntl = None  # type: ignore[assignment]
+
 _LEAVES = ("qweight", "qzeros", "scales", "g_idx")
 _RUN = "run.json"
+
+
+def _locked(file: TextIO) -> bool:
+    """Takes the lock, which goes with the process however it ends; False where another has it."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
 
 
 @dataclass(frozen=True)
@@ -46,22 +65,41 @@ class WeightError:
 
 
 class WorkFolder:
-    """The folder beside `out`, made or taken up again.
+    """The folder beside `out`, made or taken up again; a context manager that keeps other processes out.
 
     Args:
         run: what the results depend on, plain values.
     Raises:
-        CheckpointError: it holds the work of another run, or can't be written.
+        CheckpointError: it holds the work of another run, another process is at work there, or it can't be written.
     """
 
     def __init__(self, out: Path, run: Mapping[str, Any]) -> None:
         self.path = out.with_name(f".{out.name}.quantizing")
+        with self._writing():
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / "lock", "w")  # noqa: SIM115 - held until the run ends
+        try:
+            self._take_up(run)
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def __enter__(self) -> WorkFolder:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._lock.close()
+
+    def _take_up(self, run: Mapping[str, Any]) -> None:
+        if not _locked(self._lock):
+            raise CheckpointError(
+                f"another process is quantizing into {self.path}", hint="wait for it, or choose another OUT"
+            )
         found = self.path / _RUN
         if found.exists():
             self._check_same(read_json(found), run)
             return
         with self._writing():
-            self.path.mkdir(parents=True, exist_ok=True)
             partial = self.path / f"{_RUN}.partial"
             partial.write_text(json.dumps(run, indent=2, sort_keys=True) + "\n", encoding="utf-8")
             os.replace(partial, found)
@@ -103,6 +141,7 @@ class WorkFolder:
         return weights, errors
 
     def remove(self) -> None:
+        self._lock.close()
         shutil.rmtree(self.path, ignore_errors=True)
 
     def _file(self, part: str) -> Path:

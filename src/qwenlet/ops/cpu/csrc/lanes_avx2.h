@@ -16,7 +16,7 @@ struct I {
 };
 using Line = I;
 
-constexpr int kGemmRows = 3, kGemmTiles = 1, kGemvTiles = 2, kStreamTiles = 1;
+constexpr int kGemmRows = 3, kGemmTiles = 1, kGemvTiles = 1, kGemvSums = 2, kStreamTiles = 1;
 
 inline F f_set(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
 inline F f_load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }

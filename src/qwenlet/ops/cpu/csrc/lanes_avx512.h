@@ -12,7 +12,8 @@ using F = __m512;
 using I = __m512i;
 using Line = __m512i;
 
-constexpr int kGemmRows = 6, kGemmTiles = 2, kGemvTiles = 4, kStreamTiles = 2;
+// rows and tiles of a block in registers; tiles streamed side by side for one row, sums for each, and tiles for a few rows
+constexpr int kGemmRows = 6, kGemmTiles = 2, kGemvTiles = 1, kGemvSums = 2, kStreamTiles = 2;
 
 inline F f_set(float v) { return _mm512_set1_ps(v); }
 inline F f_load(const float* p) { return _mm512_loadu_ps(p); }

@@ -19,7 +19,7 @@ struct Line {
     uint8_t v[64];
 };
 
-constexpr int kGemmRows = 2, kGemmTiles = 1, kGemvTiles = 1, kStreamTiles = 1;
+constexpr int kGemmRows = 2, kGemmTiles = 1, kGemvTiles = 1, kGemvSums = 1, kStreamTiles = 1;
 
 template <class Each>
 inline F each(Each value) {

@@ -50,8 +50,9 @@ inline void put(const TileWeight& w, int64_t tile, F value, float* y, bool add) 
 
 constexpr int64_t kAheadBytes = 2048;
 
-// R rows, C tiles, weights streamed.
-template <int Bits, Zero Z, int R, int C>
+// R rows, C tiles, weights streamed. Neighbouring lines go to U sums of their own, so that products needn't wait for each
+// other: whole numbers add up the same in any order.
+template <int Bits, Zero Z, int R, int C, int U>
 void stream_quant(const TileWeight& w, const Inputs& x, int64_t row, int64_t tile, float* y, int64_t stride, bool add) {
     const int64_t groups = w.k / w.group, lines = w.group * Bits / 32, span = w.k * Bits / 32 * 64;
     F acc[R][C];
@@ -61,34 +62,38 @@ void stream_quant(const TileWeight& w, const Inputs& x, int64_t row, int64_t til
     for (int c = 0; c < C; ++c) at[c] = w.weight + (tile + c) * span;
     for (int64_t g = 0; g < groups; ++g) {
         const int8_t* codes[R];
-        I dot[R][C];
+        I dot[R][C][U];
         for (int r = 0; r < R; ++r) {
             codes[r] = x.codes + (row + r) * x.k + g * w.group;
             const int32_t sum = x.sums[(row + r) * groups + g];
-            for (int c = 0; c < C; ++c)
-                dot[r][c] = group_start<Z>(w, Z == Zero::kPoints ? w.zeros + ((tile + c) * groups + g) * kTile : nullptr, sum);
-        }
-        for (int64_t l = 0; l < lines; ++l) {
             for (int c = 0; c < C; ++c) {
-                prefetch(at[c] + l * 64 + kAheadBytes);
-                const Line line = line_load(at[c] + l * 64);
-                if constexpr (Bits == 4) {
-                    const Line low = line_low(line), high = line_high(line);
-                    for (int r = 0; r < R; ++r) {
-                        dot[r][c] = dot4<4>(dot[r][c], low, codes[r] + l * 8);
-                        dot[r][c] = dot4<4>(dot[r][c], high, codes[r] + l * 8 + 4);
-                    }
-                } else {
-                    for (int r = 0; r < R; ++r) dot[r][c] = dot4<8>(dot[r][c], line, codes[r] + l * 4);
-                }
+                dot[r][c][0] = group_start<Z>(w, Z == Zero::kPoints ? w.zeros + ((tile + c) * groups + g) * kTile : nullptr, sum);
+                for (int u = 1; u < U; ++u) dot[r][c][u] = i_set(0);
             }
+        }
+        for (int64_t l = 0; l < lines; l += U) {
+            for (int c = 0; c < C; ++c)
+                for (int u = 0; u < U; ++u) {
+                    prefetch(at[c] + (l + u) * 64 + kAheadBytes);
+                    const Line line = line_load(at[c] + (l + u) * 64);
+                    if constexpr (Bits == 4) {
+                        const Line low = line_low(line), high = line_high(line);
+                        for (int r = 0; r < R; ++r) {
+                            dot[r][c][u] = dot4<4>(dot[r][c][u], low, codes[r] + (l + u) * 8);
+                            dot[r][c][u] = dot4<4>(dot[r][c][u], high, codes[r] + (l + u) * 8 + 4);
+                        }
+                    } else {
+                        for (int r = 0; r < R; ++r) dot[r][c][u] = dot4<8>(dot[r][c][u], line, codes[r] + (l + u) * 4);
+                    }
+                }
         }
         for (int c = 0; c < C; ++c) {
             const int64_t group_at = ((tile + c) * groups + g) * kTile;
             const F scale = f_load_half(w.scales + group_at);
             for (int r = 0; r < R; ++r) {
+                for (int u = 1; u < U; ++u) dot[r][c][0] = i_add(dot[r][c][0], dot[r][c][u]);
                 const int64_t input_at = (row + r) * groups + g;
-                acc[r][c] = group_end<Z>(acc[r][c], dot[r][c], scale, x.scales[input_at], w.minimums + group_at,
+                acc[r][c] = group_end<Z>(acc[r][c], dot[r][c][0], scale, x.scales[input_at], w.minimums + group_at,
                                          x.sums[input_at]);
             }
             at[c] += lines * 64;
@@ -121,7 +126,7 @@ inline void stream(const TileWeight& w, const Inputs& x, int64_t row, int64_t ti
     if constexpr (Bits == 16)
         stream_bf16<R, C>(w, x, row, tile, y, stride, add);
     else
-        stream_quant<Bits, Z, R, C>(w, x, row, tile, y, stride, add);
+        stream_quant<Bits, Z, R, C, R == 1 ? kGemvSums : 1>(w, x, row, tile, y, stride, add);
 }
 
 template <int Bits, Zero Z, int C>

@@ -11,6 +11,9 @@
 namespace qwenlet {
 namespace {
 
+// Weights a thread takes at least: less would stream badly.
+constexpr int64_t kLeastBytes = 32 * 1024;
+
 // Rows of one sequence that attention takes together.
 struct Block {
     int64_t first, rows, position;
@@ -81,13 +84,13 @@ class Run {
         }
     }
 
+    // Smallest piece a thread takes.
     int64_t chunk(const Step& step) const {
         const int64_t rows = step.last_rows ? batch_.outputs : batch_.tokens;
         if (step.kind == Step::kLinear) {
             if (rows > kMaxRows) return 4;
-            // some 64 KiB of weights: long enough to stream, short enough to share out evenly
             const TileWeight& w = program_.weights[step.linear];
-            return std::max<int64_t>(4, 65536 / (w.k * w.bits * 2) / 4 * 4);
+            return std::max<int64_t>(2, kLeastBytes / (w.k * w.bits * 2));
         }
         if (step.kind == Step::kStore) return batch_.tokens == 1 ? 8 : of(step).heads + of(step).kv_heads;
         return 1;
@@ -107,14 +110,19 @@ class Run {
         }
     }
 
-    // Takes chunks of one step until there are none.
-    void share(size_t index, char* scratch) {
+    // Takes pieces of one step until there are none. Weights are shared out in large pieces first, which stream best, and
+    // in small ones towards the end, so that nobody waits long for the last.
+    void share(size_t index, int threads, char* scratch) {
         const Step& step = program_.steps[index];
-        const int64_t all = count(step), each = chunk(step);
-        for (;;) {
-            const int64_t begin = next_[index].fetch_add(each, std::memory_order_relaxed);
-            if (begin >= all) return;
-            work(step, begin, std::min(begin + each, all), scratch);
+        const int64_t all = count(step), least = chunk(step);
+        const bool shrinking = step.kind == Step::kLinear;
+        int64_t begin = next_[index].load(std::memory_order_relaxed);
+        while (begin < all) {
+            const int64_t size = shrinking ? std::max(least, (all - begin) / (2 * threads)) : least;
+            const int64_t end = std::min(begin + size, all);
+            if (!next_[index].compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
+            work(step, begin, end, scratch);
+            begin = next_[index].load(std::memory_order_relaxed);
         }
     }
 
@@ -192,7 +200,7 @@ void Program::run(const Kernels& kernels, int threads, const Batch& batch, doubl
     const auto follow = [&](int index, int count, Barrier& barrier) {
         double before = now();
         for (size_t s = 0; s < steps.size(); ++s) {
-            run.share(s, own_scratch());
+            run.share(s, count, own_scratch());
             if (count > 1 && (steps[s].wait || seconds)) barrier.wait();
             if (seconds && index == 0) {
                 const double after = now();

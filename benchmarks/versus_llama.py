@@ -1,0 +1,218 @@
+"""Is int4 on a CPU faster than what a user would pick instead? Ours and llama.cpp, in one run, in turn.
+
+Both sides hold the same full-size Qwen-1.8B of random weights (speed and memory don't depend on their values): ours as
+`quant="int4"`, "int8" and bfloat16, llama.cpp as Q4_0, Q8_0 and F16 in the architecture `qwen`, on the same threads. Of
+llama.cpp the best of plain, flash attention, and flash attention with a q8_0 cache counts. Ours is timed through
+`LLM.stream`, sampling and text included; llama-bench samples nothing.
+
+    benchmarks/peer_llama.sh DIR                      # once: builds llama-bench, makes the GGUF files (20 minutes)
+    python benchmarks/versus_llama.py DIR --threads 2 [--long] [--rounds 3]
+
+--long adds the 2,048 tokens from one token, their peak memory, and decoding at 8,000 tokens (some 15 minutes more).
+Then, per operator of a decoded token, what share of the memory's read speed it reaches. The last line is one JSON document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import qwenlet
+from qwenlet.cache import Rows
+
+VARIANTS: dict[str, list[str]] = {
+    "plain": ["-fa", "0"],
+    "flash": ["-fa", "1"],
+    "flash, q8_0 cache": ["-fa", "1", "-ctk", "q8_0", "-ctv", "q8_0"],
+}
+GREEDY = {"temperature": 0.0, "repetition_penalty": 1.0, "ignore_eos": True}
+PREFILL, DECODE, LONG, DEEP = 512, 64, 2048, 8000
+# The issue's floors, as ratios to llama.cpp's best.
+TARGETS = {
+    ("int4", "prefill"): 2.2,
+    ("int4", "decode"): 1.2,
+    ("int4", "long"): 2.0,
+    ("int4", "deep"): 4.0,
+    ("int8", "decode"): 1.15,
+    ("bf16", "decode"): 0.97,
+}
+PEER_FILES = {"int4": "q4_0.gguf", "int8": "q8_0.gguf", "bf16": "f16.gguf"}
+
+
+class Peer:
+    """llama-bench on one file."""
+
+    def __init__(self, folder: Path, kind: str, threads: int) -> None:
+        self.command = [str(folder / "llama-bench"), "-m", str(folder / PEER_FILES[kind]), "-t", str(threads)]
+        self.size = (folder / PEER_FILES[kind]).stat().st_size
+
+    def measure(self, variant: str, *, prompt: int = 0, new: int = 0, depth: int = 0) -> float:
+        """Tokens a second."""
+        what = ["-p", str(prompt), "-n", str(new), "-d", str(depth), "-r", "1", "-o", "json"]
+        done = subprocess.run(
+            [*self.command, *VARIANTS[variant], *what], check=True, capture_output=True, text=True
+        )
+        return float(json.loads(done.stdout)[-1]["avg_ts"])
+
+
+class Ours:
+    """An LLM, timed through its public stream."""
+
+    def __init__(self, model: Path, kind: str) -> None:
+        options = {} if kind == "bf16" else {"quant": kind}
+        self.llm = qwenlet.load(str(model), **options)
+
+    def _run(self, prompt: int, new: int) -> Any:
+        ids = torch.randint(0, 150_000, (prompt,), generator=torch.Generator().manual_seed(prompt)).tolist()
+        *_, last = self.llm.stream(ids, qwenlet.SamplingParams(max_new_tokens=new, **GREEDY))
+        return last.timings
+
+    def prefill(self, tokens: int) -> float:
+        return tokens / self._run(tokens, 1).prefill_seconds
+
+    def decode(self, prompt: int, new: int) -> float:
+        timings = self._run(prompt, new)
+        return timings.decode_tokens / timings.decode_seconds
+
+    def bytes_per_token(self) -> int:
+        """Bytes of weights that a decoded token reads."""
+        program = self.llm.engine.runner.program
+        return 0 if program is None else sum(program.native.bytes)
+
+    def operators(self, past: int, repeats: int = 20) -> dict[str, dict[str, float]]:
+        """Time and bytes of each kind of step of one decoded token with `past` tokens behind it: medians."""
+        engine = self.llm.engine
+        program, config = engine.runner.program, self.llm.config
+        assert program is not None, "operators are timed in the native program"
+        pages = engine.pool.take(past // 64 + 1)
+        cache = 2 * config.num_attention_heads * (config.head_dim + 4) * past  # int8 and a float32 scale
+        each: dict[str, list[float]] = {}
+        seconds = torch.zeros(len(program.native.names), dtype=torch.float64)
+        with torch.inference_mode():
+            for _ in range(repeats):
+                program.forward(
+                    torch.tensor([5]), Rows.single(past, 1, 1.0), [pages], [past], torch.tensor([0]), seconds
+                )
+                sums: dict[str, float] = {}
+                for name, took in zip(program.native.names, seconds.tolist(), strict=True):
+                    sums[name] = sums.get(name, 0.0) + took
+                for name, took in sums.items():
+                    each.setdefault(name, []).append(took)
+        engine.pool.give_back(pages)
+        size: dict[str, int] = {}
+        for name, count in zip(program.native.names, program.native.bytes, strict=True):
+            size[name] = size.get(name, 0) + (cache if name == "attend" else count)
+        return {n: {"seconds": statistics.median(t), "bytes": float(size[n])} for n, t in each.items()}
+
+
+def read_speed(rounds: int = 7) -> float:
+    """GB/s of summing an array far larger than the caches: the median."""
+    array = torch.ones(1 << 28, dtype=torch.float32)
+    array.sum()
+    speeds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        array.sum()
+        speeds.append(array.nbytes / (time.perf_counter() - start) / 1e9)
+    return statistics.median(speeds)
+
+
+def peak_of_long_run(model: Path, kind: str, threads: int) -> dict[str, float]:
+    """VmHWM, load time and speed of LONG tokens from one token, in a process of its own, of a saved checkpoint."""
+    code = f"""
+import json, time, torch
+torch.set_num_threads({threads})
+import qwenlet
+start = time.perf_counter()
+llm = qwenlet.load({str(model)!r}, quant={kind!r})
+loaded = time.perf_counter() - start
+*_, last = llm.stream([100], qwenlet.SamplingParams(max_new_tokens={LONG}, **{GREEDY!r}))
+status = open("/proc/self/status").read()
+print(json.dumps({{"load_seconds": loaded, "speed": last.timings.decode_tokens / last.timings.decode_seconds,
+    "peak_gb": int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9}}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=dict(os.environ))
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def row(kind: str, work: str, ours: list[float], peer: dict[str, list[float]]) -> dict[str, Any]:
+    best = max(peer, key=lambda variant: statistics.median(peer[variant]))
+    ratio = statistics.median(ours) / statistics.median(peer[best])
+    target = TARGETS.get((kind, work))
+    others = ", ".join(f"{variant} {statistics.median(values):.1f}" for variant, values in peer.items())
+    print(
+        f"{kind:5} {work:8} ours {statistics.median(ours):7.1f} ({min(ours):.1f}-{max(ours):.1f})   "
+        f"llama.cpp {statistics.median(peer[best]):6.1f} [{others}]   ratio {ratio:.2f}"
+        + (f"   target {target}" if target else ""),
+        flush=True,
+    )
+    return {"kind": kind, "work": work, "ours": ours, "llama_cpp": peer, "best": best, "ratio": ratio, "target": target}
+
+
+def compare(args: argparse.Namespace, kind: str) -> list[dict[str, Any]]:
+    peer, ours = Peer(args.folder, kind, args.threads), Ours(args.folder / "model", kind)
+    print(f"{kind}: {ours.llm.load_report}")
+    read = ours.bytes_per_token()
+    print(f"{kind}: a token reads {read / 1e9:.2f} GB of weights, llama.cpp's file is {peer.size / 1e9:.2f} GB")
+    ours.prefill(PREFILL)
+    works: dict[str, tuple[list[float], dict[str, list[float]]]] = {}
+    variants = list(VARIANTS) if kind == "int4" else ["plain", "flash"]
+    for _ in range(args.rounds):
+        for work in ("prefill", "decode"):
+            mine, theirs = works.setdefault(work, ([], {variant: [] for variant in variants}))
+            for variant in variants:
+                what = {"prompt": PREFILL} if work == "prefill" else {"new": DECODE}
+                theirs[variant].append(peer.measure(variant, **what))
+            mine.append(ours.prefill(PREFILL) if work == "prefill" else ours.decode(8, DECODE))
+    results = [row(kind, work, mine, theirs) for work, (mine, theirs) in works.items()]
+    if kind == "int4":
+        speed = read_speed()
+        print(f"read speed {speed:.1f} GB/s; of one decoded token:")
+        steps = ours.operators(past=64)
+        for name, step in steps.items():
+            rate = step["bytes"] / step["seconds"] / 1e9
+            print(f"  {name:12} {step['seconds'] * 1e3:6.2f} ms  {rate:6.1f} GB/s  {rate / speed:5.0%}")
+        results.append({"kind": kind, "work": "operators", "steps": steps, "read_gb_s": speed})
+        if args.long:
+            results += long_works(args, kind, peer, ours)
+    ours.llm.close()
+    return results
+
+
+def long_works(args: argparse.Namespace, kind: str, peer: Peer, ours: Ours) -> list[dict[str, Any]]:
+    long = peak_of_long_run(args.folder / "model", kind, args.threads)
+    theirs = {variant: [peer.measure(variant, new=LONG)] for variant in VARIANTS}
+    results = [row(kind, "long", [long["speed"]], theirs)]
+    print(f"  loaded in {long['load_seconds']:.2f} s (target 1), peak {long['peak_gb']:.2f} GB (target 1.4)")
+    results.append({"kind": kind, "work": "memory", **long})
+    deep = [ours.decode(DEEP, 32)]
+    flash = {variant: [peer.measure(variant, new=16, depth=DEEP)] for variant in ("flash", "flash, q8_0 cache")}
+    return [*results, row(kind, "deep", deep, flash)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="llama-bench, the GGUF files and model/, as peer_llama.sh makes them")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--kinds", default="int4,int8,bf16")
+    parser.add_argument("--long", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    print(f"{platform.machine()}, torch {torch.__version__}, {args.threads} threads, read {read_speed():.1f} GB/s")
+    results = [result for kind in args.kinds.split(",") for result in compare(args, kind)]
+    print(json.dumps({"threads": args.threads, "results": results}))
+
+
+if __name__ == "__main__":
+    main()
