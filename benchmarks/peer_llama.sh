@@ -9,7 +9,7 @@ mkdir -p "$dir"
 cd "$dir"
 [ -d model ] || "$python" -m qwenlet random model --like qwen-1.8b --seed 0
 if [ ! -x llama-bench ]; then
-  "$python" -m pip download --quiet --no-deps --no-binary :all: --dest source llama-cpp-python
+  "$python" -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest source llama-cpp-python
   tar -xzf source/llama_cpp_python-*.tar.gz -C source
   cmake -S source/llama_cpp_python-*/vendor/llama.cpp -B build -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON \
     -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TOOLS=ON

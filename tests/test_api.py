@@ -265,7 +265,7 @@ def close_to(logits: torch.Tensor, reference: torch.Tensor) -> bool:
 def test_quantized_tensors_of_a_gguf_run_as_they_are(
     llm: qwenlet.LLM, demo_gguf: Path, reference: dict[str, Any]
 ) -> None:
-    with qwenlet.load(str(demo_gguf), device="cpu") as quantized:
+    with qwenlet.load(str(demo_gguf), device="cpu", quant="stored") as quantized:
         assert quantized.load_report.dtype == "int4 and int8"
         assert quantized.dtype == torch.float32
         assert quantized.options.kv_cache == "int8"
@@ -273,6 +273,18 @@ def test_quantized_tensors_of_a_gguf_run_as_they_are(
         # activations of eight bits; bfloat16 costs 0.002
         assert F.kl_div(ours.log_softmax(-1), exact.log_softmax(-1), log_target=True, reduction="batchmean") < 0.02
         assert "Paris" in quantized.chat(QUESTION, system=quantized.default_system)[0]
+
+
+def test_stored_needs_codes_and_a_cpu(golden: Path, demo_gguf: Path) -> None:
+    with pytest.raises(ConfigError, match="not quantized"):
+        qwenlet.load(str(golden / "tiny-qwen"), quant="stored", device="cpu")
+    with pytest.raises(ConfigError, match="no dtype but fp32"):
+        qwenlet.load(str(demo_gguf), quant="stored", dtype="bf16", device="cpu")
+
+
+def test_a_small_gguf_runs_in_floats_unless_asked(demo_gguf: Path) -> None:
+    with qwenlet.load(str(demo_gguf), device="cpu", max_context=64) as floats:
+        assert floats.load_report.dtype in ("bfloat16", "float32")
 
 
 def test_a_dtype_or_none_makes_floats_of_them(llm: qwenlet.LLM, demo_gguf: Path) -> None:

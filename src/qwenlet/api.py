@@ -33,8 +33,10 @@ from qwenlet.config import (
     QuantConfig,
     SamplingParams,
 )
+from qwenlet.config.quant import keeps_codes
 from qwenlet.engine import Completion, Engine, Request, Stream
 from qwenlet.errors import ConfigError, ContextLengthError, MissingTokenizerError, RequestError
+from qwenlet.linear import QuantLinear
 from qwenlet.model import Qwen
 from qwenlet.ops.attention import check_backend
 from qwenlet.tokenizer import Tokenizer
@@ -79,8 +81,9 @@ def load(
             take what is fast where the model will live.
         quant: "int4", "int8" or a QuantConfig rounds weights to nearest while they are read (on a CPU) and keeps the
             result in qwenlet's cache; a GPTQ checkpoint keeps its codes, and what it left in half precision is
-            rounded. "none" makes floats of quantized weights. None follows the checkpoint: on a CPU, quantized weights
-            (GPTQ; Q4_0, Q4_1 and Q8_0 of GGUF) run as they are, without loss, unless `dtype` names a precision.
+            rounded. "stored" runs quantized weights (GPTQ; Q4_0, Q4_1 and Q8_0 of GGUF) as they are, "none" makes floats
+            of them. None means "stored" on a CPU unless `dtype` names a precision, or a GGUF model is so small (below
+            half a billion parameters, as the demo is) that memory is no reason to round its activations.
         kv_cache: how keys and values are stored: "int8", "bf16", "fp16", "fp32", or "auto": int8 if weights run
             quantized, else the precision of the weights.
         offline: True forbids any network use; None asks QWENLET_OFFLINE and HF_HUB_OFFLINE.
@@ -98,7 +101,7 @@ def load(
         _check_quant(asked, where, named)
     path = hub.resolve(str(name_or_path), offline=offline, revision=revision, progress=progress)
     checkpoint = Checkpoint.open(path)
-    as_stored = quant is None and checkpoint.is_quantized and where.type == "cpu" and named is None
+    as_stored = _runs_as_stored(checkpoint, quant, where, named)
     if asked is not None or as_stored:
         chosen, reason = torch.float32, "quantized weights compute in it"
         options = replace(options, kv_cache="int8") if options.kv_cache == "auto" else options
@@ -117,14 +120,31 @@ def load(
     return LLM(str(name_or_path), checkpoint, model, tokenizer, where, chosen, options, report)
 
 
+def _runs_as_stored(
+    checkpoint: Checkpoint, quant: str | QuantConfig | None, device: torch.device, dtype: torch.dtype | None
+) -> bool:
+    """Whether a checkpoint's codes go into the kernels unchanged."""
+    if quant == "stored":
+        if not checkpoint.is_quantized:
+            raise ConfigError(f"quant is 'stored', but {checkpoint.path} is not quantized", hint="leave quant out")
+        if device.type != "cpu" or dtype not in (None, torch.float32):
+            raise ConfigError(
+                "quant is 'stored', which needs device='cpu' and no dtype but fp32", hint="use quant='none' for floats"
+            )
+        return True
+    if quant is not None or not checkpoint.is_quantized or device.type != "cpu" or dtype is not None:
+        return False
+    return keeps_codes(checkpoint.config.parameter_count, gguf=checkpoint.header is not None)
+
+
 def _quant(quant: str | QuantConfig | None) -> QuantConfig | None:
     """What to round to, if anything."""
     if isinstance(quant, QuantConfig):
         return quant
-    if quant is None or quant == "none":
+    if quant in (None, "none", "stored"):
         return None
     if not isinstance(quant, str):
-        raise ConfigError(f"quant is {quant!r}, expected None, 'none', 'int4', 'int8' or a QuantConfig")
+        raise ConfigError(f"quant is {quant!r}, expected None, 'stored', 'none', 'int4', 'int8' or a QuantConfig")
     return QuantConfig.named(quant)
 
 
@@ -203,6 +223,8 @@ class LLM:
         known = tokenizer if isinstance(tokenizer, Tokenizer) else None
         stops = chat.stop_ids(known, self.chat_format) if known is not None else ()
         self._engine = Engine(model, known, options, checkpoint.defaults, device, stops)
+        if self._engine.obstacle is not None and _is_quantized(model):
+            report.notes.append(f"runs by modules, more slowly: {self._engine.obstacle}")
 
     @property
     def engine(self) -> Engine:
@@ -386,6 +408,10 @@ class LLM:
     def __repr__(self) -> str:
         size = f"{self.load_report.parameters / 1e6:,.0f} M parameters"
         return f"LLM({self.name!r}, {size}, {dtype_name(self.dtype)}, {self.device})"
+
+
+def _is_quantized(model: Qwen) -> bool:
+    return any(isinstance(module, QuantLinear) for module in model.modules())
 
 
 def _device(name: str) -> torch.device:

@@ -104,15 +104,29 @@ class QuantEmbedding(nn.Module):
     Attributes:
         codes: [V, C] int8; scales: [V, C / group] float16. Both may be strided views of a mapped file, of which only
             the rows that are asked for are ever read.
+        let_go: called after some hundred rows, to stop counting the file's pages as ours; None: nothing to let go.
     """
 
-    def __init__(self, codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> None:
+    _ROWS_HELD = 512
+
+    def __init__(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        dtype: torch.dtype = torch.float32,
+        let_go: Callable[[], None] | None = None,
+    ) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim = codes.shape[0], codes.shape[1:].numel()
-        self.codes, self.scales, self.dtype = codes, scales, dtype
+        self.codes, self.scales, self.dtype, self.let_go = codes, scales, dtype, let_go
+        self._held = 0
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [N] int64 -> [N, C]."""
+        self._held += len(ids)
+        if self.let_go is not None and self._held > self._ROWS_HELD:
+            self.let_go()
+            self._held = len(ids)
         groups = self.codes[ids].reshape(len(ids), self.scales.shape[1], -1).float()
         return (groups * self.scales[ids].float()[..., None]).flatten(1).to(self.dtype)
 

@@ -76,7 +76,7 @@ class QwenProgram:
         p, x = self.native, self._x
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         qkv = p.buffer(heads + 2 * kv_heads, dim)
-        codes, code_scales = p.buffer(heads, dim, dtype=torch.int8), p.buffer(heads)
+        codes, code_scales = p.buffer(heads, 2 * dim, dtype=torch.int8), p.buffer(heads, 2)
         answer = p.buffer(heads * dim)
         up, gate = p.buffer(config.intermediate_size), p.buffer(config.intermediate_size)
         for i, block in enumerate(model.transformer.h):

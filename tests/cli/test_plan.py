@@ -129,7 +129,7 @@ def test_a_quantized_checkpoint_says_so(facts, run, tmp_path):
 
 
 def test_a_gguf_file_is_planned_as_its_codes_run(facts, demo_gguf):
-    found = facts(str(demo_gguf))
+    found = facts(str(demo_gguf), "--quant", "stored")
     assert found["quantization"] == "as the file stores it"
     assert [kind["bits"] for kind in found["weights"]] == [5.0, 8.5, 8.5]
     assert facts(str(demo_gguf.parent / demo_gguf.name), "--dtype", "bf16")["quantization"] == "bf16"

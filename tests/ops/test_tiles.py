@@ -1,4 +1,4 @@
-"""Linears over weights in tiles: every kernel against the plain definition, on every instruction set of this machine."""
+"""Linears over weights in tiles: every kernel against the plain definition, on every instruction set there is."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def exact(x: Tensor, w: QuantTensor) -> tuple[Tensor, Tensor]:
     """
     if w.order is not None:
         x = x[:, w.order]
-    codes, scales = reference.quantize_rows(x, w.group_size)
+    codes, scales = reference.quantize_rows(x, w.group_size, reference.LEVELS[w.bits])
     groups = w.shape[1] // w.group_size
     a = codes.unflatten(-1, (groups, -1)).double()
     raw = w.codes.unflatten(-1, (groups, -1)).double()

@@ -10,11 +10,13 @@ Which is which the configuration decides, and the shapes have to agree with it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from qwenlet.checkpoint.files import Shards
+from qwenlet.checkpoint.files import SafetensorsFiles, Shards
+from qwenlet.checkpoint.mapped import let_go
 from qwenlet.checkpoint.names import Part
 from qwenlet.config import QuantConfig
 from qwenlet.errors import FormatError
@@ -120,7 +122,10 @@ class GPTQFile:
         stem = _stem(name)
         if stem not in self._embeddings:
             return self.files.read_embedding(name, dtype)
-        return QuantEmbedding(self._stored(name, torch.int8), self._stored(f"{stem}.scales", torch.float16), dtype)
+        codes, scales = self._stored(name, torch.int8), self._stored(f"{stem}.scales", torch.float16)
+        # only bytes that lie in the file may be let go; scales are few
+        mapped = isinstance(self.files, SafetensorsFiles)
+        return QuantEmbedding(codes, scales, dtype, partial(let_go, codes) if mapped else None)
 
     # ---------------------------------------------------------------------------------------------- inside
 

@@ -151,10 +151,13 @@ def _kernels() -> Iterator[Fact]:
 
     from qwenlet.checkpoint import auto_dtype
     from qwenlet.linear import choose_linear
+    from qwenlet.ops import cpu
     from qwenlet.ops.attention import check_backend
 
     kind, why = choose_linear("auto", torch.device("cpu"), torch.bfloat16)
     yield Fact("bf16 linears, cpu", "torch" if kind is None else kind.__name__, why=why)
+    kernels = cpu.status()
+    yield Fact("int4 and int8, cpu", kernels.isa or "the plain definition, slow", why=kernels.reason)
     for device in _devices():
         dtype, _ = auto_dtype(device)
         usable = []

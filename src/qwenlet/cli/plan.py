@@ -17,6 +17,7 @@ from qwenlet.cli.doctor import available_memory, cpu_info
 from qwenlet.cli.options import new_app
 from qwenlet.cli.random import MODELS
 from qwenlet.config import ModelConfig, QuantConfig, config_from_gguf, read_json
+from qwenlet.config.quant import keeps_codes
 from qwenlet.config.engine import KV_CACHES
 from qwenlet.errors import CheckpointError, ConfigError, OfflineError, RequestError
 
@@ -78,13 +79,16 @@ def plan(
 
 def _setup(source: Source, quant: str | None, dtype: str | None, context: int | None) -> planning.Setup:
     """What `qwenlet.load` would choose on a CPU where nothing is asked for."""
-    asked = None if quant is None or quant == "none" else QuantConfig.named(quant)
+    asked = None if quant in (None, "none", "stored") else QuantConfig.named(quant)
     if asked is not None and dtype not in (None, _QUANTIZED_DTYPE):
         raise ConfigError(f"dtype is {dtype!r}, but quantized weights compute in fp32", hint="leave --dtype out")
     codes = None
     if asked is not None and source.quant is not None:
         asked = _completed(source, asked)
-    elif quant is None and dtype is None:
+    elif dtype is None and (
+        quant == "stored"
+        or quant is None and keeps_codes(source.config.parameter_count, gguf=source.header is not None)
+    ):
         asked = source.quant
         codes = None if source.header is None else planning.gguf_bits(source.header, _QUANTIZED_DTYPE)
     quantized = asked is not None or codes is not None

@@ -19,6 +19,16 @@ EMBEDDING_GROUP_SIZE = 32  # of the embeddings we write
 HEAD = "lm_head"
 
 
+# Below this many parameters a GGUF model runs in floats unless asked otherwise.
+_SMALL = 500_000_000
+
+
+def keeps_codes(parameters: int, *, gguf: bool) -> bool:
+    """Whether a quantized checkpoint runs as it is stored where nothing is asked for: a GPTQ folder always, a GGUF file
+    unless it is so small that memory is no reason to round its activations."""
+    return not gguf or parameters >= _SMALL
+
+
 @dataclass(frozen=True, kw_only=True)
 class QuantConfig:
     """How a model is quantized. The defaults are what quant="int4" means; `QuantConfig.named("int8")` is the other.

@@ -29,6 +29,9 @@ from qwenlet.tokenizer import StreamDecoder, Tokenizer
 class Engine:
     """Serves requests one row a step.
 
+    Attributes:
+        obstacle: why the forward pass is not the native program's; None where it is.
+
     Args:
         tokenizer: None for a checkpoint without one: ids in, ids out, no text.
         stop_ids: end tokens of this model beside those of its generation config (a chat model's <|im_end|>).
@@ -54,7 +57,8 @@ class Engine:
         self.device = device
         self.context_length = options.max_context or _affordable(model.config, cache_dtype, device)
         self.stop_ids = frozenset([*defaults.eos_token_ids, *stop_ids])
-        native = device.type == "cpu" and obstacle(model, cache_dtype) is None
+        self.obstacle = obstacle(model, cache_dtype) if device.type == "cpu" else "the native program is for a CPU"
+        native = self.obstacle is None
         self.pool = PagePool(model.config, pages_for(self.context_length), cache_dtype, device, tiled=native)
         self.scheduler = Scheduler(self.pool)
         self.runner = Runner(model, self.pool, device, options.attention, options.prefill_chunk)

@@ -1,7 +1,8 @@
 """A forward pass as a flat list of native steps with bound addresses, run by one call. It knows shapes and bits only.
 
 Record the steps once, in order, then `run` them for any batch of up to `capacity` tokens. Everything is float32 between
-steps; a linear reads its inputs rounded to eight bits per row and group (quantized weights) or to bfloat16.
+steps; a linear reads its inputs rounded per row and group (to 8 bits for four-bit weights, to 15 for eight-bit ones) or to
+bfloat16.
 
 Dimension letters: N tokens of all sequences, H query heads, G key/value heads, D head size.
 """
@@ -37,7 +38,7 @@ class Form:
         return cls(columns, 0 if weight.bits == 16 else weight.group_size, weight.bits, weight.order)
 
     def same(self, other: Form) -> bool:
-        if (self.columns, self.group_size, self.bits == 4) != (other.columns, other.group_size, other.bits == 4):
+        if (self.columns, self.group_size, self.bits) != (other.columns, other.group_size, other.bits):
             return False
         if self.order is None or other.order is None:
             return self.order is other.order
@@ -79,13 +80,13 @@ class Program:
         codes = scales = sums = bf16 = None
         if form.group_size:
             groups = form.columns // form.group_size
-            codes = self.buffer(form.columns, dtype=torch.int8)
+            codes = self.buffer(form.columns * (2 if form.bits == 8 else 1), dtype=torch.int8)
             scales, sums = self.buffer(groups), self.buffer(groups, dtype=torch.int32)
         else:
             bf16 = self.buffer(form.columns, dtype=torch.bfloat16)
         order = None if form.order is None else form.order.to(torch.int32)
         addresses = [self._address(t) for t in (codes, scales, sums, bf16, order)]
-        number = self._native.program_inputs(self._program, form.columns, form.group_size, form.bits == 4, *addresses)
+        number = self._native.program_inputs(self._program, form.bits, form.columns, form.group_size, *addresses)
         self._inputs.append((place, form, number))
         return number
 
@@ -132,7 +133,7 @@ class Program:
         """Turns queries and keys of qkv [N, H + 2G, D] in place, stores keys and values, and answers into out [N, H * D].
 
         Args:
-            codes: [N, H, D] int8 and code_scales: [N, H]: room for the rounded queries of an int8 cache.
+            codes: [N, H, 2 D] int8 and code_scales: [N, H, 2]: room for the queries of an int8 cache in 15 bits.
         """
         kind, kv_heads, dim = _CACHE_KINDS[pages.v.dtype], pages.v.shape[1], pages.v.shape[3]
         parts = [self._address(t) for t in (pages.k, pages.v, pages.k_scales, pages.v_scales)]

@@ -32,7 +32,11 @@ inline void turn(float* x, const float* cos, const float* sin, int64_t dim, floa
 void turn_query(const Pages& p, float* q, const float* cos, const float* sin, float scale, int8_t* codes,
                 float* code_scales, int64_t head) {
     turn(q + head * p.dim, cos, sin, p.dim, scale);
-    if (p.kind == Cache::kInt8) round_group(q + head * p.dim, p.dim, codes + head * p.dim, code_scales + head, false);
+    if (p.kind != Cache::kInt8) return;
+    // the sum as a float beside the scale: it is below 2^24, so exact
+    float* scale_and_sum = code_scales + 2 * head;
+    scale_and_sum[1] =
+        static_cast<float>(round_group_fine(q + head * p.dim, p.dim, codes + 2 * head * p.dim, scale_and_sum));
 }
 
 constexpr int kMostDim = 256;
@@ -65,29 +69,33 @@ void store(const Pages& p, float* k, const float* v, const float* cos, const flo
     for (int64_t w = 0; w < dim * bytes / 4; ++w) std::memcpy(tile + w * 64, key + w * 4, 4);
 }
 
-// scores[r][t] of R rows against the 64 keys of a page, one tile of keys a register
+// scores[r][t] of R rows against the 64 keys of a page, one tile of keys a register. Queries have 15 bits, see kernels.h.
 template <int R>
 inline void scores_int8(const uint8_t* k, const float* k_scales, const int8_t* codes, const float* code_scales,
                         int64_t q_stride, int64_t scales_stride, int64_t dim, float factor, F (*scores)[kKeyTiles]) {
-    I dot[R][kKeyTiles];
+    I high[R][kKeyTiles], low[R][kKeyTiles];
     for (int r = 0; r < R; ++r) {
-        I sum = i_set(0);
-        for (int64_t i = 0; i < dim; i += 16) {
-            int8_t const* at = codes + r * q_stride + i;
-            sum = i_add(sum, i_round(f_load_i8(at)));
+        // keys are stored 128 higher
+        const I start = i_set(-128 * static_cast<int32_t>(code_scales[r * scales_stride + 1]));
+        for (int t = 0; t < kKeyTiles; ++t) {
+            low[r][t] = start;
+            high[r][t] = i_set(0);
         }
-        const int32_t start = -128 * i_sum(sum);  // keys are stored 128 higher
-        for (int t = 0; t < kKeyTiles; ++t) dot[r][t] = i_set(start);
     }
     for (int64_t w = 0; w < dim / 4; ++w)
         for (int t = 0; t < kKeyTiles; ++t) {
             const Line line = line_load(k + t * 16 * dim + w * 64);
-            for (int r = 0; r < R; ++r) dot[r][t] = dot4<8>(dot[r][t], line, codes + r * q_stride + w * 4);
+            for (int r = 0; r < R; ++r) {
+                high[r][t] = dot4<8>(high[r][t], line, codes + r * q_stride + w * 8);
+                low[r][t] = dot4<8>(low[r][t], line, codes + r * q_stride + w * 8 + 4);
+            }
         }
     for (int r = 0; r < R; ++r) {
         const F scale = f_set(code_scales[r * scales_stride] * factor);
-        for (int t = 0; t < kKeyTiles; ++t)
-            scores[r][t] = f_mul(f_mul(f_from(dot[r][t]), scale), f_load(k_scales + t * 16));
+        for (int t = 0; t < kKeyTiles; ++t) {
+            const F dot = f_from(i_add(low[r][t], i_times128(high[r][t])));
+            scores[r][t] = f_mul(f_mul(dot, scale), f_load(k_scales + t * 16));
+        }
     }
 }
 
@@ -161,11 +169,11 @@ inline void mix_stored(const Pages& p, const void* v, int keys, const float* wei
 
 template <int R>
 inline void page_scores(const Pages& p, int64_t in_pool, const float* q, const int8_t* codes, const float* code_scales,
-                        int64_t q_stride, F (*scores)[kKeyTiles]) {
+                        int64_t q_stride, int64_t code_stride, F (*scores)[kKeyTiles]) {
     const float factor = 1.0f / __builtin_sqrtf(static_cast<float>(p.dim));
     const uint8_t* k = p.k + in_pool * kPage * p.dim * item_bytes(p);
     if (p.kind == Cache::kInt8)
-        scores_int8<R>(k, p.k_scales + in_pool * kPage, codes, code_scales, q_stride, p.heads, p.dim, factor, scores);
+        scores_int8<R>(k, p.k_scales + in_pool * kPage, codes, code_scales, code_stride, 2 * p.heads, p.dim, factor, scores);
     else if (p.kind == Cache::kBf16)
         scores_16bit<R, false>(k, q, q_stride, p.dim, factor, scores);
     else
@@ -173,7 +181,7 @@ inline void page_scores(const Pages& p, int64_t in_pool, const float* q, const i
 }
 
 void attend(const Pages& p, int64_t head, const float* q, const int8_t* codes, const float* code_scales, int64_t q_stride,
-            int64_t rows, int64_t position, const int32_t* table, float* out, int64_t out_stride, char* scratch) {
+            int64_t code_stride, int64_t rows, int64_t position, const int32_t* table, float* out, int64_t out_stride, char* scratch) {
     const int64_t dim = p.dim, kv_head = head / (p.heads / p.kv_heads), bytes = item_bytes(p);
     float* sums = reinterpret_cast<float*>(scratch);    // [rows, dim]
     float* weights = sums + kQueryBlock * dim;          // [rows, 64]
@@ -192,13 +200,16 @@ void attend(const Pages& p, int64_t head, const float* q, const int8_t* codes, c
         const int64_t from = r0;
         while (r0 < rows) {
             F scores[4][kKeyTiles];
-            const int64_t count = rows - r0 >= 4 ? 4 : 1;
-            const float* scale_at = code_scales ? code_scales + r0 * p.heads : nullptr;
-            const int8_t* codes_at = codes ? codes + r0 * q_stride : nullptr;
+            const int64_t block = p.kind == Cache::kInt8 ? 2 : 4, count = rows - r0 >= block ? block : 1;
+            const float* scale_at = code_scales ? code_scales + r0 * 2 * p.heads : nullptr;
+            const int8_t* codes_at = codes ? codes + r0 * code_stride : nullptr;
+            const float* q_at = q + r0 * q_stride;
             if (count == 4)
-                page_scores<4>(p, in_pool, q + r0 * q_stride, codes_at, scale_at, q_stride, scores);
+                page_scores<4>(p, in_pool, q_at, codes_at, scale_at, q_stride, code_stride, scores);
+            else if (count == 2)
+                page_scores<2>(p, in_pool, q_at, codes_at, scale_at, q_stride, code_stride, scores);
             else
-                page_scores<1>(p, in_pool, q + r0 * q_stride, codes_at, scale_at, q_stride, scores);
+                page_scores<1>(p, in_pool, q_at, codes_at, scale_at, q_stride, code_stride, scores);
             for (int64_t i = 0; i < count; ++i) {
                 const int64_t r = r0 + i, keys = position + r - first_key + 1;  // keys of this page that row r sees
                 F highest = f_set(-INFINITY);

@@ -18,12 +18,14 @@ constexpr int64_t kScratch = kMaxBatch * 2 * kTile * 4 + 64 * 1024;
 // Rows of one sequence that attention takes together.
 constexpr int kQueryBlock = 16;
 
-// Activations as a linear reads them: rows of k numbers, either eight-bit codes with a scale per group, or bfloat16.
+// Activations as a linear reads them: rows of k numbers, either whole-number codes with a scale per group, or bfloat16.
+// For four-bit weights a code is a byte, and of every 8 the even ones come first, as nibbles lie in a byte. For eight-bit
+// weights it has 15 bits, 128 a + b: of every 4 codes the a come first, then the b.
 struct Inputs {
+    int bits;             // of the weights: 4, 8, or 16 for bfloat16
     int64_t k;
     int64_t group;        // columns of a scale; 0: bfloat16
-    bool pairs;           // for four-bit weights: of every 8 codes the even ones first, as nibbles lie in a byte
-    int8_t* codes;        // [rows, k]
+    int8_t* codes;        // [rows, k], or [rows, 2 k] for eight-bit weights
     float* scales;        // [rows, k / group]
     int32_t* sums;        // [rows, k / group], of the codes
     uint16_t* bf16;       // [rows, k]
@@ -78,7 +80,7 @@ struct Kernels {
     void (*round_inputs)(const float* x, const Inputs& to, int64_t row);
 
     // Turns the queries of one token in place ([heads, dim], pairs i and i + dim / 2) and multiplies them by `scale`; for
-    // an int8 cache writes their codes and scales as well.
+    // an int8 cache writes their codes of 15 bits (as Inputs has them), scales and sums as well.
     void (*turn_query)(const Pages& p, float* q, const float* cos, const float* sin, float scale, int8_t* codes,
                        float* code_scales, int64_t head);
     // Turns key head `head` of one token and stores it and its value in a slot of a page.
@@ -87,10 +89,11 @@ struct Kernels {
     // out = softmax(q k^T / sqrt(dim)) v of one head for `rows` <= kQueryBlock tokens of one sequence at positions
     // position, position + 1, ..., each over the keys up to its own. Pages are the block of the running softmax, in their
     // order, so a row does not depend on the rows beside it.
-    //   q [rows, q_stride] floats at this head, codes [rows, q_stride] and code_scales [rows, heads] likewise
+    //   q [rows, q_stride] floats at this head; for an int8 cache codes [rows, code_stride] and code_scales [rows, heads, 2]
+    //   (a scale, and the codes' sum) likewise
     void (*attend)(const Pages& p, int64_t head, const float* q, const int8_t* codes, const float* code_scales,
-                   int64_t q_stride, int64_t rows, int64_t position, const int32_t* table, float* out, int64_t out_stride,
-                   char* scratch);
+                   int64_t q_stride, int64_t code_stride, int64_t rows, int64_t position, const int32_t* table, float* out,
+                   int64_t out_stride, char* scratch);
 };
 
 #if defined(QWENLET_X86)

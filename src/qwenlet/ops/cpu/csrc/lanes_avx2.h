@@ -16,7 +16,7 @@ struct I {
 };
 using Line = I;
 
-constexpr int kGemmRows = 3, kGemmTiles = 1, kGemvTiles = 1, kGemvSums = 2, kStreamTiles = 1;
+constexpr int kGemmRows = 3, kGemmRowsOfBytes = 2, kGemmTiles = 1, kGemvTiles = 1, kGemvSums = 2, kStreamTiles = 1;
 
 inline F f_set(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
 inline F f_load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
@@ -86,6 +86,8 @@ inline void f_store_half(uint16_t* p, F v) {
 inline I i_set(int32_t v) { return {_mm256_set1_epi32(v), _mm256_set1_epi32(v)}; }
 inline I i_add(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
 inline I i_mul(I x, I y) { return {_mm256_mullo_epi32(x.a, y.a), _mm256_mullo_epi32(x.b, y.b)}; }
+inline I i_times128(I v) { return {_mm256_slli_epi32(v.a, 7), _mm256_slli_epi32(v.b, 7)}; }
+inline I i_over128(I v) { return {_mm256_srai_epi32(v.a, 7), _mm256_srai_epi32(v.b, 7)}; }  // rounded down
 inline I i_load_u8(const uint8_t* p) {
     return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))),
             _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8)))};

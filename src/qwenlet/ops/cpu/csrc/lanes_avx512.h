@@ -12,8 +12,8 @@ using F = __m512;
 using I = __m512i;
 using Line = __m512i;
 
-// rows and tiles of a block in registers; tiles streamed side by side for one row, sums for each, and tiles for a few rows
-constexpr int kGemmRows = 6, kGemmTiles = 2, kGemvTiles = 1, kGemvSums = 2, kStreamTiles = 2;
+// rows (of eight-bit weights, which keep two sums) and tiles of a block in registers; tiles streamed side by side for one row, sums for each, and tiles for a few rows
+constexpr int kGemmRows = 6, kGemmRowsOfBytes = 4, kGemmTiles = 2, kGemvTiles = 1, kGemvSums = 2, kStreamTiles = 2;
 
 inline F f_set(float v) { return _mm512_set1_ps(v); }
 inline F f_load(const float* p) { return _mm512_loadu_ps(p); }
@@ -57,6 +57,8 @@ inline void f_store_half(uint16_t* p, F v) {
 inline I i_set(int32_t v) { return _mm512_set1_epi32(v); }
 inline I i_add(I a, I b) { return _mm512_add_epi32(a, b); }
 inline I i_mul(I a, I b) { return _mm512_mullo_epi32(a, b); }
+inline I i_times128(I v) { return _mm512_slli_epi32(v, 7); }
+inline I i_over128(I v) { return _mm512_srai_epi32(v, 7); }  // rounded down
 inline I i_load_u8(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 inline I i_round(F v) { return _mm512_cvtps_epi32(v); }
 inline int32_t i_sum(I v) { return _mm512_reduce_add_epi32(v); }

@@ -19,7 +19,7 @@ struct Line {
     uint8_t v[64];
 };
 
-constexpr int kGemmRows = 2, kGemmTiles = 1, kGemvTiles = 1, kGemvSums = 1, kStreamTiles = 1;
+constexpr int kGemmRows = 2, kGemmRowsOfBytes = 2, kGemmTiles = 1, kGemvTiles = 1, kGemvSums = 1, kStreamTiles = 1;
 
 template <class Each>
 inline F each(Each value) {
@@ -106,6 +106,8 @@ inline I each_int(Each value) {
 inline I i_set(int32_t v) { return each_int([=](int) { return v; }); }
 inline I i_add(const I& x, const I& y) { return each_int([&](int i) { return x.v[i] + y.v[i]; }); }
 inline I i_mul(const I& x, const I& y) { return each_int([&](int i) { return x.v[i] * y.v[i]; }); }
+inline I i_times128(const I& x) { return i_mul(x, i_set(128)); }
+inline I i_over128(const I& x) { return each_int([&](int i) { return x.v[i] >> 7; }); }  // rounded down
 inline I i_load_u8(const uint8_t* p) { return each_int([=](int i) { return static_cast<int32_t>(p[i]); }); }
 inline I i_round(const F& x) { return each_int([&](int i) { return static_cast<int32_t>(std::nearbyintf(x.v[i])); }); }
 inline int32_t i_sum(const I& x) {

@@ -31,6 +31,37 @@ inline F group_end(F acc, I dot, F scale, float input_scale, const uint16_t* min
     return acc;
 }
 
+// Codes of a group's columns take so many bytes each.
+template <int Bits>
+constexpr int64_t kCodeBytes = Bits == 8 ? 2 : 1;
+
+// Sums of one group: for 15-bit inputs their high and low parts apart.
+template <int Bits, int U>
+struct Sums {
+    I part[Bits == 8 ? 2 : U];
+
+    Sums() = default;
+    explicit Sums(I start) {
+        part[0] = start;
+        for (int i = 1; i < (Bits == 8 ? 2 : U); ++i) part[i] = i_set(0);
+    }
+    // one line of eight-bit weights, or the two halves of four-bit ones; 8 bytes of codes
+    void add(int u, Line first, Line second, const int8_t* codes) {
+        if constexpr (Bits == 8) {
+            part[0] = dot4<8>(part[0], first, codes + 4);
+            part[1] = dot4<8>(part[1], first, codes);
+        } else {
+            part[u] = dot4<4>(dot4<4>(part[u], first, codes), second, codes + 4);
+        }
+    }
+    I total() const {
+        if constexpr (Bits == 8) return i_add(part[0], i_times128(part[1]));
+        I all = part[0];
+        for (int u = 1; u < U; ++u) all = i_add(all, part[u]);
+        return all;
+    }
+};
+
 inline void put(const TileWeight& w, int64_t tile, F value, float* y, bool add) {
     const int64_t n = tile * kTile;
     float* to = y + n;
@@ -48,6 +79,7 @@ inline void put(const TileWeight& w, int64_t tile, F value, float* y, bool add) 
     }
 }
 
+// For bfloat16 only: for fewer bits the hardware keeps up by itself (measured the same or better without).
 constexpr int64_t kAheadBytes = 2048;
 
 // R rows, C tiles, weights streamed. Neighbouring lines go to U sums of their own, so that products needn't wait for each
@@ -62,38 +94,27 @@ void stream_quant(const TileWeight& w, const Inputs& x, int64_t row, int64_t til
     for (int c = 0; c < C; ++c) at[c] = w.weight + (tile + c) * span;
     for (int64_t g = 0; g < groups; ++g) {
         const int8_t* codes[R];
-        I dot[R][C][U];
+        Sums<Bits, U> dot[R][C];
         for (int r = 0; r < R; ++r) {
-            codes[r] = x.codes + (row + r) * x.k + g * w.group;
+            codes[r] = x.codes + ((row + r) * x.k + g * w.group) * kCodeBytes<Bits>;
             const int32_t sum = x.sums[(row + r) * groups + g];
-            for (int c = 0; c < C; ++c) {
-                dot[r][c][0] = group_start<Z>(w, Z == Zero::kPoints ? w.zeros + ((tile + c) * groups + g) * kTile : nullptr, sum);
-                for (int u = 1; u < U; ++u) dot[r][c][u] = i_set(0);
-            }
+            for (int c = 0; c < C; ++c)
+                dot[r][c] = Sums<Bits, U>(
+                    group_start<Z>(w, Z == Zero::kPoints ? w.zeros + ((tile + c) * groups + g) * kTile : nullptr, sum));
         }
-        for (int64_t l = 0; l < lines; l += U) {
+        for (int64_t l = 0; l < lines; l += U)
             for (int c = 0; c < C; ++c)
                 for (int u = 0; u < U; ++u) {
-                    prefetch(at[c] + (l + u) * 64 + kAheadBytes);
                     const Line line = line_load(at[c] + (l + u) * 64);
-                    if constexpr (Bits == 4) {
-                        const Line low = line_low(line), high = line_high(line);
-                        for (int r = 0; r < R; ++r) {
-                            dot[r][c][u] = dot4<4>(dot[r][c][u], low, codes[r] + (l + u) * 8);
-                            dot[r][c][u] = dot4<4>(dot[r][c][u], high, codes[r] + (l + u) * 8 + 4);
-                        }
-                    } else {
-                        for (int r = 0; r < R; ++r) dot[r][c][u] = dot4<8>(dot[r][c][u], line, codes[r] + (l + u) * 4);
-                    }
+                    const Line first = Bits == 4 ? line_low(line) : line, second = Bits == 4 ? line_high(line) : line;
+                    for (int r = 0; r < R; ++r) dot[r][c].add(u, first, second, codes[r] + (l + u) * 8);
                 }
-        }
         for (int c = 0; c < C; ++c) {
             const int64_t group_at = ((tile + c) * groups + g) * kTile;
             const F scale = f_load_half(w.scales + group_at);
             for (int r = 0; r < R; ++r) {
-                for (int u = 1; u < U; ++u) dot[r][c][0] = i_add(dot[r][c][0], dot[r][c][u]);
                 const int64_t input_at = (row + r) * groups + g;
-                acc[r][c] = group_end<Z>(acc[r][c], dot[r][c][0], scale, x.scales[input_at], w.minimums + group_at,
+                acc[r][c] = group_end<Z>(acc[r][c], dot[r][c].total(), scale, x.scales[input_at], w.minimums + group_at,
                                          x.sums[input_at]);
             }
             at[c] += lines * 64;
@@ -126,7 +147,7 @@ inline void stream(const TileWeight& w, const Inputs& x, int64_t row, int64_t ti
     if constexpr (Bits == 16)
         stream_bf16<R, C>(w, x, row, tile, y, stride, add);
     else
-        stream_quant<Bits, Z, R, C, R == 1 ? kGemvSums : 1>(w, x, row, tile, y, stride, add);
+        stream_quant<Bits, Z, R, C, R == 1 && Bits == 4 ? kGemvSums : 1>(w, x, row, tile, y, stride, add);
 }
 
 template <int Bits, Zero Z, int C>
@@ -177,27 +198,33 @@ void block(const TileWeight& w, const Inputs& x, int64_t row, int64_t tile, int6
     } else {
         const int64_t groups = w.k / w.group;
         for (int64_t g = column / w.group; g < (column + columns) / w.group; ++g) {
-            I dot[R][C];
+            Sums<Bits, 1> dot[R][C];
             for (int r = 0; r < R; ++r) {
                 const int32_t sum = x.sums[(row + r) * groups + g];
                 for (int c = 0; c < C; ++c)
-                    dot[r][c] =
-                        group_start<Z>(w, Z == Zero::kPoints ? w.zeros + ((tile + c) * groups + g) * kTile : nullptr, sum);
+                    dot[r][c] = Sums<Bits, 1>(
+                        group_start<Z>(w, Z == Zero::kPoints ? w.zeros + ((tile + c) * groups + g) * kTile : nullptr, sum));
             }
-            const int8_t* codes = x.codes + row * x.k + g * w.group;
+            const int8_t* codes = x.codes + (row * x.k + g * w.group) * kCodeBytes<Bits>;
             const uint8_t* from = lines + (g * w.group - column) * 16;
-            for (int64_t l = 0; l < w.group / 4; ++l) {
-                Line line[C];
-                for (int c = 0; c < C; ++c) line[c] = line_load(from + c * apart + l * 64);
+            // a step is 8 bytes of codes: two unpacked lines of four-bit weights, one line of eight-bit ones
+            constexpr int64_t kLines = Bits == 4 ? 2 : 1;
+            for (int64_t l = 0; l < w.group * kCodeBytes<Bits> / 8; ++l) {
+                Line first[C], second[C];
+                for (int c = 0; c < C; ++c) {
+                    first[c] = line_load(from + c * apart + l * kLines * 64);
+                    second[c] = line_load(from + c * apart + ((l + 1) * kLines - 1) * 64);
+                }
                 for (int r = 0; r < R; ++r)
-                    for (int c = 0; c < C; ++c) dot[r][c] = dot4<Bits>(dot[r][c], line[c], codes + r * x.k + l * 4);
+                    for (int c = 0; c < C; ++c)
+                        dot[r][c].add(0, first[c], second[c], codes + r * x.k * kCodeBytes<Bits> + l * 8);
             }
             for (int c = 0; c < C; ++c) {
                 const int64_t group_at = ((tile + c) * groups + g) * kTile;
                 const F scale = f_load_half(w.scales + group_at);
                 for (int r = 0; r < R; ++r) {
                     const int64_t input_at = (row + r) * groups + g;
-                    acc[r][c] = group_end<Z>(acc[r][c], dot[r][c], scale, x.scales[input_at], w.minimums + group_at,
+                    acc[r][c] = group_end<Z>(acc[r][c], dot[r][c].total(), scale, x.scales[input_at], w.minimums + group_at,
                                              x.sums[input_at]);
                 }
             }
@@ -238,12 +265,13 @@ void block_tiles(const TileWeight& w, const Inputs& x, int64_t rows, int64_t til
             lines = unpacked;
             apart = columns * 16;
         }
+        constexpr int kRows = Bits == 8 ? kGemmRowsOfBytes : kGemmRows;
         int64_t row = 0;
-        for (; row + kGemmRows <= rows; row += kGemmRows)
-            block<Bits, Z, kGemmRows, C>(w, x, row, tile, column, columns, lines, apart, sums + row * C * kTile);
+        for (; row + kRows <= rows; row += kRows)
+            block<Bits, Z, kRows, C>(w, x, row, tile, column, columns, lines, apart, sums + row * C * kTile);
         if (row < rows)
-            block_rest<Bits, Z, kGemmRows, C>(rows - row, w, x, row, tile, column, columns, lines, apart,
-                                              sums + row * C * kTile);
+            block_rest<Bits, Z, kRows, C>(rows - row, w, x, row, tile, column, columns, lines, apart,
+                                          sums + row * C * kTile);
     }
     for (int64_t r = 0; r < rows; ++r)
         for (int c = 0; c < C; ++c) put(w, tile + c, f_load(sums + (r * C + c) * kTile), y + r * stride, add);

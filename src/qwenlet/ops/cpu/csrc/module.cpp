@@ -128,13 +128,13 @@ PyObject* linear_tiles(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
         return nullptr;
     }
     Py_BEGIN_ALLOW_THREADS
-    std::vector<int8_t> codes(w.bits == 16 ? 0 : rows * w.k);
+    std::vector<int8_t> codes(w.bits == 16 ? 0 : rows * w.k * (w.bits == 8 ? 2 : 1));
     std::vector<float> scales(rows * groups);
     std::vector<int32_t> sums(rows * groups);
     std::vector<uint16_t> bf16(w.bits == 16 ? rows * w.k : 0);
     Program program;
     program.weights = {w};
-    program.inputs = {{w.k, w.bits == 16 ? 0 : w.group, w.bits == 4, codes.data(), scales.data(), sums.data(), bf16.data(),
+    program.inputs = {{w.bits, w.k, w.bits == 16 ? 0 : w.group, codes.data(), scales.data(), sums.data(), bf16.data(),
                        address<const int32_t>(v[4])}};
     Step round{Step::kRound}, linear{Step::kLinear};
     round.a = address<const float>(v[1]);
@@ -178,13 +178,13 @@ PyObject* add_to(std::vector<T>& list, const T& item) {
     return PyLong_FromSsize_t(static_cast<Py_ssize_t>(list.size()) - 1);
 }
 
-// program_inputs(program, k, group, pairs, codes, scales, sums, bf16, order) -> its number
+// program_inputs(program, bits, k, group, codes, scales, sums, bf16, order) -> its number
 PyObject* program_inputs(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     int64_t v[8];
     if (!read_all("program_inputs", args, nargs, 1, 8, v)) return nullptr;
     Program* program = program_of(args[0]);
     if (program == nullptr) return nullptr;
-    return add_to(program->inputs, Inputs{v[0], v[1], v[2] != 0, address<int8_t>(v[3]), address<float>(v[4]),
+    return add_to(program->inputs, Inputs{static_cast<int>(v[0]), v[1], v[2], address<int8_t>(v[3]), address<float>(v[4]),
                                           address<int32_t>(v[5]), address<uint16_t>(v[6]), address<const int32_t>(v[7])});
 }
 

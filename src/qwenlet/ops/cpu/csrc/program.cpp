@@ -154,8 +154,8 @@ class Run {
         const float *cos = batch_.cos + token * p.dim / 2, *sin = batch_.sin + token * p.dim / 2;
         if (head < p.heads) {
             const float scale = batch_.query_scale ? batch_.query_scale[token] : 1.0f;
-            kernels_.turn_query(p, qkv, cos, sin, scale, step.codes + token * p.heads * p.dim,
-                                step.code_scales + token * p.heads, head);
+            kernels_.turn_query(p, qkv, cos, sin, scale, step.codes + token * 2 * p.heads * p.dim,
+                                step.code_scales + token * 2 * p.heads, head);
             return;
         }
         const int64_t kv_head = head - p.heads;
@@ -171,11 +171,11 @@ class Run {
         // queries lie at the front of qkv, their codes in rows of their own
         const float* q = step.out + block.first * step.stride + head * p.dim;
         if (p.kind == Cache::kInt8)
-            kernels_.attend(p, head, q, step.codes + block.first * width + head * p.dim,
-                            step.code_scales + block.first * p.heads + head, width, block.rows, block.position, block.table,
+            kernels_.attend(p, head, q, step.codes + 2 * (block.first * width + head * p.dim),
+                            step.code_scales + 2 * (block.first * p.heads + head), step.stride, 2 * width, block.rows, block.position, block.table,
                             step.y + block.first * width + head * p.dim, width, scratch);
         else
-            kernels_.attend(p, head, q, nullptr, nullptr, step.stride, block.rows, block.position, block.table,
+            kernels_.attend(p, head, q, nullptr, nullptr, step.stride, 0, block.rows, block.position, block.table,
                             step.y + block.first * width + head * p.dim, width, scratch);
     }
 

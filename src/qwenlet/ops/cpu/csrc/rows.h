@@ -1,6 +1,8 @@
 // What happens to one row between linears: norm, gate, rounding. Lengths are multiples of 16.
 #pragma once
 
+#include <cstring>
+
 #include "kernels.h"
 
 namespace {
@@ -53,11 +55,15 @@ void swiglu(const float* a, const float* b, int64_t count, float* out) {
     }
 }
 
-// Symmetric eight-bit codes of `count` numbers, which share a scale; returns their sum.
-inline int32_t round_group(const float* x, int64_t count, int8_t* codes, float* scale, bool pairs) {
+inline float largest_of(const float* x, int64_t count) {
     F largest = f_set(0.0f);
     for (int64_t i = 0; i < count; i += 16) largest = f_max(largest, f_abs(f_load(x + i)));
-    const float top = max_lanes(largest);
+    return max_lanes(largest);
+}
+
+// Symmetric eight-bit codes of `count` numbers, which share a scale; returns their sum.
+inline int32_t round_group(const float* x, int64_t count, int8_t* codes, float* scale, bool pairs) {
+    const float top = largest_of(x, count);
     *scale = top * (1.0f / 127.0f);
     const F inverse = f_set(top > 0.0f ? 127.0f / top : 0.0f);
     I total = i_set(0);
@@ -65,6 +71,28 @@ inline int32_t round_group(const float* x, int64_t count, int8_t* codes, float* 
         const I code = i_round(f_mul(f_load(x + i), inverse));
         total = i_add(total, code);
         i_store_i8(codes + i, code, pairs);
+    }
+    return i_sum(total);
+}
+
+// The same in 15 bits, a code as 128 a + b with b from -64 to 63: of every 4 codes the a, then the b.
+inline int32_t round_group_fine(const float* x, int64_t count, int8_t* codes, float* scale) {
+    constexpr float kLevels = 127.0f * 128.0f;
+    const float top = largest_of(x, count);
+    *scale = top * (1.0f / kLevels);
+    const F inverse = f_set(top > 0.0f ? kLevels / top : 0.0f);
+    I total = i_set(0);
+    for (int64_t i = 0; i < count; i += 16) {
+        const I code = i_round(f_mul(f_load(x + i), inverse));
+        total = i_add(total, code);
+        const I high = i_over128(i_add(code, i_set(64)));
+        alignas(16) int8_t a[16], b[16];
+        i_store_i8(a, high, false);
+        i_store_i8(b, i_add(code, i_mul(high, i_set(-128))), false);
+        for (int j = 0; j < 4; ++j) {
+            std::memcpy(codes + 2 * i + 8 * j, a + 4 * j, 4);
+            std::memcpy(codes + 2 * i + 8 * j + 4, b + 4 * j, 4);
+        }
     }
     return i_sum(total);
 }
@@ -78,12 +106,13 @@ void round_inputs(const float* x, const qwenlet::Inputs& to, int64_t row) {
             for (int64_t j = 0; j < step; ++j) sorted[j] = x[to.order[i + j]];
             from = sorted;
         }
-        if (to.group) {
-            const int64_t at = row * (to.k / to.group) + i / to.group;
-            to.sums[at] = round_group(from, step, to.codes + row * to.k + i, to.scales + at, to.pairs);
-        } else {
+        const int64_t at = to.group ? row * (to.k / to.group) + i / to.group : 0;
+        if (to.bits == 16)
             f_store_bf16(to.bf16 + row * to.k + i, f_load(from));
-        }
+        else if (to.bits == 8)
+            to.sums[at] = round_group_fine(from, step, to.codes + 2 * (row * to.k + i), to.scales + at);
+        else
+            to.sums[at] = round_group(from, step, to.codes + row * to.k + i, to.scales + at, true);
     }
 }
 
