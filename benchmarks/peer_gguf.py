@@ -1,9 +1,9 @@
 """The same weights as a GGUF file for llama.cpp: architecture `qwen`, float16, with a vocabulary of placeholders.
 
-    python benchmarks/peer_gguf.py MODEL OUT.gguf      MODEL: a folder with Qwen-1 weights, such as `qwenlet random` writes
+    python benchmarks/peer_gguf.py MODEL OUT.gguf      MODEL: a folder with Qwen-1 weights, as `qwenlet random` writes
 
-Good for speed and memory only: llama.cpp can't turn text into ids with it. `llama-quantize OUT.gguf Q4_0.gguf Q4_0` makes
-the quantized ones.
+Good for speed and memory only: llama.cpp can't turn text into ids with it. `llama-quantize OUT.gguf Q4_0.gguf Q4_0`
+makes the quantized ones.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What do four and eight bits cost on real weights? Ours through the kernels users get, and llama.cpp's Q4_0 beside it.
 
 The demo model (its linears lie on a 4-bit grid of groups of 32 with minimums, so ours are symmetric groups of 64), on
-windows of 512 tokens of a text file, second half scored, as llama-perplexity does. KL divergence is against the same model
-in float32 for ours, and against llama.cpp's own run of the original file for Q4_0.
+windows of 512 tokens of a text file, second half scored, as llama-perplexity does. KL divergence is against the same
+model in float32 for ours, and against llama.cpp's own run of the original file for Q4_0.
 
     python benchmarks/quality.py DIR wiki.test.raw --windows 40       DIR: as benchmarks/peer_llama.sh makes it
 
@@ -38,7 +38,8 @@ def peer(folder: Path, original: Path, text: Path, windows: int, threads: int, w
     plain = re.search(r"Final estimate: PPL = ([0-9.]+)", first.stdout + first.stderr)
     mean = re.search(r"Mean +KLD: +([0-9.]+)", second.stdout + second.stderr)
     quantized = re.search(r"Mean PPL\(Q\) +: +([0-9.]+)", second.stdout + second.stderr)
-    assert plain and mean, "llama-perplexity printed no figures"
+    assert plain is not None, "llama-perplexity printed no perplexity"
+    assert mean is not None, "llama-perplexity printed no divergence"
     return {
         "original": float(plain[1]),
         "perplexity": float(quantized[1]) if quantized else float("nan"),

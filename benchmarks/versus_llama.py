@@ -2,21 +2,21 @@
 
 Both sides hold the same full-size Qwen-1.8B of random weights (speed and memory don't depend on their values): ours as
 `quant="int4"`, "int8" and bfloat16, llama.cpp as Q4_0, Q8_0 and F16 in the architecture `qwen`, on the same threads. Of
-llama.cpp the best of plain, flash attention, and flash attention with a q8_0 cache counts (the long works: of flash only). Ours is timed through
-`LLM.stream`, sampling and text included; llama-bench samples nothing.
+llama.cpp the best of plain, flash attention, and flash attention with a q8_0 cache counts (the long works:
+of flash only). Ours is timed through `LLM.stream`, sampling and text included; llama-bench samples nothing.
 
     benchmarks/peer_llama.sh DIR                      # once: builds llama-bench, makes the GGUF files (20 minutes)
     python benchmarks/versus_llama.py DIR --threads 2 [--long] [--rounds 3]
 
 --long adds the 2,048 tokens from one token, their peak memory, and decoding at 8,000 tokens (some 15 minutes more).
-Then, per operator of a decoded token, what share of the memory's read speed it reaches. The last line is one JSON document.
+Then, per operator of a decoded token, what share of the memory's read speed it reaches. The last line is one JSON
+document.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -62,9 +62,7 @@ class Peer:
     def measure(self, variant: str, *, prompt: int = 0, new: int = 0, depth: int = 0) -> float:
         """Tokens a second."""
         what = ["-p", str(prompt), "-n", str(new), "-d", str(depth), "-r", "1", "-o", "json"]
-        done = subprocess.run(
-            [*self.command, *VARIANTS[variant], *what], check=True, capture_output=True, text=True
-        )
+        done = subprocess.run([*self.command, *VARIANTS[variant], *what], check=True, capture_output=True, text=True)
         return float(json.loads(done.stdout)[-1]["avg_ts"])
 
 
@@ -144,7 +142,7 @@ status = open("/proc/self/status").read()
 print(json.dumps({{"load_seconds": loaded, "speed": last.timings.decode_tokens / last.timings.decode_seconds,
     "peak_gb": int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9}}))
 """
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=dict(os.environ))
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 

@@ -81,9 +81,9 @@ def load(
             take what is fast where the model will live.
         quant: "int4", "int8" or a QuantConfig rounds weights to nearest while they are read (on a CPU) and keeps the
             result in qwenlet's cache; a GPTQ checkpoint keeps its codes, and what it left in half precision is
-            rounded. "stored" runs quantized weights (GPTQ; Q4_0, Q4_1 and Q8_0 of GGUF) as they are, "none" makes floats
-            of them. None means "stored" on a CPU unless `dtype` names a precision, or a GGUF model is so small (below
-            half a billion parameters, as the demo is) that memory is no reason to round its activations.
+            rounded. "stored" runs quantized weights (GPTQ; Q4_0, Q4_1 and Q8_0 of GGUF) as they are, "none" makes
+            floats of them. None means "stored" on a CPU unless `dtype` names a precision, or a GGUF model is so small
+            (below half a billion parameters, as the demo is) that memory is no reason to round its activations.
         kv_cache: how keys and values are stored: "int8", "bf16", "fp16", "fp32", or "auto": int8 if weights run
             quantized, else the precision of the weights.
         offline: True forbids any network use; None asks QWENLET_OFFLINE and HF_HUB_OFFLINE.

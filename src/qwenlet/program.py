@@ -1,7 +1,7 @@
 """Qwen's forward pass recorded as a native program: same maths as model.py, one call a step instead of some 1,500.
 
-The modules stay the readable definition and the other side of an equality test (tests/test_program.py). A program serves
-any mix of rows, and a row's result depends on that row alone, down to the bits.
+The modules stay the readable definition and the other side of an equality test (tests/test_program.py). A program
+serves any mix of rows, and a row's result depends on that row alone, down to the bits.
 
 Left out: what the program can't take (`obstacle` says what), which runs by the modules.
 """
@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from qwenlet.cache import PagePool, Rows
 from qwenlet.config import ModelConfig
 from qwenlet.linear import QuantLinear, TiledLinear
-from qwenlet.model import Qwen, Rotation
+from qwenlet.model import Block, Qwen, Rotation
 from qwenlet.ops import cpu
 from qwenlet.ops.cpu.program import Form, Program
 
 CACHE_DTYPES = (torch.int8, torch.bfloat16, torch.float16)
 _LARGEST_HEAD = 256
 _NATIVE = (QuantLinear, TiledLinear)
+_LINEARS = ("c_attn", "c_proj", "w1", "w2", "lm_head")
 
 
 def obstacle(model: Qwen, cache_dtype: torch.dtype) -> str | None:
@@ -37,21 +38,10 @@ def obstacle(model: Qwen, cache_dtype: torch.dtype) -> str | None:
         return f"hidden sizes {config.hidden_size} and {config.intermediate_size} are not multiples of 16"
     if config.head_dim % 32 or config.head_dim > _LARGEST_HEAD:
         return f"heads of {config.head_dim} are not a multiple of 32 up to {_LARGEST_HEAD}"
-    linears = [*_linears(model), ("lm_head", model.lm_head)]
-    plain = next((name for name, module in linears if not isinstance(module, _NATIVE)), None)
-    return None if plain is None else f"{plain} is a linear of torch's"
-
-
-def _linears(model: Qwen) -> list[tuple[str, nn.Module]]:
-    found: list[tuple[str, nn.Module]] = []
-    for i, block in enumerate(model.transformer.h):
-        attn, mlp = block.attn, block.mlp
-        for name, module in (
-            ("attn.c_attn", attn.c_attn), ("attn.c_proj", attn.c_proj),
-            ("mlp.w1", mlp.w1), ("mlp.w2", mlp.w2), ("mlp.c_proj", mlp.c_proj),
-        ):  # fmt: skip
-            found.append((f"transformer.h.{i}.{name}", module))
-    return found
+    for name, module in model.named_modules():
+        if name.endswith(_LINEARS) and not isinstance(module, _NATIVE):
+            return f"{name} is a linear of torch's"
+    return None
 
 
 class QwenProgram:
@@ -80,25 +70,28 @@ class QwenProgram:
         answer = p.buffer(heads * dim)
         up, gate = p.buffer(config.intermediate_size), p.buffer(config.intermediate_size)
         for i, block in enumerate(model.transformer.h):
-            attn, mlp = block.attn, block.mlp
-            source = p.inputs("hidden", _form(attn.c_attn))
+            assert isinstance(block, Block)
+            c_attn, c_proj = _native(block.attn.c_attn), _native(block.attn.c_proj)
+            w1, w2, down = (_native(module) for module in (block.mlp.w1, block.mlp.w2, block.mlp.c_proj))
+            source = p.inputs("hidden", _form(c_attn))
             p.norm(x, block.ln_1.weight, block.ln_1.eps, [source])
-            p.linear("c_attn", attn.c_attn.tiles, attn.c_attn.bias, source, qkv.flatten(1))
+            p.linear("c_attn", c_attn.tiles, c_attn.bias, source, qkv.flatten(1))
             p.attention(heads, pool.layer(i), qkv, codes, code_scales, answer)
-            source = p.inputs("answer", _form(attn.c_proj))
+            source = p.inputs("answer", _form(c_proj))
             p.round(answer, [source])
-            p.linear("attn.c_proj", attn.c_proj.tiles, attn.c_proj.bias, source, x, add=True)
-            first, second = (p.inputs("hidden", _form(module)) for module in (mlp.w1, mlp.w2))
+            p.linear("attn.c_proj", c_proj.tiles, c_proj.bias, source, x, add=True)
+            first, second = p.inputs("hidden", _form(w1)), p.inputs("hidden", _form(w2))
             p.norm(x, block.ln_2.weight, block.ln_2.eps, sorted({first, second}))
-            p.linear("w1", mlp.w1.tiles, mlp.w1.bias, first, up, wait=False)
-            p.linear("w2", mlp.w2.tiles, mlp.w2.bias, second, gate)
-            source = p.inputs("gated", _form(mlp.c_proj))
+            p.linear("w1", w1.tiles, w1.bias, first, up, wait=False)
+            p.linear("w2", w2.tiles, w2.bias, second, gate)
+            source = p.inputs("gated", _form(down))
             p.swiglu(up, gate, [source])
-            p.linear("mlp.c_proj", mlp.c_proj.tiles, mlp.c_proj.bias, source, x, add=True)
-        source = p.inputs("last", _form(model.lm_head))
+            p.linear("mlp.c_proj", down.tiles, down.bias, source, x, add=True)
+        head = _native(model.lm_head)
+        source = p.inputs("last", _form(head))
         norm = model.transformer.ln_f
         p.norm(x, norm.weight, norm.eps, [source], last_rows=True)
-        p.linear("lm_head", model.lm_head.tiles, model.lm_head.bias, source, None)
+        p.linear("lm_head", head.tiles, head.bias, source, None)
 
     def forward(
         self,
@@ -127,6 +120,11 @@ class QwenProgram:
         cos, sin = rotation.cos.contiguous(), rotation.sin.contiguous()
         self.native.run(isa, rows.lengths, starts, tables, cos, sin, scale, logits_at, logits, seconds)
         return logits
+
+
+def _native(module: nn.Module) -> QuantLinear | TiledLinear:
+    assert isinstance(module, _NATIVE), f"{type(module).__name__} has no kernels"
+    return module
 
 
 def _form(linear: QuantLinear | TiledLinear) -> Form:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qwenlet.errors import FormatError
-from qwenlet.ops import packing, reference
+from qwenlet.ops import cpu, packing, reference
 from qwenlet.ops.packing import (
     GPTQTensors,
     QuantTensor,
@@ -100,6 +100,9 @@ def test_autogptqs_files_are_written_bit_for_bit(layers: dict[str, Tensor], case
 def test_files_become_the_same_tiles_by_both_ways(layers: dict[str, Tensor], case: str) -> None:
     parts, bits, group_size = parts_of(layers, case)
     assert_same(gptq_to_tiles(parts, bits, group_size), to_tiles(from_gptq(parts, bits, group_size)))
+    if cpu.available():
+        native = gptq_to_tiles(parts, bits, group_size, cpu.words_to_lines)
+        assert_same(native, to_tiles(from_gptq(parts, bits, group_size)))
 
 
 def test_groups_that_are_not_full_are_refused(layers: dict[str, Tensor]) -> None:

@@ -152,3 +152,12 @@ def test_without_kernels_the_definition_runs(monkeypatch: pytest.MonkeyPatch) ->
 def test_no_rows_give_no_rows() -> None:
     tiles: Tiles = to_tiles(weight(8, 32, "middle", 24, 96))
     assert cpu.linear_quant(torch.empty(0, 96), tiles, None).shape == (0, 24)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("count", "columns"), [(1, 1), (3, 16), (7, 40), (256, 2048), (5, 151)])
+def test_words_move_to_lines(count: int, columns: int) -> None:
+    words = torch.randint(-(2**31), 2**31 - 1, (count, columns), dtype=torch.int32)
+    lines = cpu.words_to_lines(words)
+    assert torch.equal(lines.transpose(1, 2).flatten(0, 1)[:columns].T, words)
+    assert not lines.transpose(1, 2).flatten(0, 1)[columns:].any(), "padding is zero"

@@ -21,6 +21,7 @@ from qwenlet.checkpoint.names import Part
 from qwenlet.config import QuantConfig
 from qwenlet.errors import FormatError
 from qwenlet.linear import QuantEmbedding
+from qwenlet.ops import cpu
 from qwenlet.ops.packing import GPTQTensors, QuantTensor, Tiles, from_gptq, gptq_order, gptq_to_tiles, stack_tiles
 
 _LEAVES = ("qweight", "qzeros", "scales", "g_idx")
@@ -116,7 +117,11 @@ class GPTQFile:
         if len(parts) == 1 and stem in self._embeddings:  # a tied head
             return stack_tiles(self._pieces(stem), parts[0].rows)
         tensors = self.gptq_tensors(parts)
-        return None if tensors is None else gptq_to_tiles(tensors, *self._kind(stem))
+        return (
+            None
+            if tensors is None
+            else gptq_to_tiles(tensors, *self._kind(stem), cpu.words_to_lines if cpu.available() else None)
+        )
 
     def read_embedding(self, name: str, dtype: torch.dtype) -> nn.Module | None:
         stem = _stem(name)

@@ -40,14 +40,17 @@ def _madvise() -> ctypes._NamedFuncPointer | None:
 def let_go(mapped: Tensor) -> None:
     """Stops counting a mapped tensor's pages as ours; what is looked at next is mapped again, from the file's cache.
 
-    Around a page that is looked at the system maps fifteen more, so a few thousand rows of an embedding can make most of
-    it count. Nothing may have been written to the tensor: it would be lost.
+    Around a page that is looked at the system maps fifteen more, so a few thousand rows of an embedding can make most
+    of it count. Nothing may have been written to the tensor: it would be lost.
     """
     call = _madvise()
     if call is None:
         return
     start = -(-mapped.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     # the span in memory: a strided view holds other columns between its own
-    end = mapped.data_ptr() + sum((n - 1) * s for n, s in zip(mapped.shape, mapped.stride(), strict=True)) * mapped.itemsize
+    end = (
+        mapped.data_ptr()
+        + sum((n - 1) * s for n, s in zip(mapped.shape, mapped.stride(), strict=True)) * mapped.itemsize
+    )
     if end > start:
         call(start, end // mmap.PAGESIZE * mmap.PAGESIZE - start, mmap.MADV_DONTNEED)

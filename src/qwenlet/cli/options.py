@@ -41,8 +41,8 @@ class LoadOptions:
     Attributes:
         device: where the model runs: auto, cpu, cuda, cuda:1 ...
         dtype: precision of the weights: auto, bf16, fp16 or fp32; auto follows the checkpoint and the device.
-        quant: int4 or int8 rounds the weights once and keeps the result; stored runs the file's own codes, none makes floats of
-            them.
+        quant: int4 or int8 rounds the weights once and keeps the result; stored runs the file's own codes, none makes
+            floats of them.
         revision: a commit, tag or branch of the model on the hub.
         offline: use only what is on this machine; no connection is opened.
     """

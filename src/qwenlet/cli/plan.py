@@ -17,8 +17,8 @@ from qwenlet.cli.doctor import available_memory, cpu_info
 from qwenlet.cli.options import new_app
 from qwenlet.cli.random import MODELS
 from qwenlet.config import ModelConfig, QuantConfig, config_from_gguf, read_json
-from qwenlet.config.quant import keeps_codes
 from qwenlet.config.engine import KV_CACHES
+from qwenlet.config.quant import keeps_codes
 from qwenlet.errors import CheckpointError, ConfigError, OfflineError, RequestError
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def _setup(source: Source, quant: str | None, dtype: str | None, context: int | 
         asked = _completed(source, asked)
     elif dtype is None and (
         quant == "stored"
-        or quant is None and keeps_codes(source.config.parameter_count, gguf=source.header is not None)
+        or (quant is None and keeps_codes(source.config.parameter_count, gguf=source.header is not None))
     ):
         asked = source.quant
         codes = None if source.header is None else planning.gguf_bits(source.header, _QUANTIZED_DTYPE)

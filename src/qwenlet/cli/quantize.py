@@ -81,7 +81,7 @@ def quantize(
     report: Annotated[bool, typer.Option("--report/--no-report", help="Measure what it cost.")] = True,
     offline: Annotated[bool, typer.Option("--offline", help="Use only what is on this machine.")] = False,
 ) -> None:
-    """Write a model in four or eight bits, in AutoGPTQ's layout, and measure what it cost.
+    """Write a model in four or eight bits, and measure what it cost.
 
     An interrupted run goes on where it stopped when the same command is given again.
     """

@@ -1,5 +1,5 @@
-"""Lays out ids, positions and pages for one step, and runs the model: as a native program where it can be one, else by its
-modules."""
+"""Lays out ids, positions and pages for one step, and runs the model: as a native program where it can be one, else by
+its modules."""
 
 from __future__ import annotations
 

@@ -69,8 +69,8 @@ def causal_attention_batch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def causal_attention_pages(q: Tensor, pages: CachePages, runs: Sequence[slice], keys: int) -> Tensor:
-    """The same over keys that lie in pages, plain or int8: q [T, H, D]; `runs` are the row's pages in order, as slices of
-    neighbours, and the first `keys` of their keys count."""
+    """The same over keys that lie in pages, plain or int8: q [T, H, D]; `runs` are the row's pages in order, as slices
+    of neighbours, and the first `keys` of their keys count."""
     k = _gather(pages.k, pages.k_scales, runs, q.dtype)[:, :, :keys]
     v = _gather(pages.v, pages.v_scales, runs, q.dtype)[:, :, :keys]
     return _sdpa(q.transpose(0, 1)[None], k, v, q.shape[0], keys)[0].transpose(0, 1)

@@ -13,7 +13,7 @@ Dimension letters: N outputs, K inputs, G = K / group_size groups, T = ceil(N / 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -245,8 +245,14 @@ def to_tiles(weight: QuantTensor) -> Tiles:
     )
 
 
-def gptq_to_tiles(parts: GPTQTensors, bits: int, group_size: int) -> Tiles:
-    """The same as `to_tiles(from_gptq(...))`, moving whole lines where no columns are permuted."""
+def gptq_to_tiles(
+    parts: GPTQTensors, bits: int, group_size: int, words_to_lines: Callable[[Tensor], Tensor] | None = None
+) -> Tiles:
+    """The same as `to_tiles(from_gptq(...))`, moving whole lines where no columns are permuted.
+
+    Args:
+        words_to_lines: moves [C, N] int32 to [T, C, 16]; None: torch does.
+    """
     if gptq_order(parts.g_idx, parts.g_idx.shape[0], group_size) is not None:
         return to_tiles(from_gptq(parts, bits, group_size))
     zeros = _gptq_zeros(parts, bits)
@@ -254,7 +260,7 @@ def gptq_to_tiles(parts: GPTQTensors, bits: int, group_size: int) -> Tiles:
         bits,
         group_size,
         parts.qweight.shape[1],
-        _lines(parts.qweight.T),
+        _lines(parts.qweight.T) if words_to_lines is None else words_to_lines(parts.qweight),
         _lines(parts.scales.to(torch.float16).T),
         None if zeros is None else _lines(zeros),
     )

@@ -1,9 +1,9 @@
 """Cache pages of one layer, and the kernels' order of the keys in them.
 
-In a page of the kernels 64 keys lie in four tiles of sixteen, and in a tile the first four bytes of every key come first,
-then the next four bytes of each: [pages, G, 4, D / q, 16, q] with q numbers in four bytes. So one 64-byte load holds a
-word of sixteen keys and their scores come out side by side. Int8 keys are stored 128 higher, as unsigned bytes. Values
-lie row by row. `untile` gives plain keys back.
+In a page of the kernels 64 keys lie in four tiles of sixteen, and in a tile the first four bytes of every key come
+first, then the next four bytes of each: [pages, G, 4, D / q, 16, q] with q numbers in four bytes. So one 64-byte load
+holds a word of sixteen keys and their scores come out side by side. Int8 keys are stored 128 higher, as unsigned bytes.
+Values lie row by row. `untile` gives plain keys back.
 """
 
 from __future__ import annotations

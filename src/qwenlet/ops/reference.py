@@ -10,9 +10,8 @@ from torch import Tensor
 
 from qwenlet.ops.packing import QuantTensor
 
-
-# Largest codes of activations: for four-bit weights a byte does; eight-bit weights show the difference (int8 lost 0.85 %
-# of the demo's perplexity with a byte), and their kernels wait for memory anyway.
+# Largest codes of activations: for four-bit weights a byte does; eight-bit weights show the difference (int8 lost 0.85
+# percent of the demo's perplexity with a byte), and their kernels wait for memory anyway.
 LEVELS = {4: 127, 8: 127 * 128}
 
 

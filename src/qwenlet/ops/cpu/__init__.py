@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qwenlet.errors import ConfigError
 from qwenlet.ops import reference
-from qwenlet.ops.packing import Tiles, from_tiles
+from qwenlet.ops.packing import TILE_ROWS, Tiles, from_tiles
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,15 @@ def top_p(logits: Tensor, p: float) -> Tensor:
     ids = torch.empty(len(logits), dtype=torch.int64)
     kept = kernels().top_p(p, logits.data_ptr(), len(logits), ids.data_ptr())
     return ids[:kept].clone()
+
+
+def words_to_lines(words: Tensor) -> Tensor:
+    """[C, N] int32 -> [ceil(N / 16), C, 16], padded with zeros: a GPTQ file's 64-byte lines in the tiles' order."""
+    words = words.contiguous()
+    count, columns = words.shape
+    lines = torch.empty(-(-columns // TILE_ROWS), count, TILE_ROWS, dtype=torch.int32)
+    kernels().words_to_lines(torch.get_num_threads(), words.data_ptr(), count, columns, lines.data_ptr())
+    return lines
 
 
 def weight_numbers(weight: Tiles, bias: Tensor | None) -> tuple[int, ...]:

@@ -1,8 +1,8 @@
 """A forward pass as a flat list of native steps with bound addresses, run by one call. It knows shapes and bits only.
 
 Record the steps once, in order, then `run` them for any batch of up to `capacity` tokens. Everything is float32 between
-steps; a linear reads its inputs rounded per row and group (to 8 bits for four-bit weights, to 15 for eight-bit ones) or to
-bfloat16.
+steps; a linear reads its inputs rounded per row and group (to 8 bits for four-bit weights, to 15 for eight-bit ones) or
+to bfloat16.
 
 Dimension letters: N tokens of all sequences, H query heads, G key/value heads, D head size.
 """
@@ -125,12 +125,12 @@ class Program:
         self._step(name, sum(part.nbytes for part in parts if part is not None))
         number = self._native.program_weight(self._program, *weight_numbers(weight, bias))
         stride = 0 if y is None else y.shape[1]
-        self._native.program_linear(
-            self._program, number, source, self._address(y), stride, add, y is None, wait
-        )
+        self._native.program_linear(self._program, number, source, self._address(y), stride, add, y is None, wait)
 
-    def attention(self, heads: int, pages: CachePages, qkv: Tensor, codes: Tensor, code_scales: Tensor, out: Tensor) -> None:
-        """Turns queries and keys of qkv [N, H + 2G, D] in place, stores keys and values, and answers into out [N, H * D].
+    def attention(
+        self, heads: int, pages: CachePages, qkv: Tensor, codes: Tensor, code_scales: Tensor, out: Tensor
+    ) -> None:
+        """Turns queries and keys of qkv [N, H + 2G, D] in place, stores keys and values, answers into out [N, H * D].
 
         Args:
             codes: [N, H, 2 D] int8 and code_scales: [N, H, 2]: room for the queries of an int8 cache in 15 bits.
@@ -176,7 +176,8 @@ class Program:
         """
         tokens = sum(lengths)
         assert tokens <= self.capacity, f"{tokens} tokens, room for {self.capacity}"
-        offsets, flat = [0], []
+        offsets = [0]
+        flat: list[int] = []
         for table, start, length in zip(tables, starts, lengths, strict=True):
             assert len(table) * 64 >= start + length, f"{len(table)} pages for {start + length} tokens"
             flat += table

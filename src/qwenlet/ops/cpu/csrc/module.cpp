@@ -5,7 +5,7 @@
 #include <Python.h>
 
 #include <algorithm>
-#include <memory>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -150,6 +150,34 @@ PyObject* linear_tiles(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     Py_RETURN_NONE;
 }
 
+// words_to_lines(threads, words, count, columns, lines): words [count, columns] to lines [tiles, count, 16], zeros beyond
+PyObject* words_to_lines(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
+    int64_t v[5];
+    if (!read_all("words_to_lines", args, nargs, 0, 5, v)) return nullptr;
+    constexpr int64_t kTile = qwenlet::kTile, kSide = 8;
+    const auto* words = address<const int32_t>(v[1]);
+    const int64_t count = v[2], columns = v[3], tiles = (columns + kTile - 1) / kTile;
+    auto* lines = address<int32_t>(v[4]);
+    Py_BEGIN_ALLOW_THREADS
+    // some tiles at a time, so that what is read of a row is longer than a line
+    qwenlet::parallel_for(static_cast<int>(v[0]), tiles, kSide, [&](int64_t begin, int64_t end) {
+        for (int64_t row = 0; row < count; ++row)
+            for (int64_t tile = begin; tile < end; ++tile) {
+                int32_t* to = lines + (tile * count + row) * kTile;
+                const int32_t* from = words + row * columns + tile * kTile;
+                const int64_t here = std::min(kTile, columns - tile * kTile);
+                if (here == kTile) {
+                    std::memcpy(to, from, 64);
+                } else {
+                    std::memset(to, 0, 64);
+                    std::memcpy(to, from, static_cast<size_t>(here) * 4);
+                }
+            }
+    });
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
 // top_p(p, logits, count, ids) -> how many ids were kept; see sample.h
 PyObject* top_p(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     int64_t v[3];
@@ -290,6 +318,7 @@ PyMethodDef kMethods[] = {
     {"available", available, METH_NOARGS, "Instruction sets with kernels that this processor runs, fastest first."},
     {"linear_bf16", fast(linear_bf16), METH_FASTCALL, "linear_bf16(isa, threads, x, rows, w, n, k, bias, y)"},
     {"linear_tiles", fast(linear_tiles), METH_FASTCALL, "linear_tiles(isa, threads, x, rows, y, order, <weight>)"},
+    {"words_to_lines", fast(words_to_lines), METH_FASTCALL, "words_to_lines(threads, words, count, columns, lines)"},
     {"top_p", fast(top_p), METH_FASTCALL, "top_p(p, logits, count, ids)"},
     {"program_new", program_new, METH_NOARGS, "An empty program."},
     {"program_inputs", fast(program_inputs), METH_FASTCALL, "See module.cpp, as for the others."},
