@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Literal, overload
@@ -109,13 +110,16 @@ def load(
         chosen, reason = auto_dtype(where) if named is None else (named, "")
         options = replace(options, kv_cache=dtype_name(chosen)) if options.kv_cache == "auto" else options
     check_backend(options.attention, where, chosen)
-    tokenizer = _tokenizer(checkpoint)
-    if asked is not None:
-        model, report = _load_rounded(checkpoint, asked, where, options, progress)
-    else:
-        model, report = load_model(
-            checkpoint, chosen, where, linear=options.linear, quantized=as_stored, progress=progress
-        )
+    # the vocabulary is Python's work and the weights are the kernels': side by side they take half as long
+    with ThreadPoolExecutor(1) as side:
+        reading = side.submit(_tokenizer, checkpoint)
+        if asked is not None:
+            model, report = _load_rounded(checkpoint, asked, where, options, progress)
+        else:
+            model, report = load_model(
+                checkpoint, chosen, where, linear=options.linear, quantized=as_stored, progress=progress
+            )
+        tokenizer = reading.result()
     report.notes.append(f"{dtype_name(chosen)} {f'because {reason}' if reason else 'asked for'}")
     return LLM(str(name_or_path), checkpoint, model, tokenizer, where, chosen, options, report)
 
