@@ -23,7 +23,6 @@ from torch import Tensor
 from qwenlet.errors import FormatError
 
 TILE_ROWS = 16
-GROUP_SIZES = (32, 64, 128)  # columns that may share a scale: what the kernels take
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Kernels for a CPU: C++ built with the package, one file per instruction set, chosen at run time.
 
-Where the package was built without a compiler there are none, and everything runs on torch's own operators; `status`
-says what will run and why. `QWENLET_ISA` forces one of avx512_bf16, avx512, avx2, portable, or torch (no kernels).
+Where the package was built without a compiler there are none: floats run on torch's own operators, quantized weights on
+the plain definition. `status` says what will run and why. `QWENLET_ISA` forces one of avx512_bf16, avx512, avx2, portable, or torch (no kernels).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def available() -> list[str]:
 
 
 def status() -> Status:
-    """What `linear_bf16` will run on.
+    """Which kernels run here.
 
     Raises:
         ConfigError: QWENLET_ISA names kernels that are not there.
