@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,15 @@ from hypothesis import settings
 # a shared machine can stall any single example
 settings.register_profile("qwenlet", deadline=None)
 settings.load_profile("qwenlet")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing is read from the user's cache or left there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QWENLET_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
 
 GOLDEN = Path(__file__).parent / "golden"
 FILES = {

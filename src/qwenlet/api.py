@@ -18,13 +18,12 @@ from qwenlet.checkpoint import (
     Checkpoint,
     LoadReport,
     Progress,
-    Rounding,
     auto_dtype,
     completed,
     dtype_by_name,
     dtype_name,
     load_model,
-    rounded,
+    load_quantized,
 )
 from qwenlet.config import (
     DEFAULT_NEW_TOKENS,
@@ -113,12 +112,10 @@ def load(
     # the vocabulary is Python's work and the weights are the kernels': side by side they take half as long
     with ThreadPoolExecutor(1) as side:
         reading = side.submit(_tokenizer, checkpoint)
-        if asked is not None:
-            model, report = _load_rounded(checkpoint, asked, where, options, progress)
+        if asked is not None or as_stored:
+            model, report = _load_quantized(checkpoint, asked, options, progress)
         else:
-            model, report = load_model(
-                checkpoint, chosen, where, linear=options.linear, quantized=as_stored, progress=progress
-            )
+            model, report = load_model(checkpoint, chosen, where, linear=options.linear, progress=progress)
         tokenizer = reading.result()
     report.notes.append(f"{dtype_name(chosen)} {f'because {reason}' if reason else 'asked for'}")
     return LLM(str(name_or_path), checkpoint, model, tokenizer, where, chosen, options, report)
@@ -169,26 +166,16 @@ def _check_quant(quant: QuantConfig, device: torch.device, dtype: torch.dtype | 
         )
 
 
-def _load_rounded(
-    checkpoint: Checkpoint,
-    quant: QuantConfig,
-    device: torch.device,
-    options: EngineConfig,
-    progress: Progress | None,
+def _load_quantized(
+    checkpoint: Checkpoint, quant: QuantConfig | None, options: EngineConfig, progress: Progress | None
 ) -> tuple[Qwen, LoadReport]:
-    """The model with weights as `quant` says, out of the cache if possible."""
-    notes: list[str] = []
-    quant = quant if checkpoint.quant is None else completed(checkpoint.quant, quant)
-    quant = quant.fit(checkpoint.config)
-    source, rounding = checkpoint, None
-    if quant != checkpoint.quant:
-        kept = rounded(checkpoint, quant, hub.cache_dir() / "quantized", notes, progress=progress)
-        source, rounding = (checkpoint, Rounding(quant)) if kept is None else (kept, None)
-    model, report = load_model(
-        source, torch.float32, device, linear=options.linear, quantized=True, rounding=rounding, progress=progress
-    )
-    report.notes += notes
-    return model, report
+    """The model with codes as `quant` says, or as they are stored."""
+    if quant is not None:
+        quant = quant if checkpoint.quant is None else completed(checkpoint.quant, quant)
+        quant = quant.fit(checkpoint.config)
+        quant = None if quant == checkpoint.quant else quant
+    cache = hub.cache_dir() / "kernels" if options.tile_cache else None
+    return load_quantized(checkpoint, quant, cache, linear=options.linear, progress=progress)
 
 
 class LLM:

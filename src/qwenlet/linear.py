@@ -25,6 +25,7 @@ from qwenlet.ops.packing import QuantTensor, Tiles, bf16_to_tiles, from_tiles
 
 # Rows oneDNN is told to expect when it chooses the blocked order. 16 measured best for one row and no worse for many.
 _ROWS_HINT = 16
+BF16_COLUMNS = 16  # inputs of a TiledLinear are a multiple of these
 
 
 class StreamedLinear(nn.Module):
@@ -65,10 +66,10 @@ class TiledLinear(nn.Module):
     A row's result is the same bits whatever the rows beside it.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor | Tiles, bias: Tensor | None) -> None:
         super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.tiles = bf16_to_tiles(weight)
+        self.tiles = bf16_to_tiles(weight) if isinstance(weight, Tensor) else weight
+        self.out_features, self.in_features = self.tiles.rows, self.tiles.weight.shape[1] * 2
         self.bias = None if bias is None else bias.detach().float()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -197,7 +198,7 @@ def choose_linear(asked: str, device: torch.device, dtype: torch.dtype) -> tuple
 def new_linear(kind: Kind, weight: Tensor, bias: Tensor | None) -> nn.Module:
     """A linear of this kind, or of the next one where the weight's shape doesn't suit it."""
     assert kind is not None, "torch's own linear needs no swap"
-    if kind is TiledLinear and weight.shape[1] % 16:
+    if kind is TiledLinear and weight.shape[1] % BF16_COLUMNS:
         kind = StreamedLinear
     return kind(weight, bias)
 

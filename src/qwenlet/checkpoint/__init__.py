@@ -7,7 +7,8 @@
     load       skeleton on the meta device -> stream -> assign -> one report
     codes      modules that run weights in codes
     rounding   floats rounded to codes while they are read
-    cached     rounded checkpoints, kept
+    tilefile   quantized modules in one file, in the kernels' order
+    cached     ... kept in a cache
     save       the way back, in the published layout
     quantized  the way back, in AutoGPTQ's layout
 
@@ -16,7 +17,7 @@ quantized by GPTQ, and GGUF.
 No code of a checkpoint is executed.
 """
 
-from qwenlet.checkpoint.cached import rounded
+from qwenlet.checkpoint.cached import load_quantized
 from qwenlet.checkpoint.dtypes import DTYPES, auto_dtype, dtype_by_name, dtype_name
 from qwenlet.checkpoint.load import DEFAULT_SYSTEM, Checkpoint, LoadReport, Progress, load_model
 from qwenlet.checkpoint.quantized import WeightOf, completed, write_quantized, write_rounded
@@ -37,8 +38,8 @@ __all__ = [
     "dtype_by_name",
     "dtype_name",
     "load_model",
+    "load_quantized",
     "new_folder",
-    "rounded",
     "write_quantized",
     "write_random",
     "write_rounded",

@@ -1,50 +1,97 @@
-"""Rounded checkpoints kept in a folder, so that quantizing while loading happens once."""
+"""Quantized models kept in the kernels' order, so that rounding and repacking happen once.
+
+The first load of a quantized model writes a file of tiles (`tilefile`) into the cache; later ones map it, which takes
+neither time nor memory of its own, and pages of a file are larger than those a program is given.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from qwenlet.checkpoint.load import Checkpoint, Progress
-from qwenlet.checkpoint.quantized import write_rounded
+import torch
+
+from qwenlet.checkpoint.load import Checkpoint, LoadReport, Progress, load_model
+from qwenlet.checkpoint.rounding import Rounding
+from qwenlet.checkpoint.tilefile import TileFile, tile_files, write_tile_file
 from qwenlet.config import QuantConfig
-from qwenlet.errors import QwenletError
+from qwenlet.model import Qwen
 
-_FORMAT = 1  # raise it when the same weights would be rounded or written differently
-_READ = ("*.safetensors", "*.bin", "*.json", "*.tiktoken", "*.gguf")
+_FORMAT = 2  # raise it when the same weights would be rounded or laid out differently
+_READ = ("*.safetensors", "*.bin", "*.json", "*.gguf")
 
 
-def rounded(
-    checkpoint: Checkpoint, quant: QuantConfig, cache: Path, notes: list[str], *, progress: Progress | None = None
-) -> Checkpoint | None:
-    """The checkpoint rounded as `quant` (fitted to the model) says, out of `cache` or put there.
+def load_quantized(
+    checkpoint: Checkpoint,
+    quant: QuantConfig | None,
+    cache: Path | None,
+    *,
+    linear: str = "auto",
+    progress: Progress | None = None,
+) -> tuple[Qwen, LoadReport]:
+    """`load_model` of quantized weights on a CPU, out of the cache or put there.
 
-    Returns:
-        None where it can't be put there: `notes` says why.
+    Args:
+        quant: rounds weights that are stored as floats (fitted to the model); None: codes as they are stored.
+        cache: a folder; None: nothing is kept.
     """
-    folder = cache / f"{_plain(checkpoint.path.resolve().name)}-{_key(checkpoint, quant)}"
-    if not (folder / "config.json").exists():
-        try:
-            write_rounded(checkpoint, folder, quant, progress=progress)
-        except QwenletError as error:
-            if not (folder / "config.json").exists():  # else another process was quicker
-                notes.append(f"rounded anew at each start, as it can't be kept: {error.message}")
-                return None
-        notes.append(f"rounded, and kept in {folder}")
-    return Checkpoint.open(folder)
+
+    def load(kept: TileFile | None) -> tuple[Qwen, LoadReport]:
+        rounding = None if quant is None else Rounding(quant)
+        return load_model(
+            checkpoint, torch.float32, torch.device("cpu"), linear=linear, quantized=True, rounding=rounding,
+            kept=kept, progress=progress,
+        )  # fmt: skip
+
+    if cache is None:
+        return load(None)
+    about = _about(checkpoint, quant)
+    path = cache / f"{_plain(checkpoint.path.resolve().name)}-{_key(about)}.safetensors"
+    kept = TileFile.open(path)
+    model, report = load(kept)
+    if kept is not None and report.kept:
+        return model, report
+    try:
+        written = write_tile_file(path, model, about)
+    except OSError as error:
+        report.notes.append(f"repacked anew at each start, as the result can't be kept in {cache}: {error}")
+        return model, report
+    if not written:
+        return model, report
+    _forget_outdated(cache, about)
+    del model  # its memory goes before the file's pages come
+    model, again = load(TileFile.open(path))
+    again.seconds += report.seconds
+    again.notes.append(f"{'repacked' if quant is None else 'rounded'}, and kept in {path}")
+    return model, again
 
 
 def _plain(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "-", name)
 
 
-def _key(checkpoint: Checkpoint, quant: QuantConfig) -> str:
-    """Of the source's files as they are now, and of what is made of them."""
+def _about(checkpoint: Checkpoint, quant: QuantConfig | None) -> dict[str, Any]:
+    """The source's files as they are now, and what is made of them."""
     path = checkpoint.path.resolve()
     files = [path] if path.is_file() else sorted({file for pattern in _READ for file in path.glob(pattern)})
-    seen = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    text = json.dumps([_FORMAT, str(path), seen, asdict(quant)], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    seen = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    return {"format": _FORMAT, "path": str(path), "quant": None if quant is None else asdict(quant), "files": seen}
+
+
+def _key(about: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _forget_outdated(cache: Path, about: dict[str, Any]) -> None:
+    """Removes what was made of the same source before it changed, and of sources that are gone."""
+    for file in tile_files(cache):
+        old = file.about
+        same = old.get("path") == about["path"] and old.get("quant") == about["quant"]
+        if (same and old != about) or not Path(str(old.get("path"))).exists():
+            with suppress(OSError):
+                file.path.unlink()

@@ -1,17 +1,22 @@
-"""Modules that run weights in codes: as they are stored, or rounded while they are read."""
+"""Modules that run weights in codes: as they are stored, or rounded while they are read.
+
+A linear that is left in floats beside them, as AutoGPTQ leaves the head, runs in the kernels' bfloat16 tiles. A head
+that was bfloat16 before it was published in float16 comes back without loss.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qwenlet.checkpoint.files import WeightFile, read_parts
 from qwenlet.checkpoint.names import Part
 from qwenlet.checkpoint.rounding import Rounding
-from qwenlet.linear import QuantEmbedding, QuantLinear
+from qwenlet.linear import BF16_COLUMNS, QuantEmbedding, QuantLinear, TiledLinear
 from qwenlet.model import Linear
+from qwenlet.ops import cpu
 from qwenlet.ops.packing import Tiles, to_tiles
 
 
@@ -21,50 +26,70 @@ class CodeReader:
     Args:
         dtype: of the activations, and of what stays float.
         rounding: rounds weights that are stored as floats; None: they stay floats.
+        kept: modules that were made before, by name.
         requantize: rounding goes before codes that are stored, too.
 
     Attributes:
-        bits: the codes seen so far, 4 and 8. floats: names of the linears that stay float. bytes: of all codes.
+        bits: the codes seen so far, 4 and 8. floats: linears that stay float, and in which precision. bytes: of all
+            codes and tiles.
     """
 
     def __init__(
-        self, weights: WeightFile, dtype: torch.dtype, rounding: Rounding | None = None, *, requantize: bool = False
+        self,
+        weights: WeightFile,
+        dtype: torch.dtype,
+        rounding: Rounding | None = None,
+        *,
+        kept: Mapping[str, nn.Module] | None = None,
+        requantize: bool = False,
     ) -> None:
         self.weights, self.dtype, self.rounding = weights, dtype, rounding
+        self._kept = kept or {}
         self.bits: set[int] = set()
-        self.floats: list[str] = []
+        self.floats: list[tuple[str, torch.dtype]] = []
         self.bytes = 0
         self._requantize = requantize
 
     def module(self, name: str, module: nn.Module, parts: Mapping[str, Sequence[Part]]) -> nn.Module | None:
         """What stands in for `module`, whose parameters are made of `parts`; None where it stays as it is."""
         if isinstance(module, nn.Embedding):
-            return self._embedding(parts["weight"])
-        if not isinstance(module, nn.Linear):
-            return None
-        tiles = self._tiles(name, parts["weight"])
-        if tiles is None:
-            self.floats.append(name)
-            return None
-        bias = read_parts(self.weights, parts["bias"], torch.float32) if "bias" in parts else None
-        return self._linear(tiles, bias)
+            return self._embedding(name, parts["weight"])
+        if isinstance(module, nn.Linear):
+            return self._linear(name, parts["weight"], parts.get("bias", ()))
+        return None
 
     def tied_head(self, parts: Sequence[Part]) -> nn.Module:
         """The head out of the embedding's parts: a copy in tiles, as the embedding is read in place."""
-        tiles = self._tiles("lm_head", parts)
-        if tiles is not None:
-            return self._linear(tiles, None)
-        self.floats.append("lm_head")
+        head = self._linear("lm_head", parts, ())
+        if head is not None:
+            return head
         weight = read_parts(self.weights, parts, self.dtype)
         with torch.device("meta"):
             head = Linear(weight.shape[1], weight.shape[0], bias=False)
         head.weight = nn.Parameter(weight, requires_grad=False)
         return head
 
-    def _linear(self, tiles: Tiles, bias: Tensor | None) -> QuantLinear:
-        self.bits.add(tiles.bits)
+    def _linear(self, name: str, parts: Sequence[Part], bias_parts: Sequence[Part]) -> nn.Module | None:
+        kept = self._kept.get(name)
+        if isinstance(kept, QuantLinear | TiledLinear):
+            linear: QuantLinear | TiledLinear = kept
+        else:
+            tiles = self._tiles(name, parts)
+            bias = read_parts(self.weights, bias_parts, torch.float32) if bias_parts else None
+            if tiles is not None:
+                linear = QuantLinear(tiles, bias)
+            elif cpu.status().isa is not None and self.weights.shape(parts[0].name)[-1] % BF16_COLUMNS == 0:
+                linear = TiledLinear(read_parts(self.weights, parts, torch.bfloat16), bias)
+            else:
+                self.floats.append((name, self.dtype))
+                return None
+        tiles = linear.tiles
         self.bytes += sum(t.nbytes for t in (tiles.weight, tiles.scales, tiles.zeros, tiles.minimums) if t is not None)
-        return QuantLinear(tiles, bias)
+        if isinstance(linear, QuantLinear):
+            self.bits.add(tiles.bits)
+        else:
+            self.floats.append((name, torch.bfloat16))
+        return linear
 
     def _tiles(self, name: str, parts: Sequence[Part]) -> Tiles | None:
         if self._requantize:
@@ -77,12 +102,13 @@ class CodeReader:
         rounded = self.rounding.linear(name, read_parts(self.weights, parts, float_dtype(self.weights, parts)))
         return to_tiles(rounded)
 
-    def _embedding(self, parts: Sequence[Part]) -> nn.Module | None:
-        stored = self.weights.read_embedding(parts[0].name, self.dtype)
-        if isinstance(stored, QuantEmbedding):
-            codes: QuantEmbedding | None = stored
+    def _embedding(self, name: str, parts: Sequence[Part]) -> nn.Module | None:
+        kept, stored = self._kept.get(name), None
+        if isinstance(kept, QuantEmbedding):
+            codes: QuantEmbedding | None = kept
         else:
-            codes = self._rounded_embedding(parts)
+            stored = self.weights.read_embedding(parts[0].name, self.dtype)
+            codes = stored if isinstance(stored, QuantEmbedding) else self._rounded_embedding(parts)
         if codes is not None:
             self.bytes += codes.codes.nbytes + codes.scales.nbytes
         return codes or stored

@@ -21,6 +21,7 @@ from qwenlet.checkpoint.files import RUNNABLE_TYPES, GGUFFile, WeightFile, open_
 from qwenlet.checkpoint.gptq import GPTQFile
 from qwenlet.checkpoint.names import Layout, Part, parts_of
 from qwenlet.checkpoint.rounding import Rounding
+from qwenlet.checkpoint.tilefile import TileFile
 from qwenlet.config import GenerationDefaults, ModelConfig, QuantConfig, config_from_gguf, read_json
 from qwenlet.errors import CheckpointError, ConfigError, FormatError
 from qwenlet.gguf_header import GGUFHeader, read_header
@@ -164,7 +165,11 @@ def _gguf_defaults(config: ModelConfig, header: GGUFHeader) -> GenerationDefault
 
 @dataclass
 class LoadReport:
-    """What loading did. `str()` is one line for people."""
+    """What loading did. `str()` is one line for people.
+
+    Attributes:
+        kept: quantized modules came out of a file of tiles.
+    """
 
     parameters: int = 0
     weight_bytes: int = 0
@@ -172,6 +177,7 @@ class LoadReport:
     dtype: str = ""
     swapped: int = 0
     linear: str = "torch"
+    kept: bool = False
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -190,6 +196,7 @@ def load_model(
     linear: str = "torch",
     quantized: bool = False,
     rounding: Rounding | None = None,
+    kept: TileFile | None = None,
     progress: Progress | None = None,
 ) -> tuple[Qwen, LoadReport]:
     """The model in evaluation mode, with every weight assigned.
@@ -200,6 +207,7 @@ def load_model(
             only).
         quantized: run quantized tensors as they are, on a CPU; otherwise they become `dtype`.
         rounding: with `quantized`, rounds weights that are stored as floats.
+        kept: with `quantized`, holds what an earlier load made; passed over if it doesn't fit the model.
         progress: called with (bytes done, bytes in all, tensor name).
     Raises:
         CheckpointError: missing, unexpected or wrongly shaped tensors, all of them in one message.
@@ -215,7 +223,9 @@ def load_model(
     codes = None
     if quantized:
         # what a GPTQ folder holds was asked for; what a GGUF file holds gives way to what is asked for
-        codes = CodeReader(weights, dtype, rounding, requantize=checkpoint.quant is None)
+        modules = None if kept is None else kept.modules(model, dtype)
+        report.kept = modules is not None
+        codes = CodeReader(weights, dtype, rounding, kept=modules, requantize=checkpoint.quant is None)
     total = report.parameters * dtype.itemsize
     done = 0
     for module_name, module in list(model.named_modules()):
@@ -254,11 +264,10 @@ def _report_codes(codes: CodeReader, report: LoadReport) -> None:
     report.weight_bytes += codes.bytes
     if codes.bits:
         report.notes.append(f"computing in {report.dtype}")
-        if codes.floats:
-            shown = ", ".join(codes.floats[:3]) + (
-                f" and {len(codes.floats) - 3} more" if len(codes.floats) > 3 else ""
-            )
-            report.notes.append(f"{shown} stay {report.dtype}")
+        for dtype in dict.fromkeys(dtype for _, dtype in codes.floats):
+            names = [name for name, of in codes.floats if of == dtype]
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            report.notes.append(f"{shown} in {str(dtype).removeprefix('torch.')}")
         report.dtype = " and ".join(f"int{bits}" for bits in sorted(codes.bits))
 
 

@@ -29,6 +29,8 @@ class EngineConfig:
             order), "torch"; "auto" takes the first that runs here.
         kv_cache: how keys and values are stored; "auto": in int8 where weights are quantized, else in the model's
             precision.
+        tile_cache: quantized weights are kept in the kernels' order in qwenlet's cache (as large again as the weights),
+            so that later loads map them.
     """
 
     max_context: int | None = None
@@ -37,6 +39,7 @@ class EngineConfig:
     prefill_chunk: int = 512
     linear: str = field(default="auto", metadata={"choices": LINEAR_KINDS})
     kv_cache: str = field(default="auto", metadata={"choices": KV_CACHES})
+    tile_cache: bool = True
 
     def __post_init__(self) -> None:
         if self.max_context is not None:
