@@ -92,15 +92,12 @@ def test_a_gguf_with_minimums_is_kept_too(tmp_path: Path) -> None:
     assert_same(kept, unkept(checkpoint, None))
 
 
-def test_every_tensor_starts_on_a_multiple_of_its_alignment(tmp_path: Path, tiny: Path) -> None:
+def test_every_tensor_starts_on_a_line(tmp_path: Path, tiny: Path) -> None:
     """The kernels load whole lines: one that straddles two costs twice."""
     load_quantized(Checkpoint.open(tiny), INT4, tmp_path)
     (file,) = tile_files(tmp_path)
-    for name, (dtype, shape, begin, end) in file._spans.items():
-        assert end - begin == dtype.itemsize * torch.Size(shape).numel(), name
-        assert (file._data + begin) % min(64, (end - begin) & -(end - begin)) == 0, name
-    with safe_open(file.path, "pt") as same:  # and it is the published format
-        assert set(same.keys()) == set(file._spans)
+    assert len(file._spans) > 20
+    assert all(begin % 64 == 0 for _, _, begin, _ in file._spans.values())
 
 
 def test_a_source_that_changed_is_read_anew_and_the_old_file_goes(tmp_path: Path, tiny: Path, state: State) -> None:
@@ -139,17 +136,17 @@ def foreign(path: Path) -> None:
     save_file({"x": torch.zeros(3)}, path)
 
 
-def huge_header(path: Path) -> None:
-    path.write_bytes((1 << 40).to_bytes(8, "little") + b"{}")
+def wild_index(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-16] + (1 << 40).to_bytes(8, "little") + b"qwtiles1")
 
 
 def other_shapes(path: Path) -> None:
     """As if two models' files had been exchanged."""
     held = path.read_bytes()
-    path.write_bytes(held.replace(b'\\"rows\\": 192', b'\\"rows\\": 208'))
+    path.write_bytes(held.replace(b'"rows": 192', b'"rows": 208'))
 
 
-@pytest.mark.parametrize("damage", [cut, empty, foreign, huge_header, other_shapes])
+@pytest.mark.parametrize("damage", [cut, empty, foreign, wild_index, other_shapes])
 def test_a_damaged_file_is_made_again(tmp_path: Path, tiny: Path, damage) -> None:  # type: ignore[no-untyped-def]
     checkpoint, cache = Checkpoint.open(tiny), tmp_path / "cache"
     load_quantized(checkpoint, INT4, cache)

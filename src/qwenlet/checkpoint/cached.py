@@ -1,7 +1,7 @@
 """Quantized models kept in the kernels' order, so that rounding and repacking happen once.
 
-The first load of a quantized model writes a file of tiles (`tilefile`) into the cache; later ones map it, which takes
-neither time nor memory of its own, and pages of a file are larger than those a program is given.
+The first load of a quantized model writes a file of tiles (`tilefile`) into the cache, then maps it, as all later ones
+do: that takes neither time nor memory of its own, and the system's pages of a file are larger than those of a heap.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 from qwenlet.checkpoint.load import Checkpoint, LoadReport, Progress, load_model
 from qwenlet.checkpoint.rounding import Rounding
-from qwenlet.checkpoint.tilefile import TileFile, tile_files, write_tile_file
+from qwenlet.checkpoint.tilefile import SUFFIX, TileFile, TileWriter, tile_files
 from qwenlet.config import QuantConfig
 from qwenlet.model import Qwen
 
@@ -41,34 +41,36 @@ def load_quantized(
         cache: a folder; None: nothing is kept.
     """
 
-    def load(kept: TileFile | None) -> tuple[Qwen, LoadReport]:
+    def load(kept: TileFile | None = None, keep: TileWriter | None = None) -> tuple[Qwen, LoadReport]:
         rounding = None if quant is None else Rounding(quant)
         return load_model(
             checkpoint, torch.float32, torch.device("cpu"), linear=linear, quantized=True, rounding=rounding,
-            kept=kept, progress=progress,
+            kept=kept, keep=keep, progress=progress,
         )  # fmt: skip
 
     if cache is None:
-        return load(None)
+        return load()
     about = _about(checkpoint, quant)
-    path = cache / f"{_plain(checkpoint.path.resolve().name)}-{_key(about)}.safetensors"
+    path = cache / f"{_plain(checkpoint.path.resolve().name)}-{_key(about)}{SUFFIX}"
     kept = TileFile.open(path)
-    model, report = load(kept)
-    if kept is not None and report.kept:
-        return model, report
+    if kept is not None:
+        model, report = load(kept)
+        if report.kept:
+            return model, report
+        del model
     try:
-        written = write_tile_file(path, model, about)
+        with TileWriter(path, about) as writer:
+            _, made = load(keep=writer)
     except OSError as error:
+        model, report = load()
         report.notes.append(f"repacked anew at each start, as the result can't be kept in {cache}: {error}")
         return model, report
-    if not written:
-        return model, report
     _forget_outdated(cache, about)
-    del model  # its memory goes before the file's pages come
-    model, again = load(TileFile.open(path))
-    again.seconds += report.seconds
-    again.notes.append(f"{'repacked' if quant is None else 'rounded'}, and kept in {path}")
-    return model, again
+    model, report = load(TileFile.open(path))
+    report.seconds += made.seconds
+    if report.kept:
+        report.notes.append(f"{'repacked' if quant is None else 'rounded'}, and kept in {path}")
+    return model, report
 
 
 def _plain(name: str) -> str:

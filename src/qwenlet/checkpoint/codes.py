@@ -14,6 +14,7 @@ from torch import nn
 from qwenlet.checkpoint.files import WeightFile, read_parts
 from qwenlet.checkpoint.names import Part
 from qwenlet.checkpoint.rounding import Rounding
+from qwenlet.checkpoint.tilefile import TileWriter
 from qwenlet.linear import BF16_COLUMNS, QuantEmbedding, QuantLinear, TiledLinear
 from qwenlet.model import Linear
 from qwenlet.ops import cpu
@@ -27,6 +28,7 @@ class CodeReader:
         dtype: of the activations, and of what stays float.
         rounding: rounds weights that are stored as floats; None: they stay floats.
         kept: modules that were made before, by name.
+        keep: takes the modules that are made, of which only shadows without weights are then given out.
         requantize: rounding goes before codes that are stored, too.
 
     Attributes:
@@ -41,10 +43,11 @@ class CodeReader:
         rounding: Rounding | None = None,
         *,
         kept: Mapping[str, nn.Module] | None = None,
+        keep: TileWriter | None = None,
         requantize: bool = False,
     ) -> None:
         self.weights, self.dtype, self.rounding = weights, dtype, rounding
-        self._kept = kept or {}
+        self._kept, self._keep = kept or {}, keep
         self.bits: set[int] = set()
         self.floats: list[tuple[str, torch.dtype]] = []
         self.bytes = 0
@@ -89,7 +92,10 @@ class CodeReader:
             self.bits.add(tiles.bits)
         else:
             self.floats.append((name, torch.bfloat16))
-        return linear
+        return self._put(name, linear)
+
+    def _put(self, name: str, module: nn.Module) -> nn.Module:
+        return nn.Identity() if self._keep is not None and self._keep.put(name, module) else module
 
     def _tiles(self, name: str, parts: Sequence[Part]) -> Tiles | None:
         if self._requantize:
@@ -111,7 +117,8 @@ class CodeReader:
             codes = stored if isinstance(stored, QuantEmbedding) else self._rounded_embedding(parts)
         if codes is not None:
             self.bytes += codes.codes.nbytes + codes.scales.nbytes
-        return codes or stored
+            return self._put(name, codes)
+        return stored
 
     def _rounded_embedding(self, parts: Sequence[Part]) -> QuantEmbedding | None:
         if self.rounding is None or self.rounding.quant.embedding_bits is None:

@@ -21,7 +21,7 @@ from qwenlet.checkpoint.files import RUNNABLE_TYPES, GGUFFile, WeightFile, open_
 from qwenlet.checkpoint.gptq import GPTQFile
 from qwenlet.checkpoint.names import Layout, Part, parts_of
 from qwenlet.checkpoint.rounding import Rounding
-from qwenlet.checkpoint.tilefile import TileFile
+from qwenlet.checkpoint.tilefile import TileFile, TileWriter
 from qwenlet.config import GenerationDefaults, ModelConfig, QuantConfig, config_from_gguf, read_json
 from qwenlet.errors import CheckpointError, ConfigError, FormatError
 from qwenlet.gguf_header import GGUFHeader, read_header
@@ -197,6 +197,7 @@ def load_model(
     quantized: bool = False,
     rounding: Rounding | None = None,
     kept: TileFile | None = None,
+    keep: TileWriter | None = None,
     progress: Progress | None = None,
 ) -> tuple[Qwen, LoadReport]:
     """The model in evaluation mode, with every weight assigned.
@@ -208,6 +209,7 @@ def load_model(
         quantized: run quantized tensors as they are, on a CPU; otherwise they become `dtype`.
         rounding: with `quantized`, rounds weights that are stored as floats.
         kept: with `quantized`, holds what an earlier load made; passed over if it doesn't fit the model.
+        keep: with `quantized`, gets the modules in codes; the model is left without them.
         progress: called with (bytes done, bytes in all, tensor name).
     Raises:
         CheckpointError: missing, unexpected or wrongly shaped tensors, all of them in one message.
@@ -225,7 +227,7 @@ def load_model(
         # what a GPTQ folder holds was asked for; what a GGUF file holds gives way to what is asked for
         modules = None if kept is None else kept.modules(model, dtype)
         report.kept = modules is not None
-        codes = CodeReader(weights, dtype, rounding, kept=modules, requantize=checkpoint.quant is None)
+        codes = CodeReader(weights, dtype, rounding, kept=modules, keep=keep, requantize=checkpoint.quant is None)
     total = report.parameters * dtype.itemsize
     done = 0
     for module_name, module in list(model.named_modules()):

@@ -1,7 +1,9 @@
 """Quantized modules in one file, in the kernels' order: mapped as it lies, so that nothing is moved at the next start.
 
-The container is safetensors, its data 64-byte aligned; `__metadata__` holds JSON under "modules" and "about". The files
-are a cache of ours, never a format to hand on: one that isn't whole or doesn't fit the model is not there.
+    tensors, each at a multiple of 64 bytes | JSON: "about", "modules", "spans" | where the JSON begins, 8 bytes | mark
+
+The index comes last, so that modules are written as they are made and never stand in memory together. The files are a
+cache of ours, not a format to hand on: one that isn't whole or doesn't fit the model counts as not there.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -21,57 +24,62 @@ from qwenlet.checkpoint.mapped import let_go, mapped_bytes
 from qwenlet.linear import QuantEmbedding, QuantLinear, TiledLinear
 from qwenlet.ops.packing import TILE_ROWS, Tiles
 
+SUFFIX = ".tiles"
+_MARK = b"qwtiles1"
 _LINE = 64
-_DTYPES = {
-    "I32": torch.int32, "F16": torch.float16, "U8": torch.uint8, "I8": torch.int8, "I64": torch.int64,
-    "F32": torch.float32,
-}  # fmt: skip
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_DTYPES = {str(d).removeprefix("torch."): d for d in (
+    torch.int32, torch.float16, torch.uint8, torch.int8, torch.int64, torch.float32,
+)}  # fmt: skip
 _TABLES = ("weight", "scales", "zeros", "minimums", "order")
-_HEADER_LIMIT = 16 << 20
 
 
-def write_tile_file(path: Path, model: nn.Module, about: dict[str, Any]) -> int:
-    """Writes the model's modules in codes or tiles; an embedding only if it doesn't lie in a file already.
+class TileWriter:
+    """A context in which modules are put into a file one after the other; it takes its name when the context ends well.
 
     Args:
         about: what `TileFile.about` gives back.
-    Returns:
-        The number of modules; 0: nothing was written.
     Raises:
-        OSError: the file could not be written; nothing is left behind.
+        OSError: from any call; nothing is left behind.
     """
-    modules: dict[str, dict[str, Any]] = {}
-    tensors: dict[str, Tensor] = {}
-    for name, module in model.named_modules():
+
+    def __init__(self, path: Path, about: dict[str, Any]) -> None:
+        self.path, self._about = path, about
+        self._work = path.with_name(f".{path.name}.partial-{os.getpid()}")
+        self._modules: dict[str, dict[str, Any]] = {}
+        self._spans: dict[str, tuple[str, list[int], int, int]] = {}
+
+    def __enter__(self) -> TileWriter:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self._work, "wb")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None and self._modules:
+                index = {"about": self._about, "modules": self._modules, "spans": self._spans}
+                begin = self._file.tell()
+                self._file.write(json.dumps(index).encode() + begin.to_bytes(8, "little") + _MARK)
+                self._file.close()
+                os.replace(self._work, self.path)
+        finally:
+            self._file.close()
+            self._work.unlink(missing_ok=True)
+
+    def put(self, name: str, module: nn.Module) -> bool:
+        """Whether this module is one to keep, and is written now: an embedding only if it doesn't lie in a file."""
         held = _held(module)
-        if held is not None:
-            modules[name], parts = held
-            tensors |= {f"{name}.{leaf}": part for leaf, part in parts.items()}
-    if not modules:
-        return 0
-    # whole lines first, then what is smaller: so everything is aligned without gaps, which safetensors doesn't allow
-    ordered = sorted(tensors.items(), key=lambda item: -(item[1].nbytes & -item[1].nbytes))
-    header: dict[str, Any] = {"__metadata__": {"modules": json.dumps(modules), "about": json.dumps(about)}}
-    at = 0
-    for name, tensor in ordered:
-        span = [at, at + tensor.nbytes]
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}
-        at += tensor.nbytes
-    text = json.dumps(header).encode()
-    text += b" " * (-(len(text) + 8) % _LINE)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        with open(work, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            file.flush()  # the rest goes past Python's buffer
-            for _, tensor in ordered:
-                tensor.contiguous().flatten().view(torch.uint8).numpy().tofile(file)
-        os.replace(work, path)
-    finally:
-        work.unlink(missing_ok=True)
-    return len(modules)
+        if held is None:
+            return False
+        self._modules[name], parts = held
+        for leaf, part in parts.items():
+            self._file.write(bytes(-self._file.tell() % _LINE))
+            begin = self._file.tell()
+            self._file.write(part.contiguous().flatten().view(torch.uint8).numpy().data)
+            dtype = str(part.dtype).removeprefix("torch.")
+            self._spans[f"{name}.{leaf}"] = (dtype, list(part.shape), begin, begin + part.nbytes)
+        return True
 
 
 def _held(module: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
@@ -97,33 +105,28 @@ class TileFile:
     path: Path
     about: dict[str, Any]
     _modules: dict[str, dict[str, Any]]
-    _spans: dict[str, tuple[torch.dtype, tuple[int, ...], int, int]]  # dtype, shape, first and last byte
-    _data: int  # where tensors begin
+    _spans: dict[str, tuple[str, list[int], int, int]]  # dtype, shape, first and last byte
+    _end: int  # of the tensors
 
     @classmethod
     def open(cls, path: Path) -> TileFile | None:
         """None if the file isn't there, or isn't one of ours, or not whole."""
         try:
             with open(path, "rb") as file:
-                size = int.from_bytes(file.read(8), "little")
-                if not 0 < size <= _HEADER_LIMIT:
+                end = file.seek(-8 - len(_MARK), os.SEEK_END)
+                tail = file.read()
+                begin = int.from_bytes(tail[:8], "little")
+                if tail[8:] != _MARK or not 0 < begin < end:
                     return None
-                header = json.loads(file.read(size))
-                said = header.pop("__metadata__")
-                modules, about = json.loads(said["modules"]), json.loads(said["about"])
-                spans = {
-                    name: (_DTYPES[entry["dtype"]], tuple(entry["shape"]), *entry["data_offsets"])
-                    for name, entry in header.items()
-                }
-                whole = file.seek(0, os.SEEK_END) == 8 + size + max(span[3] for span in spans.values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                file.seek(begin)
+                index = json.loads(file.read(end - begin))
+            return cls(path, index["about"], index["modules"], index["spans"], begin)
+        except (OSError, ValueError, KeyError, TypeError):
             return None
-        return cls(path, about, modules, spans, 8 + size) if whole else None
 
     def modules(self, model: nn.Module, dtype: torch.dtype) -> dict[str, nn.Module] | None:
         """What stands in for the float modules of `model`, by name; None where one doesn't fit."""
-        end = self._data + max(span[3] for span in self._spans.values())
-        memory = mapped_bytes(self.path, 0, end)[self._data :]
+        memory = mapped_bytes(self.path, 0, self._end)
         floats = dict(model.named_modules())
         made = {}
         for name, said in self._modules.items():
@@ -141,7 +144,7 @@ class TileFile:
         if name not in self._spans:
             return None
         dtype, shape, begin, end = self._spans[name]
-        return memory[begin:end].view(dtype).view(shape)
+        return memory[begin:end].view(_DTYPES[dtype]).view(shape)
 
 
 def _embedding(module: nn.Module | None, parts: dict[str, Tensor | None], dtype: torch.dtype) -> nn.Module | None:
@@ -176,7 +179,7 @@ _NO_SCALES = torch.empty(0, dtype=torch.float16)
 
 def tile_files(folder: Path) -> Iterator[TileFile]:
     """Those of a folder."""
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(folder.glob(f"*{SUFFIX}")):
         file = TileFile.open(path)
         if file is not None:
             yield file
