@@ -16,7 +16,9 @@ import torch.nn.functional as F
 
 import qwenlet
 from qwenlet import SamplingParams
+from qwenlet.checkpoint import Checkpoint, write_rounded
 from qwenlet.errors import ConfigError, ContextLengthError, FormatError, HubError, MissingTokenizerError, RequestError
+from qwenlet.ops import cpu
 
 QUESTION = "What is the capital of France?"
 
@@ -273,6 +275,21 @@ def test_quantized_tensors_of_a_gguf_run_as_they_are(
         # activations of eight bits; bfloat16 costs 0.002
         assert F.kl_div(ours.log_softmax(-1), exact.log_softmax(-1), log_target=True, reduction="batchmean") < 0.02
         assert "Paris" in quantized.chat(QUESTION, system=quantized.default_system)[0]
+
+
+def test_without_kernels_codes_become_floats(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = write_rounded(Checkpoint.open(golden / "tiny-qwen"), tmp_path / "q", qwenlet.QuantConfig())
+    with qwenlet.load(str(saved), device="cpu") as codes:
+        assert (codes.load_report.dtype == "int4") == (cpu.status().isa is not None)
+    monkeypatch.setenv("QWENLET_ISA", "torch")
+    with qwenlet.load(str(saved), device="cpu", dtype="auto") as floats:
+        assert floats.load_report.dtype in ("bfloat16", "float32")
+        assert close_to(floats.logits([1, 2, 3]).float(), qwenlet_logits(saved))
+
+
+def qwenlet_logits(saved: Path) -> torch.Tensor:
+    with qwenlet.load(str(saved), device="cpu", quant="none", dtype="fp32") as floats:
+        return floats.logits([1, 2, 3])
 
 
 def test_stored_needs_codes_and_a_cpu(golden: Path, demo_gguf: Path) -> None:

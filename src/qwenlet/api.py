@@ -19,7 +19,6 @@ from qwenlet.checkpoint import (
     LoadReport,
     Progress,
     auto_dtype,
-    completed,
     dtype_by_name,
     dtype_name,
     load_model,
@@ -38,6 +37,7 @@ from qwenlet.engine import Completion, Engine, Request, Stream
 from qwenlet.errors import ConfigError, ContextLengthError, MissingTokenizerError, RequestError
 from qwenlet.linear import QuantLinear
 from qwenlet.model import Qwen
+from qwenlet.ops import cpu
 from qwenlet.ops.attention import check_backend
 from qwenlet.tokenizer import Tokenizer
 
@@ -82,8 +82,9 @@ def load(
         quant: "int4", "int8" or a QuantConfig rounds weights to nearest while they are read (on a CPU) and keeps the
             result in qwenlet's cache; a GPTQ checkpoint keeps its codes, and what it left in half precision is
             rounded. "stored" runs quantized weights (GPTQ; Q4_0, Q4_1 and Q8_0 of GGUF) as they are, "none" makes
-            floats of them. None means "stored" on a CPU unless `dtype` names a precision, or a GGUF model is so small
-            (below half a billion parameters, as the demo is) that memory is no reason to round its activations.
+            floats of them. None means "stored" on a CPU unless `dtype` names a precision, the package was built without
+            kernels, or a GGUF model is so small (below half a billion parameters, as the demo is) that memory is no
+            reason to round its activations.
         kv_cache: how keys and values are stored: "int8", "bf16", "fp16", "fp32", or "auto": int8 if weights run
             quantized, else the precision of the weights.
         offline: True forbids any network use; None asks QWENLET_OFFLINE and HF_HUB_OFFLINE.
@@ -135,6 +136,8 @@ def _runs_as_stored(
         return True
     if quant is not None or not checkpoint.is_quantized or device.type != "cpu" or dtype is not None:
         return False
+    if cpu.status().isa is None:
+        return False  # floats on torch's operators take three times the memory, codes on the plain definition forever
     return keeps_codes(checkpoint.config.parameter_count, gguf=checkpoint.header is not None)
 
 
@@ -171,7 +174,7 @@ def _load_quantized(
 ) -> tuple[Qwen, LoadReport]:
     """The model with codes as `quant` says, or as they are stored."""
     if quant is not None:
-        quant = quant if checkpoint.quant is None else completed(checkpoint.quant, quant)
+        quant = quant if checkpoint.quant is None else checkpoint.quant.completed(quant)
         quant = quant.fit(checkpoint.config)
         quant = None if quant == checkpoint.quant else quant
     cache = hub.cache_dir() / "kernels" if options.tile_cache else None

@@ -6,7 +6,8 @@
     advice     what to change where a setup does not fit, the mildest change first
 
 The peak is the larger of two moments: the end of loading, when the largest tensor exists twice (the mapped file and our
-copy), and the run, when the past and the activations stand beside the weights.
+copy), and the run, when the past and the activations stand beside the weights. Quantized weights are mapped, in the
+kernels' order: loading them makes none resident.
 
 Left out: GPUs, training, and the speed that these numbers allow, which needs a machine's bandwidth.
 """
@@ -48,15 +49,18 @@ class Bits:
 
     @classmethod
     def of(cls, quant: QuantConfig | None, dtype: str) -> Bits:
-        """`quant` with a group size that is a number."""
+        """`quant` with group sizes that are numbers."""
         plain = 8.0 * ITEM_BYTES[dtype]
         if quant is None:
             return cls(plain, plain, plain)
         assert quant.group_size is not None, "fit() chooses the group size"
+        assert quant.head_group_size is not None, "fit() chooses the head's group size"
         zero_point = 0 if quant.sym else 8
+        # the kernels run a head without codes in bfloat16
+        head = 16.0 if quant.head_bits is None else quant.head_bits + (SCALE_BITS + zero_point) / quant.head_group_size
         return cls(
             quant.bits + (SCALE_BITS + zero_point) / quant.group_size,
-            plain if quant.head_bits is None else quant.head_bits + (SCALE_BITS + zero_point) / quant.head_group_size,
+            head,
             plain if quant.embedding_bits is None else quant.embedding_bits + SCALE_BITS / EMBEDDING_GROUP_SIZE,
         )
 
@@ -252,9 +256,10 @@ def _weights(setup: Setup) -> tuple[Weights, ...]:
     else:
         loaded, touched = 0, _touched(embedding, setup.context * setup.batch)
     own = 0 if model.tie_word_embeddings else table
+    made = 0 if setup.quantized else 1  # while loading, else mapped
     return (
-        Weights("layers", linears + others, bits.layers, body, body, body, body),
-        Weights("head", table, bits.head, head, copied, copied, head),
+        Weights("layers", linears + others, bits.layers, body, made * body, body, body),
+        Weights("head", table, bits.head, head, made * copied, copied, head),
         Weights("embedding", own, bits.embedding, embedding, loaded, touched, row),
     )
 

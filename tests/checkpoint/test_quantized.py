@@ -32,7 +32,7 @@ from checkpoint.variants import (
     write_gguf,
     write_json,
 )
-from qwenlet.checkpoint import Checkpoint, Rounding, completed, convert, load_model, write_quantized, write_rounded
+from qwenlet.checkpoint import Checkpoint, Rounding, convert, load_model, write_quantized, write_rounded
 from qwenlet.checkpoint.files import open_folder
 from qwenlet.checkpoint.gptq import GPTQFile
 from qwenlet.checkpoint.names import Part
@@ -234,14 +234,14 @@ def test_the_rest_of_a_published_checkpoint_is_completed(tmp_path: Path, tiny: P
     first = quantize(tiny, tmp_path / "q", AS_PUBLISHED)
     checkpoint = Checkpoint.open(first)
     assert checkpoint.quant is not None
-    quant = completed(checkpoint.quant, QuantConfig())
+    quant = checkpoint.quant.completed(QuantConfig())
     second = write_rounded(checkpoint, tmp_path / "r", quant)
     before, after = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
     assert all(torch.equal(after[name], value) for name, value in before.items() if "qweight" in name)
     assert "lm_head.qweight" in after
     assert Checkpoint.open(second).quant == quant
     with pytest.raises(ConfigError, match="with bits 4; bits 8 was asked for"):
-        completed(checkpoint.quant, QuantConfig.named("int8"))
+        checkpoint.quant.completed(QuantConfig.named("int8"))
     with pytest.raises(ConfigError, match="quantized already"):
         write_rounded(checkpoint, tmp_path / "s", QuantConfig(bits=8))
 

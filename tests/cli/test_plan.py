@@ -114,13 +114,13 @@ def test_a_quantized_checkpoint_says_so(facts, run, tmp_path):
     published = qwen_1_8b().to_published()
     (tmp_path / "config.json").write_text(json.dumps(published | {"quantization_config": INT4.to_published()}))
     found = facts(str(tmp_path), "--memory", "8G")
-    assert found["quantization"] == "int4 in groups of 32, head fp32, embedding fp32"
+    assert found["quantization"] == "int4 in groups of 32, head bf16, embedding fp32"
     assert found["kv_cache"] == "int8"
     # what the file left in half precision can be rounded, its codes stay
     assert facts(str(tmp_path), "--quant", "int4")["quantization"] == (
         "int4 in groups of 32, head int4 in groups of 32, embedding int8"
     )
-    assert "in 4 bits; 8 were asked for" in run("plan", str(tmp_path), "--quant", "int8").err
+    assert "with bits 4; bits 8 was asked for" in run("plan", str(tmp_path), "--quant", "int8").err
     assert facts(str(tmp_path), "--quant", "none", "--dtype", "bf16")["quantization"] == "bf16"
 
     (tmp_path / "config.json").write_text(json.dumps(published))

@@ -56,8 +56,11 @@ def test_the_default_is_gptq_in_four_bits(run, model, asked) -> None:
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--bits", "8"], {"bits": 8, "head_bits": 8}),
-        (["--head-bits", "16", "--embedding-bits", "16"], {"head_bits": None, "embedding_bits": None}),
+        (["--bits", "8"], {"bits": 8, "head_bits": 8, "head_group_size": None}),
+        (
+            ["--head-bits", "16", "--embedding-bits", "16"],
+            {"head_bits": None, "head_group_size": None, "embedding_bits": None},
+        ),
         (["--bits", "8", "--head-bits", "4"], {"bits": 8, "head_bits": 4}),
         (["--no-static-groups", "--no-sym"], {"static_groups": False, "sym": False}),
         (["--no-desc-act"], {"desc_act": False, "static_groups": False}),

@@ -20,7 +20,7 @@ No code of a checkpoint is executed.
 from qwenlet.checkpoint.cached import load_quantized
 from qwenlet.checkpoint.dtypes import DTYPES, auto_dtype, dtype_by_name, dtype_name
 from qwenlet.checkpoint.load import DEFAULT_SYSTEM, Checkpoint, LoadReport, Progress, load_model
-from qwenlet.checkpoint.quantized import WeightOf, completed, write_quantized, write_rounded
+from qwenlet.checkpoint.quantized import WeightOf, write_quantized, write_rounded
 from qwenlet.checkpoint.rounding import Rounding
 from qwenlet.checkpoint.save import convert, new_folder, write_random
 
@@ -33,7 +33,6 @@ __all__ = [
     "Rounding",
     "WeightOf",
     "auto_dtype",
-    "completed",
     "convert",
     "dtype_by_name",
     "dtype_name",

@@ -32,28 +32,6 @@ from qwenlet.ops.packing import GPTQTensors, QuantTensor, to_gptq
 WeightOf = Callable[[str, Tensor], QuantTensor]
 
 
-def completed(stored: QuantConfig, asked: QuantConfig) -> QuantConfig:
-    """What a checkpoint that is quantized as `stored` becomes when `asked` for: head and embedding, if it left them.
-
-    Raises:
-        ConfigError: the layers have other codes than were asked for.
-    """
-    wanted = {"bits": (stored.bits, asked.bits), "group_size": (stored.group_size, asked.group_size)}
-    for name, (is_, should) in wanted.items():
-        if should is not None and is_ != should:
-            raise ConfigError(
-                f"the checkpoint is quantized already, with {name} {is_}; {name} {should} was asked for",
-                hint="leave quant out, or start from the unquantized checkpoint",
-            )
-    head = stored if stored.head_bits is not None else asked
-    return replace(
-        stored,
-        head_bits=head.head_bits,
-        head_group_size=head.head_group_size,
-        embedding_bits=stored.embedding_bits or asked.embedding_bits,
-    )
-
-
 def write_rounded(
     checkpoint: Checkpoint, out: str | Path, quant: QuantConfig, *, progress: Progress | None = None
 ) -> Path:
@@ -86,7 +64,7 @@ def write_quantized(
             layout.
     """
     quant = quant.fit(checkpoint.config)
-    if checkpoint.quant is not None and completed(checkpoint.quant, quant) != quant:
+    if checkpoint.quant is not None and checkpoint.quant.completed(quant) != quant:
         raise ConfigError(
             f"{checkpoint.path} is quantized already, in another way",
             hint="start from the unquantized checkpoint",

@@ -84,7 +84,7 @@ def _setup(source: Source, quant: str | None, dtype: str | None, context: int | 
         raise ConfigError(f"dtype is {dtype!r}, but quantized weights compute in fp32", hint="leave --dtype out")
     codes = None
     if asked is not None and source.quant is not None:
-        asked = _completed(source, asked)
+        asked = source.quant.completed(asked)
     elif dtype is None and (
         quant == "stored"
         or (quant is None and keeps_codes(source.config.parameter_count, gguf=source.header is not None))
@@ -102,24 +102,6 @@ def _setup(source: Source, quant: str | None, dtype: str | None, context: int | 
         context=context or min(source.config.seq_length, source.config.context_length),
         gguf=source.header is not None,
         mapped=quantized or as_stored,
-    )
-
-
-def _completed(source: Source, asked: QuantConfig) -> QuantConfig:
-    """The checkpoint's own codes, and what was asked for of the head and the embedding that it left in floats."""
-    stored = source.quant
-    assert stored is not None
-    if stored.bits != asked.bits:
-        raise ConfigError(
-            f"{source.name} is quantized already, in {stored.bits} bits; {asked.bits} were asked for",
-            hint="leave --quant out, or plan for the unquantized checkpoint",
-        )
-    head = asked if stored.head_bits is None else stored
-    return replace(
-        stored,
-        head_bits=head.head_bits,
-        head_group_size=head.head_group_size,
-        embedding_bits=stored.embedding_bits or asked.embedding_bits,
     )
 
 
@@ -227,7 +209,7 @@ def _weights_text(setup: planning.Setup) -> str:
     quant = setup.quant
     if quant is None:
         return setup.dtype if setup.codes is None else "as the file stores it"
-    head = setup.dtype if quant.head_bits is None else f"int{quant.head_bits} in groups of {quant.head_group_size}"
+    head = "bf16" if quant.head_bits is None else f"int{quant.head_bits} in groups of {quant.head_group_size}"
     embedding = setup.dtype if quant.embedding_bits is None else f"int{quant.embedding_bits}"
     return f"int{quant.bits} in groups of {quant.group_size}, head {head}, embedding {embedding}"
 

@@ -61,8 +61,9 @@ def quantize(
         int | None, typer.Option(help=f"Of the output head: 4, 8, or {HALF} to leave it; as --bits unless given.")
     ] = None,
     head_group_size: Annotated[
-        int, typer.Option(help="Input columns of the head that share a scale.")
-    ] = QuantConfig.head_group_size,
+        int | None,
+        typer.Option(help="The same of the head; 32 in four bits, else the largest that divides, unless given."),
+    ] = None,
     embedding_bits: Annotated[int, typer.Option(help=f"Of the embedding: 8, or {HALF} to leave it.")] = 8,
     calibration: Annotated[
         str | None,
@@ -90,14 +91,15 @@ def quantize(
 
     calibrated = method == "gptq"
     bits = quant.get("bits", QuantConfig.bits)
+    head = bits if head_bits is None else head_bits
     config = QuantConfig(
         **quant,
         group_size=group_size,
         method=_method(method),
         desc_act=calibrated and desc_act,
         static_groups=calibrated and desc_act and static_groups,
-        head_bits=_or_half(bits if head_bits is None else head_bits),
-        head_group_size=head_group_size,
+        head_bits=_or_half(head),
+        head_group_size=head_group_size or (QuantConfig.head_group_size if head == 4 else None),
         embedding_bits=_or_half(embedding_bits),
     )
     text_to_score = None if text is None else console.file_text(text)

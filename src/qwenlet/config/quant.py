@@ -43,7 +43,8 @@ class QuantConfig:
         damp_percent: share of the Hessian's mean diagonal that is added to it.
         mse: search each group's scale for the least squared error instead of taking its largest weight.
         method: "rtn" (round to nearest) or "gptq": how the codes were found; the format is the same.
-        head_bits, head_group_size: of the output head; head_bits None leaves it in half precision.
+        head_bits, head_group_size: of the output head; head_bits None leaves it in half precision, head_group_size None
+            is the largest that divides its inputs.
         embedding_bits: 8 or None.
     """
 
@@ -57,7 +58,7 @@ class QuantConfig:
     mse: bool = True
     method: Literal["rtn", "gptq"] = field(default="rtn", metadata={"choices": ("rtn", "gptq")})
     head_bits: int | None = 4
-    head_group_size: int = 32
+    head_group_size: int | None = 32
     embedding_bits: int | None = 8
 
     def __post_init__(self) -> None:
@@ -65,7 +66,7 @@ class QuantConfig:
             ("bits", self.bits, (4, 8)),
             ("group_size", self.group_size, (None, *GROUP_SIZES)),
             ("head_bits", self.head_bits, (None, 4, 8)),
-            ("head_group_size", self.head_group_size, GROUP_SIZES),
+            ("head_group_size", self.head_group_size, (None, *GROUP_SIZES)),
             ("embedding_bits", self.embedding_bits, (None, 8)),
             ("method", self.method, ("rtn", "gptq")),
         ):
@@ -80,7 +81,7 @@ class QuantConfig:
         if name == "int4":
             return cls()
         if name == "int8":
-            return cls(bits=8, head_bits=8)
+            return cls(bits=8, head_bits=8, head_group_size=None)
         raise ConfigError(f"quant is {name!r}, expected 'int4', 'int8' or a QuantConfig")
 
     def of_linear(self, name: str) -> tuple[int, int | None] | None:
@@ -90,7 +91,7 @@ class QuantConfig:
         return self.bits, self.group_size
 
     def fit(self, model: ModelConfig) -> QuantConfig:
-        """The same with a group size that is a number. Raises ConfigError naming the layer whose inputs it cuts."""
+        """The same with group sizes that are numbers. Raises ConfigError naming the layer whose inputs it cuts."""
         hidden, query = model.hidden_size, model.num_attention_heads * model.head_dim
         layers = {"attn.c_attn": hidden, "attn.c_proj": query, "mlp.c_proj": model.intermediate_size}
         fitting = [size for size in GROUP_SIZES if not any(inputs % size for inputs in layers.values())]
@@ -98,11 +99,33 @@ class QuantConfig:
         for name, inputs in layers.items():
             _check_divides(size, inputs, f"transformer.h.0.{name}", "group_size", fitting)
         fitting = [size for size in GROUP_SIZES if hidden % size == 0]
+        head = self.head_group_size or max(fitting, default=min(GROUP_SIZES))
         if self.head_bits is not None:
-            _check_divides(self.head_group_size, hidden, HEAD, "head_group_size", fitting)
+            _check_divides(head, hidden, HEAD, "head_group_size", fitting)
         if self.embedding_bits is not None:
             _check_divides(EMBEDDING_GROUP_SIZE, hidden, "transformer.wte", "head_group_size", fitting)
-        return replace(self, group_size=size)
+        return replace(self, group_size=size, head_group_size=head)
+
+    def completed(self, asked: QuantConfig) -> QuantConfig:
+        """What a checkpoint quantized like this becomes when `asked` for: head and embedding, if it left them.
+
+        Raises:
+            ConfigError: the layers have other codes than were asked for.
+        """
+        wanted = {"bits": (self.bits, asked.bits), "group_size": (self.group_size, asked.group_size)}
+        for name, (is_, should) in wanted.items():
+            if should is not None and is_ != should:
+                raise ConfigError(
+                    f"the checkpoint is quantized already, with {name} {is_}; {name} {should} was asked for",
+                    hint="leave quant out, or start from the unquantized checkpoint",
+                )
+        head = self if self.head_bits is not None else asked
+        return replace(
+            self,
+            head_bits=head.head_bits,
+            head_group_size=head.head_group_size,
+            embedding_bits=self.embedding_bits or asked.embedding_bits,
+        )
 
     # ---------------------------------------------------------------------------------------------- on disk
 
@@ -155,6 +178,7 @@ class QuantConfig:
     def to_published(self) -> dict[str, Any]:
         """The way back: AutoGPTQ's fields, and of the head and the embedding where they are quantized."""
         assert self.group_size is not None, "fit() the group size to the model first"
+        assert self.head_group_size is not None, "fit() the head's group size to the model first"
         published: dict[str, Any] = {
             "quant_method": "gptq",
             "checkpoint_format": "gptq",
