@@ -1,6 +1,7 @@
 #!/bin/sh
-# Makes DIR for versus_llama.py: llama.cpp built for this machine (from the source inside llama-cpp-python's sdist), a
-# full-size Qwen-1.8B of random weights, and the same weights as GGUF. Needs cmake, a compiler, 11 GB of disk, 20 minutes.
+# Makes DIR for versus_llama.py and versus_batched.py: llama.cpp built for this machine (from the source inside
+# llama-cpp-python's sdist), a full-size Qwen-1.8B of random weights, and the same weights as GGUF. Needs cmake, a
+# compiler, 11 GB of disk, 20 minutes.
 set -eu
 dir=${1:?usage: benchmarks/peer_llama.sh DIR}
 python=${PYTHON:-python}
@@ -8,13 +9,19 @@ here=$(cd "$(dirname "$0")" && pwd)
 mkdir -p "$dir"
 cd "$dir"
 [ -d model ] || "$python" -m qwenlet random model --like qwen-1.8b --seed 0
-if [ ! -x llama-bench ]; then
-  "$python" -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest source llama-cpp-python
-  tar -xzf source/llama_cpp_python-*.tar.gz -C source
+tools="llama-bench llama-batched-bench llama-perplexity llama-quantize"
+missing=
+for tool in $tools; do [ -x "$tool" ] || missing=$tool; done
+if [ -n "$missing" ]; then
+  [ -d source ] || {
+    "$python" -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest source.part llama-cpp-python
+    tar -xzf source.part/llama_cpp_python-*.tar.gz -C source.part
+    mv source.part source
+  }
   cmake -S source/llama_cpp_python-*/vendor/llama.cpp -B build -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON \
     -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TOOLS=ON
-  cmake --build build -j "$(nproc)" --target llama-bench llama-perplexity llama-quantize
-  for tool in llama-bench llama-perplexity llama-quantize; do ln -sf "build/bin/$tool" "$tool"; done
+  cmake --build build -j "$(nproc)" --target $tools
+  for tool in $tools; do ln -sf "build/bin/$tool" "$tool"; done
 fi
 [ -f f16.gguf ] || { "$python" "$here/peer_gguf.py" model f16.part && mv f16.part f16.gguf; }
 [ -f q4_0.gguf ] || { ./llama-quantize f16.gguf q4_0.part Q4_0 && mv q4_0.part q4_0.gguf; }

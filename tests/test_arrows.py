@@ -23,7 +23,7 @@ LADDER: list[list[str]] = [
     ["tokenizer_bytelevel"],
     ["tokenizer"],
     ["chat", "vocabulary", "ops"],
-    ["cache", "linear", "sampling"],
+    ["cache", "grammar", "linear", "sampling"],
     ["model"],
     ["checkpoint", "hub", "program"],
     ["scoring"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from qwenlet.config import (
     EngineConfig,
     GenerationDefaults,
+    GrammarSpec,
     ModelConfig,
     SamplingParams,
     config_from_gguf,
@@ -176,11 +178,35 @@ def test_json_errors_name_the_file(tmp_path: Path, text: str) -> None:
         ("max_new_tokens", 0), ("max_new_tokens", True), ("seed", -1), ("n", 0), ("logprobs", -1), ("stop", ""),
         ("stop", ["a", ""]), ("stop", [1]), ("stop_token_ids", [-1]), ("presence_penalty", math.nan),
         ("stop", 5), ("stop_token_ids", 5), ("ignore_eos", "no"), ("repetition_penalty", 1e-300),
+        ("regex", ""), ("regex", 5), ("regex", "\ud800"), ("json_object", 1), ("json_schema", ""), ("json_schema", "{"),
+        ("json_schema", "[1]"), ("json_schema", "true"), ("json_schema", [1]), ("json_schema", {"const": {1}}),
+        ("json_schema", {"const": math.nan}), ("json_schema", '{"const": NaN}'), ("json_schema", {"const": "\ud800"}),
+        ("json_schema", '{"a":' * 100_000),
     ],
 )  # fmt: skip
 def test_sampling_parameters_are_checked_by_name(field: str, value: Any) -> None:
     with pytest.raises(RequestError, match=field):
         SamplingParams(**{field: value})
+
+
+def test_a_schema_is_kept_as_text_in_its_order() -> None:
+    schema = {"type": "object", "properties": {"乙": {}, "a": {}}}
+    params = SamplingParams(json_schema=schema)
+    schema["properties"] = {}
+    assert params.json_schema == '{"type": "object", "properties": {"乙": {}, "a": {}}}'
+    assert params == SamplingParams(json_schema='{"type":"object", "properties":{"\\u4e59":{}, "a":{}}}')
+    assert hash(replace(params, seed=1).grammar) == hash(params.grammar)
+
+
+def test_a_reply_is_held_to_one_grammar_at_most() -> None:
+    assert SamplingParams().grammar is None
+    assert SamplingParams(regex="a").grammar == GrammarSpec("regex", "a")
+    assert SamplingParams(json_schema={}).grammar == GrammarSpec("json_schema", "{}")
+    assert SamplingParams(json_object=True).grammar == GrammarSpec("json_schema", '{"type": "object"}')
+    with pytest.raises(RequestError, match="json_schema and regex are given"):
+        SamplingParams(json_schema={}, regex="a")
+    with pytest.raises(RequestError, match="json_object and regex are given"):
+        SamplingParams(json_object=True, regex="a")
 
 
 def test_none_means_what_the_checkpoint_says() -> None:

@@ -113,6 +113,12 @@ def test_decoding_gives_the_nfc_of_the_text_back(qwen: Tokenizer, text: str):
     assert qwen.decode(qwen.encode(text, allowed_special=set())) == expected
 
 
+def test_plain_encoding_keeps_every_character(qwen: Tokenizer):
+    text = "e\u0301<|im_end|>"
+    assert qwen.decode(qwen.encode_plain(text)) == text
+    assert not any(map(qwen.is_special, qwen.encode_plain(text)))
+
+
 @given(left=st.text(max_size=30), right=st.text(max_size=30))
 def test_an_allowed_control_token_separates(qwen: Tokenizer, left: str, right: str):
     """So a prompt's ids can be put together part by part."""

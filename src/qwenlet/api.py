@@ -33,8 +33,8 @@ from qwenlet.config import (
     SamplingParams,
 )
 from qwenlet.config.quant import keeps_codes
-from qwenlet.engine import Completion, Engine, Request, Stream
-from qwenlet.errors import ConfigError, ContextLengthError, MissingTokenizerError, RequestError
+from qwenlet.engine import Completion, Engine, Request, Stream, check_prompt
+from qwenlet.errors import ConfigError, MissingTokenizerError, RequestError
 from qwenlet.linear import QuantLinear
 from qwenlet.model import Qwen
 from qwenlet.ops import cpu
@@ -356,29 +356,30 @@ class LLM:
             RequestError: not a list of ids of this vocabulary.
             ContextLengthError: more ids than the model has maths for.
         """
-        tokens = self.engine.check_prompt(self._ids(ids))
-        return self._logits(tokens, self.config.ntk_alpha(len(tokens)))
+        tokens = check_prompt(self._ids(ids), self.config.vocab_size)
+        return self.engine.logits(tokens, self.config.ntk_alpha(len(tokens)))
 
     def score(self, prompt: Prompt, continuation: Prompt) -> Score:
         """How likely the continuation is after the prompt, as generation sees it: the NTK factor is the prompt's.
 
         Text is tokenized in two pieces, prompt and continuation.
         """
-        before = self.engine.check_prompt(self._ids(prompt))
-        after = self.engine.check_prompt(self._ids(continuation))
+        before = check_prompt(self._ids(prompt), self.config.vocab_size)
+        after = check_prompt(self._ids(continuation), self.config.vocab_size)
+        target = torch.tensor(after)
+        first, each, greedy = len(before) - 1, [], []
+
+        def read(position: int, logits: Tensor) -> None:
+            wanted = target[position - first :][: len(logits)].to(logits.device)
+            each.append(logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0].cpu())
+            greedy.append(bool((logits.argmax(-1) == wanted).all()))
+
         # the last token's own logits would predict what comes after the continuation
         tokens = (*before, *after[:-1])
-        logits = self._logits(tokens, self.config.ntk_alpha(len(before)), first=len(before) - 1)
-        target = torch.tensor(after)
-        each = logits.log_softmax(-1).gather(1, target[:, None])[:, 0]
-        return Score(float(each.sum()), bool((logits.argmax(-1) == target).all()), tuple(each.tolist()))
-
-    @torch.inference_mode()
-    def _logits(self, ids: Sequence[int], alpha: float, first: int = 0) -> Tensor:
-        """Logits from position `first` on."""
-        if len(ids) > self.context_length:
-            raise ContextLengthError(len(ids), self.context_length, 0)
-        return self.engine.logits(ids, alpha, first)
+        for _ in self.engine.stream(self.engine.read(tokens, self.config.ntk_alpha(len(before)), first, read)):
+            pass
+        logprobs = torch.cat(each)
+        return Score(float(logprobs.sum()), all(greedy), tuple(logprobs.tolist()))
 
     # ---------------------------------------------------------------------------------------------- life
 
@@ -387,8 +388,7 @@ class LLM:
         if self._closed:
             return
         self._closed = True
-        for request in [*self._engine.scheduler.running, *self._engine.scheduler.waiting]:
-            self._engine.cancel(request)
+        self._engine.close()
         del self._engine, self._model
 
     def __enter__(self) -> LLM:

@@ -80,6 +80,8 @@ class NoPast:
 class PagePool:
     """All pages of all layers, allocated up front (on a CPU the system commits memory only as pages are written).
 
+    How many hold a page is counted once for all layers.
+
     Attributes:
         k, v: per layer [pages, G, 64, D]. Tiled keys lie in the kernels' order within a page (ops/pages.py).
         k_scales, v_scales: per layer [pages, G, 64] float32 for int8 pages, one scale per token and head; else None.
@@ -103,7 +105,9 @@ class PagePool:
             self.v_scales = [torch.empty(shape[:3], device=device) for _ in layers]
         self.dtype, self.tiled = dtype, tiled
         self.pages = pages
-        self._free = list(range(pages - 1, -1, -1))
+        self._free = list(range(pages - 1, -1, -1))  # taken from its end, so that used pages come before untouched ones
+        self._holders = [0] * pages
+        self.touched = 0  # pages that were ever taken, and so stand in memory
 
     def layer(self, index: int) -> CachePages:
         scales = (None, None) if self.k_scales is None else (self.k_scales[index], self.v_scales[index])  # type: ignore[index]
@@ -113,13 +117,42 @@ class PagePool:
     def free_pages(self) -> int:
         return len(self._free)
 
+    @property
+    def free_touched(self) -> int:
+        """Free pages that stand in memory already."""
+        return len(self._free) - (self.pages - self.touched)
+
     def take(self, count: int) -> list[int]:
+        """Pages that nobody holds, now held once."""
         assert count <= len(self._free), f"{count} pages asked for, {len(self._free)} free"
-        return [self._free.pop() for _ in range(count)]
+        pages = [self._free.pop() for _ in range(count)]
+        for page in pages:
+            self._holders[page] = 1
+        self.touched = max(self.touched, max(pages, default=-1) + 1)
+        return pages
+
+    def share(self, pages: Sequence[int]) -> None:
+        """One more holds each of these."""
+        for page in pages:
+            assert self._holders[page], f"page {page} is free"
+            self._holders[page] += 1
+
+    def holders(self, page: int) -> int:
+        return self._holders[page]
 
     def give_back(self, pages: Sequence[int]) -> None:
-        self._free.extend(reversed(pages))
-        assert len(self._free) <= self.pages, f"{len(self._free)} free pages of {self.pages}: one was returned twice"
+        """One fewer holds each of these; the last one frees it."""
+        for page in reversed(pages):
+            assert self._holders[page], f"page {page} was given back twice"
+            self._holders[page] -= 1
+            if not self._holders[page]:
+                self._free.append(page)
+
+    def copy(self, source: int, target: int) -> None:
+        """The content of a page, in all layers."""
+        for tables in (self.k, self.v, self.k_scales or (), self.v_scales or ()):
+            for table in tables:
+                table[target].copy_(table[source])
 
 
 def pages_for(tokens: int) -> int:

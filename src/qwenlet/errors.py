@@ -12,6 +12,7 @@
     │   └── DiskSpaceError                   ... because they would not fit
     ├── RequestError          (ValueError)   a prompt or a sampling parameter that can't be served
     │   └── ContextLengthError               prompt + reply don't fit the context (counts inside)
+    ├── EngineError                          the engine was shut down, or a step or a deadline failed
     └── MissingExtraError     (ImportError)  an optional dependency is not installed
 
 A message says what was seen and what was expected; `hint` says what to do next.
@@ -86,6 +87,10 @@ class ContextLengthError(RequestError):
         self.prompt_tokens = prompt_tokens
         self.context_length = context_length
         self.max_new_tokens = max_new_tokens
+
+
+class EngineError(QwenletError):
+    """The engine was shut down or can't go on, or a request's time was up."""
 
 
 class MissingExtraError(QwenletError, ImportError):

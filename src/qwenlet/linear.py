@@ -108,7 +108,7 @@ class QuantEmbedding(nn.Module):
         let_go: called after some hundred rows, to stop counting the file's pages as ours; None: nothing to let go.
     """
 
-    _ROWS_HELD = 512
+    _ROWS_HELD = 128
 
     def __init__(
         self,

@@ -198,16 +198,17 @@ class Tokenizer:
         self._refuse_disallowed(text, allowed, disallowed_special)
         surfaces = allowed | self._added
         if not surfaces:
-            return self._encode_plain(text)
+            return self.encode_plain(text)
         ids: list[int] = []
         for index, part in enumerate(_any_of(surfaces).split(text)):
             if index % 2:
                 ids.append(self._surfaces[part])
             elif part:
-                ids += self._encode_plain(part)
+                ids += self.encode_plain(part)
         return ids
 
-    def _encode_plain(self, text: str) -> list[int]:
+    def encode_plain(self, text: str) -> list[int]:
+        """Token ids of exactly these characters: no normalisation, and no surface is looked for."""
         ids = [id for chunk in self._pre_tokenizer.chunks(text) for id in self._bpe.encode_ordinary(chunk)]
         return [id for id in ids if id < self.vocab_size] if self._lacks_bytes else ids
 

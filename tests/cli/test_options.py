@@ -46,3 +46,21 @@ def test_only_the_flags_that_were_used_are_passed_on(run, api):
         SamplingParams(),
         SamplingParams(seed=3, stop=("a", "b"), stop_token_ids=(5,), ignore_eos=True),
     ]
+
+
+def test_a_schema_is_a_file_or_the_text_itself(run, api, tmp_path):
+    file, text = tmp_path / "schema.json", '{"type": "object"}'
+    file.write_text(text + "\n")
+    run("chat", "-p", "hi", "--json-schema", str(file))
+    run("chat", "-p", "hi", "--json-schema", f" {text}")
+    assert [params for _, params in api.llm.requests] == [SamplingParams(json_schema=text)] * 2
+    missing = run("generate", "demo", "-p", "hi", "--json-schema", str(tmp_path / "none.json"))
+    assert missing.code == 2
+    assert "--json-schema" in missing.err
+    assert "none.json: No such file" in missing.err
+    both = run("generate", "demo", "-p", "hi", "--json-schema", text, "--regex", "a")
+    assert both.code == 1
+    assert "json_schema and regex are given" in both.err
+    wrong = run("generate", "demo", "-p", "hi", "--json-schema", "[1]")
+    assert wrong.code == 1
+    assert "expected a JSON object" in wrong.err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from qwenlet.cache import PAGE_TOKENS, Rows
 from qwenlet.checkpoint import Checkpoint, load_model
 from qwenlet.config import EngineConfig, GenerationDefaults, SamplingParams
 from qwenlet.engine import Chunk, Completion, Engine
-from qwenlet.errors import ConfigError, ContextLengthError, RequestError
+from qwenlet.errors import ConfigError, ContextLengthError, EngineError, RequestError
 from qwenlet.model import Qwen
 from qwenlet.sampling import choose
 
@@ -72,7 +74,7 @@ def test_the_same_seed_draws_the_same_alone_or_between_others(model: Qwen) -> No
     assert Completion.from_chunks(shared.stream(mine)).token_ids == alone.token_ids
     for other in others:
         assert Completion.from_chunks(shared.stream(other)).completion_tokens == 20
-    assert shared.pool.free_pages == shared.pool.pages
+    assert shared.stats.pages_used == 0
 
 
 def test_choices_differ_and_a_drawn_seed_is_told(model: Qwen) -> None:
@@ -138,16 +140,23 @@ def test_logprobs_are_of_the_chosen_tokens(model: Qwen) -> None:
     assert all(entry.top[0] == (entry.token_id, entry.logprob) for entry in completion.logprobs), "greedy takes the top"
 
 
+def settled(engine: Engine) -> Engine:
+    """Waits for the step that runs, and for what it ends."""
+    assert engine.drain(30)
+    return engine
+
+
 def test_closing_a_stream_cancels_and_frees(model: Qwen) -> None:
-    e = engine(model)
-    (request,) = e.submit([1, 2, 3], SamplingParams(temperature=0, max_new_tokens=100))
+    e = engine(model, prefix_cache=False)
+    (request,) = e.submit([1, 2, 3], SamplingParams(temperature=0, max_new_tokens=250))
     stream = e.stream(request)
     next(stream)
     assert e.pool.free_pages < e.pool.pages
     stream.close()
+    settled(e)
     assert request.finish_reason == "cancelled"
     assert e.pool.free_pages == e.pool.pages
-    assert not e.step()
+    assert e.stats.finished == {"cancelled": 1}
 
 
 def test_a_request_that_waits_for_pages_runs_when_they_are_free(model: Qwen) -> None:
@@ -156,48 +165,189 @@ def test_a_request_that_waits_for_pages_runs_when_they_are_free(model: Qwen) -> 
     (second,) = e.submit([2] * 60, SamplingParams(temperature=0, max_new_tokens=60))
     assert Completion.from_chunks(e.stream(second)).completion_tokens == 60
     assert Completion.from_chunks(e.stream(first)).completion_tokens == 60
-    assert e.pool.free_pages == e.pool.pages
+    assert e.stats.pages_used == 0
 
 
-def test_a_failing_request_fails_alone(model: Qwen, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_that_fails_while_its_token_is_drawn_fails_alone(
+    model: Qwen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import qwenlet.engine.replies as module
+
     e = engine(model)
-    (bad,) = e.submit([13], SamplingParams(temperature=0, max_new_tokens=5))
+    (bad,) = e.submit([13], SamplingParams(temperature=0, max_new_tokens=5, seed=666))
     (good,) = e.submit([1, 2, 3], SamplingParams(temperature=0, max_new_tokens=5))
-    real = e.runner.run
+    real = module.choose
 
-    def faulty(request: object, tokens: object) -> object:
-        if request is bad:
-            raise MemoryError("no room for activations")
-        return real(request, tokens)  # type: ignore[arg-type]
+    def faulty(logits: torch.Tensor, params: SamplingParams, *rest: object) -> int:
+        if params.seed == 666:
+            raise MemoryError("no room for a draw")
+        return real(logits, params, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "choose", faulty)
+    assert Completion.from_chunks(e.stream(good)).completion_tokens == 5
+    chunks = e.stream(bad)
+    last = next(chunks)
+    assert (last.finish_reason, last.error) == ("error", "MemoryError: no room for a draw")
+    with pytest.raises(MemoryError, match="no room"):
+        next(chunks)
+    assert e.stats.pages_used == 0
+    assert e.health.healthy
+
+
+def test_a_failing_step_fails_its_requests_and_the_engine_goes_on(model: Qwen, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = run(engine(model), [4, 5, 6], temperature=0, max_new_tokens=5).token_ids
+    e = engine(model)
+    real, failures = e.runner.run, iter([True] * 3)
+
+    def faulty(work: object) -> object:
+        if next(failures, False):
+            raise RuntimeError("the kernel is out of order")
+        return real(work)  # type: ignore[arg-type]
 
     monkeypatch.setattr(e.runner, "run", faulty)
-    assert Completion.from_chunks(e.stream(good)).completion_tokens == 5
-    with pytest.raises(MemoryError, match="no room"):
-        list(e.stream(bad))
+    for times in (1, 2, 3):
+        requests = [e.submit([4, 5, 6], SamplingParams(temperature=0, max_new_tokens=5))[0] for _ in range(2)]
+        assert e.step()
+        assert [request.finish_reason for request in requests] == ["error", "error"]
+        assert e.health.healthy == (times < 3), "three failures in a row are no accident"
+    assert "out of order" in e.health.reason
+    with pytest.raises(RuntimeError, match="out of order"):
+        list(e.stream(requests[0]))
+    assert run(e, [4, 5, 6], temperature=0, max_new_tokens=5).token_ids == expected
+    assert e.health.healthy
+    assert e.stats.failed_steps == 3
+    assert e.stats.pages_used == 0
+
+
+def test_a_deadline_ends_a_request_that_runs_and_one_that_waits(model: Qwen) -> None:
+    e = engine(model, max_requests=1)
+    (runs,) = e.submit([1, 2], SamplingParams(temperature=0, max_new_tokens=250), timeout=0.05)
+    (waits,) = e.submit([1, 2], SamplingParams(temperature=0, max_new_tokens=2), timeout=1e-9)
+    for request, seconds in ((waits, "1e-09"), (runs, "0.05")):
+        with pytest.raises(EngineError, match=f"within its {seconds} s"):
+            list(e.stream(request))
+    assert e.stats.pages_used == 0
+    with pytest.raises(RequestError, match="timeout is 0"):
+        e.submit([1], SamplingParams(), timeout=0)
+
+
+def test_a_lower_number_goes_first(model: Qwen) -> None:
+    e = engine(model, max_requests=1)
+    submitted = [e.submit([n + 1], SamplingParams(temperature=0, max_new_tokens=2), priority=-n)[0] for n in range(3)]
+    ended: list[int] = []
+    while e.step():
+        ended += [n for n, request in enumerate(submitted) if request.finish_reason and n not in ended]
+    assert ended == [2, 1, 0]
+
+
+def test_a_shut_down_engine_says_so(model: Qwen) -> None:
+    e = engine(model)
+    (request,) = e.submit([1, 2], SamplingParams(temperature=0, max_new_tokens=200))
+    stream = e.stream(request)
+    next(stream)
+    assert e.alive
+    assert e.health.beat_seconds is not None
+    e.close()
+    e.close()
+    assert not e.alive
+    assert [chunk.finish_reason for chunk in stream][-1] == "cancelled"
+    with pytest.raises(EngineError, match="shut down"):
+        e.submit([1], SamplingParams())
+    assert not e.health.healthy
+
+
+def test_draining_finishes_what_came_and_takes_no_more(model: Qwen) -> None:
+    e = engine(model)
+    (request,) = e.submit([1, 2], SamplingParams(temperature=0, max_new_tokens=20))
+    assert e.drain(30)
+    assert request.finish_reason == "length"
+    with pytest.raises(EngineError, match="about to be"):
+        e.submit([1], SamplingParams())
+
+
+def test_an_engine_nobody_holds_ends_its_thread(model: Qwen) -> None:
+    e = engine(model)
+    run(e, [1, 2], temperature=0, max_new_tokens=2)
+    thread = e._driver._thread
+    assert thread is not None
+    del e
+    gc.collect()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_an_event_loop_reads_while_others_run(model: Qwen) -> None:
+    e = engine(model)
+    expected = run(e, [4, 5, 6], temperature=0, max_new_tokens=8)
+
+    async def read(cancel: bool) -> tuple[int, ...]:
+        (request,) = e.submit([4, 5, 6], SamplingParams(temperature=0, max_new_tokens=8))
+        stream = e.astream(request)
+        if cancel:
+            await anext(stream)
+            await stream.aclose()
+            return ()
+        return tuple([token async for chunk in stream for token in chunk.token_ids])
+
+    async def several() -> list[tuple[int, ...]]:
+        return await asyncio.gather(*(read(n == 1) for n in range(4)))
+
+    found = asyncio.run(several())
+    assert [tokens for n, tokens in enumerate(found) if n != 1] == [expected.token_ids] * 3
+    assert settled(e).stats.pages_used == 0
+
+
+def test_a_consumer_that_stops_reading_stops_nobody(model: Qwen) -> None:
+    e = engine(model)
+    (lazy,) = e.submit([1, 2], SamplingParams(temperature=0, max_new_tokens=60))
+    kept = e.stream(lazy)
+    assert run(e, [4, 5, 6], temperature=0, max_new_tokens=30).completion_tokens == 30
+    settled(e)
+    assert len(list(kept)) == 60
+    assert e.stats.pages_used == 0
+
+
+def test_a_shared_beginning_is_found_and_told(model: Qwen) -> None:
+    e = engine(model)
+    prompt = [n % 300 for n in range(150)]
+    first = run(e, prompt, temperature=0, max_new_tokens=4)
+    second = run(e, [*prompt[:140], 1, 2, 3], temperature=0, max_new_tokens=4)
+    again = run(e, prompt, temperature=0, max_new_tokens=4)
+    assert [c.cached_tokens for c in (first, second, again)] == [0, 128, 128]
+    assert again.token_ids == first.token_ids
+    assert (e.stats.cached_tokens, e.stats.prompt_tokens) == (256, 443)
+    # a whole page more: the reply of a chat is the next turn's prompt
+    longer = run(e, [*prompt, *first.token_ids, *range(50)], temperature=0, max_new_tokens=1)
+    assert longer.cached_tokens == 128
+
+
+def test_another_ntk_factor_is_another_prefix(model: Qwen) -> None:
+    e = engine(model, ntk="reserve", max_context=512)
+    prompt = [1] * 66
+    assert run(e, prompt, temperature=0, max_new_tokens=2).cached_tokens == 0
+    assert run(e, prompt, temperature=0, max_new_tokens=150).cached_tokens == 0, "more room, another factor"
+    assert run(e, prompt, temperature=0, max_new_tokens=2).cached_tokens == 64
+
+
+def test_choices_share_the_prompts_pages(model: Qwen) -> None:
+    e = engine(model, prefix_cache=False)
+    requests = e.submit([1] * 100, SamplingParams(temperature=1.0, n=3, max_new_tokens=2, seed=1))
+    assert e.step()
+    held = e.pool.pages - e.pool.free_pages
+    assert held == 2, "one prompt of two pages, three choices"
+    assert e.step()
+    assert [request.finish_reason for request in requests] == ["length"] * 3
     assert e.pool.free_pages == e.pool.pages
 
 
-def test_ctrl_c_between_two_streams_loses_nothing(model: Qwen, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interrupt lands in the neighbour's step, after its keys are stored and before its token is drawn."""
-    import qwenlet.engine.engine as module
-
-    expected = run(engine(model), [4, 5, 6], temperature=0, max_new_tokens=8).token_ids
-    e = engine(model)
-    (mine,) = e.submit([1, 2, 3], SamplingParams(temperature=0, max_new_tokens=8))
-    (neighbour,) = e.submit([4, 5, 6], SamplingParams(temperature=0, max_new_tokens=8))
-    real, struck = module.choose, []
-
-    def interrupted(*args: object) -> int:
-        if len(neighbour.reply) == 3 and not struck and e.scheduler.running[-1] is neighbour:
-            struck.append(True)
-            raise KeyboardInterrupt
-        return real(*args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(module, "choose", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        list(e.stream(mine))
-    assert struck
-    assert Completion.from_chunks(e.stream(neighbour)).token_ids == expected
+def test_logits_and_scores_take_their_turn(model: Qwen) -> None:
+    e = engine(model, prefill_chunk=16)
+    ids = list(range(50))
+    with torch.no_grad():
+        whole = model(torch.tensor(ids), Rows.fresh([50], [1.0]))
+    assert torch.allclose(e.logits(ids, 1.0), whole, atol=1e-4)
+    assert torch.equal(e.logits(ids, 1.0, 48), e.logits(ids, 1.0)[48:])
+    assert e.stats.pages_used == 0
 
 
 def test_a_prompt_longer_than_the_context_says_the_counts(model: Qwen) -> None:
@@ -236,3 +386,23 @@ def test_the_ntk_factor_comes_from_the_whole_prompt_or_from_the_reserve(model: Q
     assert engine(model).submit([1] * 30, params)[0].alpha == 1.0
     assert engine(model, ntk="reserve").submit([1] * 30, params)[0].alpha == 7.0
     assert engine(model, prefill_chunk=8).submit([1] * 70, params)[0].alpha == 7.0
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"cache_tokens": 0}, "cache_tokens"),
+        ({"cache_tokens": 100}, "max_context=256"),
+        ({"max_requests": 0}, "max_requests"),
+        ({"mixed_chunk": -1}, "mixed_chunk"),
+        ({"cache_tokens": 10**12}, r"GB are free\n  hint: cache_tokens=\d+ would fit"),
+    ],
+)
+def test_limits_that_make_no_sense_or_dont_fit(model: Qwen, options: dict[str, int], word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        engine(model, **options)
+
+
+def test_more_choices_than_may_run(model: Qwen) -> None:
+    with pytest.raises(RequestError, match="n is 3, but 2 requests run at once"):
+        engine(model, max_requests=2).submit([1], SamplingParams(n=3))

@@ -19,11 +19,14 @@ import types
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 
+from qwenlet.cli import console
 from qwenlet.config import EngineConfig
+from qwenlet.errors import RequestError
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,10 @@ def _annotation(field: dataclasses.Field[Any], hint: Any, text: str) -> Any:
         text += f" [default: {default}]"
     if kind is bool and field.default is True:
         flag = f"{flag}/--no-{flag[2:]}"
+    if get_origin(kind) is collections.abc.Mapping:
+        text += " Given as a file, or as the text itself."
+        option = typer.Option(flag, help=text, show_default=False, parser=_json_text, metavar="<file or JSON>")
+        return Annotated[str | None, option]
     return Annotated[kind | None, typer.Option(flag, help=text, show_default=False)]
 
 
@@ -131,6 +138,16 @@ def _flag_type(hint: Any) -> tuple[Any, tuple[str, ...]]:
     if get_origin(kind) is Literal:
         return str, get_args(kind)
     return kind, ()
+
+
+def _json_text(value: str) -> str:
+    """JSON as it was typed, or what the file of that name holds; whether it is good, the dataclass says."""
+    if value.lstrip().startswith(("{", "[")):
+        return value
+    try:
+        return console.file_text(Path(value))
+    except RequestError as problem:
+        raise typer.BadParameter(problem.message) from None
 
 
 def attribute_docs(cls: type) -> dict[str, str]:

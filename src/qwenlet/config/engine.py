@@ -23,7 +23,13 @@ class EngineConfig:
         max_context: positions per request; None: as many as the model has published maths for.
         attention: which of torch's scaled-dot-product kernels may run; "auto" lets torch choose.
         ntk: "prompt" sets the NTK factor from the prompt, as published; "reserve" from prompt + max_new_tokens.
-        prefill_chunk: prompt tokens per step, so that progress can be shown and a reply can be stopped early.
+        prefill_chunk: tokens per step, so that progress can be shown and a reply can be stopped early.
+        mixed_chunk: prompt tokens per step while other replies are being written, which wait for them.
+        max_requests: that run at once; more wait.
+        cache_tokens: tokens whose keys and values fit into the cache, of all requests together; None: as many as the
+            longest request needs.
+        prefix_cache: keep what is stored of a prompt for later ones that begin alike.
+        speculate: guess the next tokens of a single reply from what it repeats; the reply is the same, and comes sooner.
         linear: which kernels run bfloat16 linears on a CPU: "tiled" (our own, the whole forward pass in one call),
             "streamed" (our own for a few rows, torch's for many), "prepacked" (oneDNN on a copy of the weights in its
             order), "torch"; "auto" takes the first that runs here.
@@ -37,6 +43,11 @@ class EngineConfig:
     attention: str = field(default="auto", metadata={"choices": ATTENTION_BACKENDS})
     ntk: Literal["prompt", "reserve"] = "prompt"
     prefill_chunk: int = 512
+    mixed_chunk: int = 128
+    max_requests: int = 64
+    cache_tokens: int | None = None
+    prefix_cache: bool = True
+    speculate: bool = True
     linear: str = field(default="auto", metadata={"choices": LINEAR_KINDS})
     kv_cache: str = field(default="auto", metadata={"choices": KV_CACHES})
     tile_cache: bool = True
@@ -44,7 +55,15 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.max_context is not None:
             positive("max_context", self.max_context)
-        positive("prefill_chunk", self.prefill_chunk)
+        if self.cache_tokens is not None:
+            positive("cache_tokens", self.cache_tokens)
+        for name in ("prefill_chunk", "mixed_chunk", "max_requests"):
+            positive(name, getattr(self, name))
+        if self.cache_tokens is not None and self.max_context is not None and self.cache_tokens < self.max_context:
+            raise ConfigError(
+                f"cache_tokens is {self.cache_tokens}, less than one request of max_context={self.max_context} needs",
+                hint="raise cache_tokens, or lower max_context",
+            )
         if self.attention not in ATTENTION_BACKENDS:
             raise ConfigError(f"attention is {self.attention!r}, expected one of {', '.join(ATTENTION_BACKENDS)}")
         if self.linear not in LINEAR_KINDS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import numbers
 from collections.abc import Mapping, Sequence
@@ -73,12 +74,48 @@ def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = 
         raise RequestError(f"{name} is {value!r}, expected {kind} {edge}{top}")
 
 
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise RequestError(f"{name} is {value!r}, expected a text that is not empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"{name} holds half a surrogate pair at character {error.start}, which is no text") from None
+    return value
+
+
+def _schema_text(value: Any) -> str:
+    """A JSON schema, given as a mapping or as JSON text, as JSON text in the order it was given."""
+    try:
+        schema = json.loads(_text("json_schema", value)) if isinstance(value, str) else value
+        if not isinstance(schema, Mapping):
+            raise RequestError(f"json_schema is {value!r:.200}, expected a JSON object")
+        return _text("json_schema", json.dumps(dict(schema), ensure_ascii=False, allow_nan=False))
+    except RequestError:
+        raise
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(f"json_schema is not JSON: {error}") from None
+
+
 def _items(name: str, value: Any) -> tuple[Any, ...]:
     if value is None:
         return ()
     if not isinstance(value, Sequence):
         raise RequestError(f"{name} is {value!r}, expected a list")
     return tuple(value)
+
+
+@dataclass(frozen=True)
+class GrammarSpec:
+    """What a reply is held to; equal specs allow the same texts.
+
+    Attributes:
+        kind: what `source` is.
+        source: a JSON schema as JSON text, or a regular expression.
+    """
+
+    kind: Literal["json_schema", "regex"]
+    source: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +134,11 @@ class SamplingParams:
         stop: texts that end the reply and are not part of it.
         stop_token_ids: ids that end the reply, beside the checkpoint's own.
         ignore_eos: don't stop at the checkpoint's own end tokens.
+        json_schema: the reply is JSON that this JSON schema allows, with properties in the schema's order. The model is
+            held to it, not told of it.
+        json_object: the reply is a JSON object, whatever is in it.
+        regex: the reply as a whole matches this regular expression, in the syntax of Rust's crate regex; there is no
+            look-around, and \\d is any digit of Unicode.
         logprobs: give the log-probability of each token, and of so many most likely alternatives.
         n: so many replies, each with its own randomness.
     """
@@ -113,6 +155,9 @@ class SamplingParams:
     stop: str | Sequence[str] | None = ()
     stop_token_ids: Sequence[int] | None = None
     ignore_eos: bool = False
+    json_schema: Mapping[str, Any] | str | None = None
+    json_object: bool = False
+    regex: str | None = None
     logprobs: int | None = None
     n: int = 1
 
@@ -139,10 +184,27 @@ class SamplingParams:
         ids = None if self.stop_token_ids is None else _items("stop_token_ids", self.stop_token_ids)
         if ids is not None and any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in ids):
             raise RequestError(f"stop_token_ids is {self.stop_token_ids!r}, expected token ids")
-        if not isinstance(self.ignore_eos, bool):
-            raise RequestError(f"ignore_eos is {self.ignore_eos!r}, expected True or False")
+        for name in ("ignore_eos", "json_object"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name} is {getattr(self, name)!r}, expected True or False")
+        if self.regex is not None:
+            _text("regex", self.regex)
+        schema = None if self.json_schema is None else _schema_text(self.json_schema)
+        grammars = {"json_schema": schema, "json_object": self.json_object, "regex": self.regex}
+        if len(given := [name for name, value in grammars.items() if value]) > 1:
+            raise RequestError(f"{' and '.join(given)} are given, and a reply can be held to one of them")
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", ids)
+        object.__setattr__(self, "json_schema", schema)
+
+    @property
+    def grammar(self) -> GrammarSpec | None:
+        """What the reply is held to, or None where it is free."""
+        if self.regex is not None:
+            return GrammarSpec("regex", self.regex)
+        schema = '{"type": "object"}' if self.json_object else self.json_schema
+        assert schema is None or isinstance(schema, str), "a schema is kept as text"
+        return None if schema is None else GrammarSpec("json_schema", schema)
 
     def resolve(self, defaults: GenerationDefaults) -> SamplingParams:
         """The same with every None replaced by what the checkpoint says; max_new_tokens and seed may stay None."""

@@ -1,36 +1,54 @@
-"""The loop: schedule -> run -> sample -> emit. Everything that generates goes through `step()`."""
+"""The loop: schedule -> run -> sample -> emit. Everything that generates goes through `step()`.
+
+`step` may be called by hand; a stream starts the engine's own thread, which then calls it (`driver`). Submitting and
+cancelling are quick from any thread: the lock is not held while the model runs.
+"""
 
 from __future__ import annotations
 
-import operator
+import copy
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from qwenlet.cache import PagePool, pages_for
-from qwenlet.config import DEFAULT_NEW_TOKENS, EngineConfig, GenerationDefaults, ModelConfig, SamplingParams
-from qwenlet.engine.records import Chunk, FinishReason
-from qwenlet.engine.request import Request
+from qwenlet.config import DEFAULT_NEW_TOKENS, EngineConfig, GenerationDefaults, SamplingParams
+from qwenlet.engine.driver import Driver, Health
+from qwenlet.engine.intake import check_prompt
+from qwenlet.engine.prefix import PrefixCache
+from qwenlet.engine.records import FinishReason
+from qwenlet.engine.replies import Replies, line
+from qwenlet.engine.request import Reader, Request
 from qwenlet.engine.runner import Runner
-from qwenlet.engine.scheduler import Scheduler
+from qwenlet.engine.scheduler import Limits, Scheduler, Work
+from qwenlet.engine.sizing import cache_dtype, context_and_pages
+from qwenlet.engine.speculation import GUESSES, Lookup, Speculation
+from qwenlet.engine.stats import Stats
 from qwenlet.engine.stop import StopTexts, StopTokens
-from qwenlet.errors import ConfigError, ContextLengthError, RequestError
-from qwenlet.linear import QuantLinear
+from qwenlet.engine.streams import AsyncStream, Stream
+from qwenlet.errors import ContextLengthError, EngineError, RequestError
+from qwenlet.grammar import Grammars
 from qwenlet.model import Qwen
 from qwenlet.program import obstacle
-from qwenlet.sampling import TokenCounts, TokenLogprob, choose, needs_counts, token_logprob
+from qwenlet.sampling import TokenCounts, needs_counts
 from qwenlet.tokenizer import StreamDecoder, Tokenizer
+
+# From here on pages of old prefixes are used again before more of the cache comes into memory.
+_SOFT_TOKENS = 8192
+_FAILURES_IN_A_ROW = 3  # of steps, until the engine calls itself unhealthy
 
 
 class Engine:
-    """Serves requests one row a step.
+    """Serves requests together.
 
     Attributes:
         obstacle: why the forward pass is not the native program's; None where it is.
+        context_length: most tokens of one request.
 
     Args:
         tokenizer: None for a checkpoint without one: ids in, ids out, no text.
@@ -46,70 +64,82 @@ class Engine:
         device: torch.device,
         stop_ids: Sequence[int] = (),
     ) -> None:
-        limit = model.config.context_length
-        cache_dtype = _cache_dtype(model, options.kv_cache)
-        if options.max_context is not None and options.max_context > limit:
-            raise ConfigError(
-                f"max_context is {options.max_context}, but this model has published maths for {limit} positions",
-                hint=f"use max_context={limit} or less",
-            )
+        dtype = cache_dtype(model, options.kv_cache)
         self.model, self.tokenizer, self.options, self.defaults = model, tokenizer, options, defaults
         self.device = device
-        self.context_length = options.max_context or _affordable(model.config, cache_dtype, device)
+        self.context_length, pages = context_and_pages(model.config, options, dtype, device)
         self.stop_ids = frozenset([*defaults.eos_token_ids, *stop_ids])
-        self.obstacle = obstacle(model, cache_dtype) if device.type == "cpu" else "the native program is for a CPU"
-        native = self.obstacle is None
-        self.pool = PagePool(model.config, pages_for(self.context_length), cache_dtype, device, tiled=native)
-        self.scheduler = Scheduler(self.pool)
-        self.runner = Runner(model, self.pool, device, options.attention, options.prefill_chunk)
+        self.obstacle = obstacle(model, dtype) if device.type == "cpu" else "the native program is for a CPU"
+        self.pool = PagePool(model.config, pages, dtype, device, tiled=self.obstacle is None)
+        self.prefix = PrefixCache(self.pool) if options.prefix_cache else None
+        replies = options.max_requests + GUESSES
+        self.runner = Runner(model, self.pool, device, options.attention, options.prefill_chunk + replies)
+        prompt = self.runner.step - replies
+        limits = Limits(options.max_requests, prompt, min(options.mixed_chunk, prompt))
+        self.scheduler = Scheduler(self.pool, self.prefix, limits, pages_for(_SOFT_TOKENS))
+        self.speculation = Speculation() if options.speculate else None
+        self._stats = Stats(pages=pages)
+        self._replies = Replies(self.scheduler, self.prefix, self.speculation, self._stats)
+        self._grammars = None if tokenizer is None else Grammars(tokenizer, model.config.vocab_size, self.stop_ids)
         self._lock = threading.RLock()
+        self._in_flight: frozenset[Request] = frozenset()
+        self._failures, self._reason = 0, ""
+        self._driver = Driver(self)
 
     # ---------------------------------------------------------------------------------------------- requests
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams, *, dropped_turns: int = 0) -> list[Request]:
+    def submit(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        dropped_turns: int = 0,
+        priority: int = 0,
+        timeout: float | None = None,
+    ) -> list[Request]:
         """Queues a prompt and returns its `params.n` requests.
 
+        Args:
+            priority: lower goes first.
+            timeout: seconds after which what has not ended fails.
         Raises:
-            RequestError: an empty prompt, an id outside the vocabulary, a stop text without a tokenizer.
+            RequestError: an empty prompt, an id outside the vocabulary, a stop text or a grammar without a tokenizer, a
+                grammar that doesn't compile.
             ContextLengthError: prompt and reply don't fit.
+            EngineError: the engine was shut down.
         """
-        prompt = self.check_prompt(prompt)
+        ids = check_prompt(prompt, self.model.config.vocab_size)
+        if params.n > self.options.max_requests:
+            raise RequestError(f"n is {params.n}, but {self.options.max_requests} requests run at once (max_requests)")
+        if timeout is not None and not timeout > 0.0:
+            raise RequestError(f"timeout is {timeout!r}, expected seconds above 0")
         reserved = params.max_new_tokens
         resolved = params.resolve(self.defaults)
-        room = self.context_length - len(prompt)
+        room = self.context_length - len(ids)
         if room < (reserved or 1):
-            raise ContextLengthError(len(prompt), self.context_length, reserved or 1)
+            raise ContextLengthError(len(ids), self.context_length, reserved or 1)
         if resolved.stop and self.tokenizer is None:
             raise RequestError("stop texts need a tokenizer, and this model has none", hint="use stop_token_ids")
+        if resolved.grammar is not None and self._grammars is None:
+            raise RequestError("a grammar needs a tokenizer, and this model has none")
         limit = reserved or min(room, resolved.max_new_tokens or DEFAULT_NEW_TOKENS)
         seed = secrets.randbits(32) if resolved.seed is None else resolved.seed
         resolved = replace(resolved, max_new_tokens=limit, seed=seed)
-        alpha = self.model.config.ntk_alpha(len(prompt) + (limit if self.options.ntk == "reserve" else 0))
-        requests = [self._request(prompt, resolved, alpha, choice, dropped_turns) for choice in range(params.n)]
-        with self._lock:
-            for request in requests:
-                self.scheduler.add(request)
+        alpha = self.model.config.ntk_alpha(len(ids) + (limit if self.options.ntk == "reserve" else 0))
+        requests = [self._request(ids, resolved, alpha, choice) for choice in range(params.n)]
+        for request in requests:
+            request.dropped_turns, request.priority, request.timeout = dropped_turns, priority, timeout
+        leader, *leader.followers = requests
+        self._enter(leader)
         return requests
 
-    def check_prompt(self, prompt: Sequence[int]) -> tuple[int, ...]:
-        """The ids as plain numbers. Raises RequestError if there are none, or one is not of this vocabulary."""
-        try:
-            ids = tuple(operator.index(token) for token in prompt)
-        except TypeError:
-            raise RequestError(f"a prompt is text or a list of token ids, not {prompt!r:.80}") from None
-        if not ids:
-            raise RequestError("the prompt is empty", hint="give at least one token")
-        size = self.model.config.vocab_size
-        wrong = next((token for token in ids if not 0 <= token < size), None)
-        if wrong is not None:
-            raise RequestError(f"the prompt has token id {wrong}, but this model knows 0 to {size - 1}")
-        return ids
-
-    def _request(
-        self, prompt: tuple[int, ...], params: SamplingParams, alpha: float, choice: int, dropped_turns: int
-    ) -> Request:
+    def _request(self, prompt: tuple[int, ...], params: SamplingParams, alpha: float, choice: int) -> Request:
         own = () if params.ignore_eos else self.stop_ids
         sequences = () if params.ignore_eos else self.defaults.stop_words_ids
+        grammar = None
+        if params.grammar is not None:
+            assert self._grammars is not None, "a grammar was refused without a tokenizer"
+            grammar = self._grammars.compile(params.grammar)
         return Request(
             prompt=prompt,
             params=params,
@@ -118,193 +148,176 @@ class Engine:
             stop_texts=StopTexts(tuple(params.stop or ())),
             decoder=None if self.tokenizer is None else StreamDecoder(self.tokenizer, skip_special_tokens=True),
             choice=choice,
-            dropped_turns=dropped_turns,
             counts=TokenCounts(prompt, self.model.config.vocab_size, self.device) if needs_counts(params) else None,
+            matcher=None if grammar is None else grammar.matcher(),
         )
 
-    def logits(self, ids: Sequence[int], alpha: float, first: int = 0) -> torch.Tensor:
-        """Float32 logits [len(ids) - first, V] on the CPU from position `first` on, by the kernels that generate.
+    def read(self, ids: Sequence[int], alpha: float, first: int, reader: Reader) -> Request:
+        """Queues ids whose logits from position `first` on `reader` gets, piece by piece, on the model's device."""
+        if len(ids) > self.context_length:
+            raise ContextLengthError(len(ids), self.context_length, 0)
+        request = Request(
+            prompt=tuple(ids),
+            params=SamplingParams(max_new_tokens=1, seed=0),
+            alpha=alpha,
+            stop_tokens=StopTokens(()),
+            stop_texts=StopTexts(()),
+            reader=reader,
+            read_from=first,
+        )
+        self._enter(request)
+        return request
 
-        Raises:
-            RequestError: running requests hold the pages that this needs.
-        """
+    def logits(self, ids: Sequence[int], alpha: float, first: int = 0) -> Tensor:
+        """Float32 logits [len(ids) - first, V] on the CPU from position `first` on, by the kernels that generate."""
+        parts: list[Tensor] = []
+        request = self.read(ids, alpha, first, lambda _, logits: parts.append(logits.cpu()))
+        for _ in self.stream(request):
+            pass
+        return torch.cat(parts)
+
+    def _enter(self, request: Request) -> None:
         with self._lock:
-            if self.pool.free_pages < pages_for(len(ids)):
-                raise RequestError(
-                    f"{len(ids)} tokens need {pages_for(len(ids))} pages of the cache, {self.pool.free_pages} are free",
-                    hint="let the running requests end first",
-                )
-            return self.runner.logits(ids, alpha, first)
+            if self._driver.closed or self._driver.draining:
+                raise EngineError("the engine is shut down, or about to be", hint="load the model again")
+            self.scheduler.add(request)
+        self._driver.wake()
 
     def cancel(self, request: Request) -> None:
-        """Ends a request at once and frees its pages. Harmless if it has ended already."""
+        """Ends a request and frees its pages, at the latest when the step that runs ends. Harmless if it has ended."""
         with self._lock:
-            if request.finish_reason is None:
-                self._finish(request, "cancelled", [], None)
+            if request.finish_reason is not None:
+                return
+            if request in self._in_flight:
+                request.cancelled = True
+            else:
+                self._replies.finish(request, "cancelled")
 
     def stream(self, request: Request) -> Stream:
-        """The request's chunks, stepping the engine while none is ready."""
+        """The request's chunks; the engine's thread runs from now on."""
+        self.start()
         return Stream(self, request)
+
+    def astream(self, request: Request) -> AsyncStream:
+        """The same for the event loop that runs here."""
+        self.start()
+        return AsyncStream(self, request)
+
+    # ---------------------------------------------------------------------------------------------- life
+
+    def start(self) -> None:
+        """Starts the thread that steps. Harmless the second time."""
+        self._driver.start()
+
+    @property
+    def alive(self) -> bool:
+        return self._driver.alive
+
+    @property
+    def health(self) -> Health:
+        healthy = self._failures < _FAILURES_IN_A_ROW and not self._driver.closed
+        return Health(healthy, self._reason, self._driver.beat_seconds)
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Takes no more requests and waits for those that came; False if they took longer than `timeout` seconds."""
+        return self._driver.drain(timeout)
+
+    def close(self) -> None:
+        """Cancels what has not ended and ends the thread. Harmless the second time."""
+        self._driver.close()
+        self._end_all("cancelled", None)
+
+    def _end_all(self, reason: FinishReason, error: Exception | None) -> None:
+        with self._lock:
+            while requests := [*self.scheduler.running, *self.scheduler.waiting]:
+                for request in requests:
+                    request.failure = request.failure or error
+                    self._replies.finish(request, reason, error=None if error is None else line(error))
 
     # ---------------------------------------------------------------------------------------------- the step
 
+    def died(self, error: BaseException) -> None:
+        """The thread ends by an error that is nobody's: nobody is left waiting for an answer that can't come."""
+        self._reason = f"{type(error).__name__}: {error}"
+        self._end_all("error", EngineError(f"the engine stopped: {self._reason}", hint="load the model again"))
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.scheduler.running or self.scheduler.waiting)
+
     def step(self) -> bool:
-        """Runs one request for one step; False if there was nothing to run."""
+        """Runs the model once; False if there was nothing to run."""
+        began = time.perf_counter()
         with self._lock:
-            request = self.scheduler.schedule()
-            if request is None:
-                return False
-            try:
-                self._advance(request)
-            except Exception as error:
-                # the failing request fails alone: its own stream raises, the others go on
-                request.failure = error
-                self._finish(request, "error", [], None, f"{type(error).__name__}: {error}")
+            self._expire(began)
+            guess = self._guess if self.speculation is not None and self.speculation.wanted() else None
+            work = self.scheduler.schedule(guess)
+            for one in work:
+                one.request.started_at = one.request.started_at or began
+            self._in_flight = frozenset(one.request for one in work)
+        if not work:
+            return False
+        scheduled = time.perf_counter()
+        try:
+            logits = self.runner.run(work)
+        except Exception as error:
+            self._fail(work, error)
             return True
-
-    def _advance(self, request: Request) -> None:
-        if request.started_at is None:
-            request.started_at = time.perf_counter()
-        tokens = request.next_tokens(self.runner.chunk)
-        logits = self.runner.run(request, tokens)
-        if logits is None:
-            request.stored += len(tokens)
-            self._emit(request, "", [], None)
-            return
-
-        position = len(request.prompt) + len(request.reply)
-        token = choose(logits, request.params, request.counts, request.choice, position)
-        request.latest_token_at = time.perf_counter()
-        if request.first_token_at is None:
-            request.first_token_at = request.latest_token_at
-        logprobs = None
-        if request.params.logprobs is not None:
-            logprobs = [token_logprob(logits, token, request.params.logprobs)]
-        # only now, together with its token: a Ctrl-C before this line lets the next step do the same work again
-        request.stored += len(tokens)
-        try:
-            self._accept(request, token, logprobs)
         except BaseException:
-            # half taken in: going on could lose a token, so the request ends and says why
-            if request.finish_reason is None:
-                self._finish(request, "error", [], None, "interrupted while a token was taken in")
+            with self._lock:
+                self._in_flight = frozenset()  # the same work may be done again
             raise
+        ran = time.perf_counter()
+        with self._lock:
+            self._in_flight = frozenset()
+            self._failures, self._reason = 0, ""
+            for one, rows in zip(work, logits, strict=True):
+                self._replies.take(one, rows, ran - scheduled)
+            self._stats.steps += 1
+            self._stats.seconds["schedule"] += scheduled - began
+            self._stats.seconds["run"] += ran - scheduled
+            self._stats.seconds["sample"] += time.perf_counter() - ran
+        return True
 
-    def _accept(self, request: Request, token: int, logprobs: list[TokenLogprob] | None) -> None:
-        """Takes a sampled token into the reply, and ends the reply if it is the last."""
-        request.reply.append(token)
-        if request.counts is not None:
-            request.counts.add(token)
-        if request.stop_tokens.hit(request.reply):
-            self._finish(request, "stop", [token], logprobs)
-            return
-        piece = "" if request.decoder is None else request.decoder.push(token)
-        text, stopped = request.stop_texts.push(piece)
-        if stopped:
-            self._finish(request, "stop", [token], logprobs, text=text, flush=False)
-        elif len(request.reply) >= request.max_new_tokens:
-            self._finish(request, "length", [token], logprobs, text=text)
-        else:
-            self._emit(request, text, [token], logprobs)
+    def _guess(self, request: Request) -> Sequence[int]:
+        if request.matcher is not None:
+            return ()
+        if request.lookup is None:
+            request.lookup = Lookup(request.known)
+        return request.lookup.guess(min(GUESSES, request.max_new_tokens - request.reply_length - 1))
 
-    def _finish(
-        self,
-        request: Request,
-        reason: FinishReason,
-        tokens: Sequence[int],
-        logprobs: list[TokenLogprob] | None,
-        error: str | None = None,
-        *,
-        text: str = "",
-        flush: bool = True,
-    ) -> None:
-        if flush:
-            tail = "" if request.decoder is None else request.decoder.flush()
-            more, stopped = request.stop_texts.push(tail)
-            text += more if stopped else more + request.stop_texts.flush()
-        request.finish_reason = reason
-        self.scheduler.remove(request)
-        self._emit(request, text, tokens, logprobs, error)
+    def _expire(self, now: float) -> None:
+        for request in [*self.scheduler.running, *self.scheduler.waiting]:
+            for one in (request, *request.followers):
+                if one.timeout is not None and now - one.submitted_at > one.timeout:
+                    self._replies.give_up(one, EngineError(f"the request did not end within its {one.timeout:.3g} s"))
 
-    def _emit(
-        self,
-        request: Request,
-        text: str,
-        tokens: Sequence[int],
-        logprobs: list[TokenLogprob] | None,
-        error: str | None = None,
-    ) -> None:
-        wanted = request.params.logprobs is not None
-        request.outbox.append(
-            Chunk(
-                text=text,
-                token_ids=tuple(tokens),
-                finish_reason=request.finish_reason,
-                prompt_tokens=len(request.prompt),
-                prompt_done=min(request.stored, len(request.prompt)),
-                completion_tokens=len(request.reply),
-                seed=request.seed,
-                timings=request.timings,
-                logprobs=tuple(logprobs or ()) if wanted else None,
-                choice=request.choice,
-                dropped_turns=request.dropped_turns,
-                error=error,
+    def _fail(self, work: Sequence[Work], error: Exception) -> None:
+        """A step that raised ends its requests, each with the reason; the others go on."""
+        with self._lock:
+            self._in_flight = frozenset()
+            self._failures += 1
+            self._reason = line(error)
+            self._stats.failed_steps += 1
+            for one in work:
+                for request in (one.request, *one.request.followers):
+                    self._replies.give_up(request, error)
+
+    @property
+    def stats(self) -> Stats:
+        """Counters, as they are now."""
+        with self._lock:
+            used = self.pool.pages - self.pool.free_pages
+            cached = 0 if self.prefix is None else self.prefix.idle
+            speculation = self.speculation or Speculation()
+            return replace(
+                copy.deepcopy(self._stats),
+                running=len(self.scheduler.running),
+                waiting=sum(1 + len(request.followers) for request in self.scheduler.waiting),
+                pages_used=used - cached,
+                pages_cached=cached,
+                cached_tokens=0 if self.prefix is None else self.prefix.found,
+                preemptions=self.scheduler.preemptions,
+                guessed=speculation.drafted,
+                accepted=speculation.accepted,
             )
-        )
-
-
-_CACHE_DTYPES = {"int8": torch.int8, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-def _cache_dtype(model: Qwen, asked: str) -> torch.dtype:
-    """ "auto" is int8 where weights are quantized, else their precision."""
-    if asked != "auto":
-        return _CACHE_DTYPES[asked]
-    quantized = any(isinstance(module, QuantLinear) for module in model.modules())
-    return torch.int8 if quantized else next(iter(model.transformer.ln_f.parameters())).dtype
-
-
-def _affordable(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
-    """The longest context with published maths; on a GPU, where pages take their memory at once, as much of it as half
-    of the free memory holds."""
-    if device.type != "cuda":
-        return config.context_length
-    free, _ = torch.cuda.mem_get_info(device)
-    return max(min(config.context_length, free // 2 // config.cache_bytes(dtype.itemsize)), 1)
-
-
-class Stream(Iterator[Chunk]):
-    """Chunks of one request. Closing the stream, or dropping it half-read, cancels the request.
-
-    A request that failed raises what made it fail after its last chunk.
-    """
-
-    def __init__(self, engine: Engine, request: Request) -> None:
-        self._engine, self._request = engine, request
-        self._ended = False
-
-    def __next__(self) -> Chunk:
-        request = self._request
-        if self._ended:
-            failure, request.failure = request.failure, None
-            if failure is not None:
-                raise failure
-            raise StopIteration
-        try:
-            while not request.outbox:
-                ran = self._engine.step()
-                assert ran or request.outbox, "a request that has not ended was neither waiting nor running"
-        except BaseException:  # Ctrl-C in the middle of a step
-            self.close()
-            raise
-        chunk = request.outbox.popleft()
-        self._ended = chunk.finish_reason is not None
-        return chunk
-
-    def close(self) -> None:
-        """Ends the request if it hasn't ended, and frees its pages."""
-        self._ended = True
-        self._engine.cancel(self._request)
-
-    def __del__(self) -> None:
-        self.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from qwenlet.sampling import TokenLogprob
@@ -52,6 +52,7 @@ class Chunk:
         completion_tokens: ids of the reply so far.
         seed: the seed in force, so that a reply can be drawn again.
         dropped_turns: old turns left out to fit the context (chat only).
+        cached_tokens: of the prompt, whose keys and values an earlier request had stored.
     """
 
     text: str
@@ -65,6 +66,7 @@ class Chunk:
     logprobs: tuple[TokenLogprob, ...] | None = None
     choice: int = 0
     dropped_turns: int = 0
+    cached_tokens: int = 0
     error: str | None = None
 
 
@@ -81,7 +83,8 @@ class Completion:
     logprobs: tuple[TokenLogprob, ...] | None = None
     choice: int = 0
     dropped_turns: int = 0
-    error: str | None = field(default=None)
+    cached_tokens: int = 0
+    error: str | None = None
 
     @property
     def completion_tokens(self) -> int:
@@ -106,5 +109,6 @@ class Completion:
             logprobs=logprobs,
             choice=last.choice,
             dropped_turns=last.dropped_turns,
+            cached_tokens=last.cached_tokens,
             error=last.error,
         )

@@ -2,26 +2,48 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from qwenlet.config import SamplingParams
 from qwenlet.engine.records import Chunk, FinishReason, Timings
+from qwenlet.engine.speculation import Lookup
 from qwenlet.engine.stop import StopTexts, StopTokens
 from qwenlet.sampling import TokenCounts
 from qwenlet.tokenizer import StreamDecoder
 
+if TYPE_CHECKING:
+    from qwenlet.grammar import Matcher
+
+# takes float32 logits [n, V] of the positions from the first number on
+Reader = Callable[[int, Tensor], None]
+
+_arrivals = itertools.count()
+
 
 @dataclass(eq=False)
 class Request:
-    """State is a handful of counters: `stored` tokens of `prompt + reply` have their keys and values in pages.
+    """State is a handful of counters: `stored` of the tokens `known` have their keys and values in `pages`.
 
     Attributes:
+        known: the prompt, and behind it the reply so far.
         params: resolved, with max_new_tokens and seed set.
         alpha: dynamic NTK factor, fixed when the request is made.
         decoder: None where the model has no tokenizer; the reply's text is then empty.
+        priority: lower goes first; equal ones in the order they came.
+        timeout: seconds from submission within which the request has to end; None: any time.
+        followers: other choices of the same prompt, which take over its pages when it is stored.
+        reader, read_from: gets the logits of positions from `read_from` on; such a request has no reply.
+        cached: tokens of the prompt whose keys and values were found.
+        indexed: full pages that the prefix cache knows.
+        drafted: guesses among the tokens of the step that runs.
+        on_chunk: told when a chunk was put into the outbox.
     """
 
     prompt: tuple[int, ...]
@@ -29,22 +51,57 @@ class Request:
     alpha: float
     stop_tokens: StopTokens
     stop_texts: StopTexts
-    decoder: StreamDecoder | None
+    decoder: StreamDecoder | None = None
     choice: int = 0
     dropped_turns: int = 0
+    priority: int = 0
+    timeout: float | None = None
+    reader: Reader | None = None
+    read_from: int = 0
+    counts: TokenCounts | None = None
+    matcher: Matcher | None = None
+    lookup: Lookup | None = None
 
-    reply: list[int] = field(default_factory=list)
+    known: list[int] = field(default_factory=list)
     stored: int = 0
     pages: list[int] = field(default_factory=list)
-    counts: TokenCounts | None = None
+    cached: int = 0
+    indexed: int = 0
+    followers: list[Request] = field(default_factory=list)
+    preemptions: int = 0
+    admitted: bool = False
+    cancelled: bool = False
     finish_reason: FinishReason | None = None
     failure: Exception | None = None
-    outbox: deque[Chunk] = field(default_factory=deque)
+    outbox: SimpleQueue[Chunk] = field(default_factory=SimpleQueue)
+    on_chunk: Callable[[], None] | None = None
 
+    arrival: int = field(default_factory=lambda: next(_arrivals))
     submitted_at: float = field(default_factory=time.perf_counter)
     started_at: float | None = None
     first_token_at: float | None = None
     latest_token_at: float | None = None
+
+    def __post_init__(self) -> None:
+        self.known = list(self.prompt)
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Smaller goes first."""
+        return self.priority, self.arrival
+
+    @property
+    def root(self) -> Hashable:
+        """What keys and values depend on beside the tokens."""
+        return ("root", self.alpha)
+
+    @property
+    def reply(self) -> Sequence[int]:
+        return self.known[len(self.prompt) :]
+
+    @property
+    def reply_length(self) -> int:
+        return len(self.known) - len(self.prompt)
 
     @property
     def max_new_tokens(self) -> int:
@@ -59,17 +116,12 @@ class Request:
     @property
     def total_tokens(self) -> int:
         """Most tokens the request can ever store."""
-        return len(self.prompt) + self.max_new_tokens
+        return len(self.prompt) + (self.max_new_tokens if self.reader is None else 0)
 
     @property
-    def in_prefill(self) -> bool:
-        return not self.reply
-
-    def next_tokens(self, limit: int) -> Sequence[int]:
-        """Tokens the next step runs: a piece of the prompt, or the newest token of the reply."""
-        if self.in_prefill:
-            return self.prompt[self.stored : self.stored + limit]
-        return self.reply[-1:]
+    def writes(self) -> bool:
+        """Whether all but the newest token is stored: each step then adds to the reply."""
+        return self.reader is None and self.stored == len(self.known) - 1 and self.reply_length > 0
 
     @property
     def timings(self) -> Timings:
@@ -81,6 +133,6 @@ class Request:
             time_to_first_token=None if first is None else first - self.submitted_at,
             prefill_seconds=None if first is None else first - self.started_at,
             decode_seconds=None if first is None or latest is None else latest - first,
-            prefill_tokens=len(self.prompt),
-            decode_tokens=max(len(self.reply) - 1, 0),
+            prefill_tokens=len(self.prompt) - self.cached,
+            decode_tokens=max(self.reply_length - 1, 0),
         )

@@ -1,0 +1,183 @@
+"""From logits to a reply: what a step did for each request, token by token, and the chunks that leave."""
+
+from __future__ import annotations
+
+import time
+
+from torch import Tensor
+
+from qwenlet.cache import PAGE_TOKENS
+from qwenlet.engine.prefix import PrefixCache
+from qwenlet.engine.records import Chunk, FinishReason
+from qwenlet.engine.request import Request
+from qwenlet.engine.scheduler import Scheduler, Work
+from qwenlet.engine.speculation import Speculation
+from qwenlet.engine.stats import Stats
+from qwenlet.sampling import TokenLogprob, choose, token_logprob
+
+
+class Replies:
+    """Draws tokens, ends replies, writes chunks. To be called with the engine's lock held."""
+
+    def __init__(
+        self, scheduler: Scheduler, prefix: PrefixCache | None, speculation: Speculation | None, stats: Stats
+    ) -> None:
+        self.scheduler, self.prefix, self.speculation, self.stats = scheduler, prefix, speculation, stats
+
+    def give_up(self, request: Request, error: Exception) -> None:
+        request.failure = error
+        self.finish(request, "error", error=line(error))
+
+    def take(self, work: Work, logits: Tensor, seconds: float) -> None:
+        """What a step did for one request; whatever goes wrong here is this request's alone."""
+        request = work.request
+        if request.cancelled:
+            self.finish(request, "cancelled")
+            return
+        try:
+            if request.reader is not None:
+                self._read(request, work, logits)
+            else:
+                self._draw(request, work, logits, seconds)
+        except Exception as error:
+            if request.finish_reason is None:
+                self.give_up(request, error)
+        except BaseException:
+            if request.finish_reason is None:  # half taken in: going on could lose a token
+                self.finish(request, "error", error="interrupted while a token was taken in")
+            raise
+
+    def _read(self, request: Request, work: Work, logits: Tensor) -> None:
+        assert request.reader is not None, "only readers come here"
+        if work.wanted:
+            request.reader(request.stored + len(work.tokens) - work.wanted, logits)
+        self._stored(request, len(work.tokens))
+        if request.stored == len(request.known):
+            self.finish(request, "length")
+        else:
+            self.emit(request)
+
+    def _draw(self, request: Request, work: Work, logits: Tensor, seconds: float) -> None:
+        if not work.wanted:
+            self._stored(request, len(work.tokens))
+            self.emit(request)
+            return
+        self._stored(request, len(work.tokens) - work.guesses)
+        guesses = work.tokens[len(work.tokens) - work.guesses :]
+        for right, row in enumerate(logits):
+            token = self._choose(request, row)
+            if request.finish_reason is not None or right == work.guesses or token != guesses[right]:
+                break
+            self._stored(request, 1)  # the guess was right, and its keys and values are there
+        if self.speculation is not None and len(self.scheduler.running) == 1:
+            if work.guesses:
+                self.speculation.observe(work.guesses, right, seconds)
+            elif len(work.tokens) == 1:
+                self.speculation.observe_plain(seconds)
+
+    def _stored(self, request: Request, count: int) -> None:
+        request.stored += count
+        full = request.stored // PAGE_TOKENS
+        if self.prefix is not None and full > request.indexed:
+            self.prefix.keep(request.root, request.known[: full * PAGE_TOKENS], request.pages[:full])
+            request.indexed = full
+
+    def _choose(self, request: Request, logits: Tensor) -> int:
+        """Draws the next token and takes it in; the prompt's last logits serve its other choices, too."""
+        if request.followers:
+            for follower in self.scheduler.start_followers(request):
+                try:
+                    self._choose(follower, logits)
+                except Exception as error:
+                    self.give_up(follower, error)
+        allowed = logits if request.matcher is None else request.matcher.mask(logits)
+        token = choose(allowed, request.params, request.counts, request.choice, len(request.known))
+        now = time.perf_counter()
+        if request.first_token_at is None:
+            request.first_token_at = now
+            self.stats.prompt_tokens += len(request.prompt)
+            self.stats.first_token.observe(now - request.submitted_at)
+        elif request.latest_token_at is not None:
+            self.stats.between_tokens.observe(now - request.latest_token_at)
+        request.latest_token_at = now
+        self.stats.generated_tokens += 1
+        wanted = request.params.logprobs
+        self._accept(request, token, None if wanted is None else token_logprob(logits, token, wanted))
+        return token
+
+    def _accept(self, request: Request, token: int, logprob: TokenLogprob | None) -> None:
+        """Takes a token into the reply, and ends the reply if it is the last."""
+        request.known.append(token)
+        if request.counts is not None:
+            request.counts.add(token)
+        if request.lookup is not None:
+            request.lookup.add(token)
+        if request.stop_tokens.hit(request.reply):
+            self.finish(request, "stop", token, logprob)
+            return
+        if request.matcher is not None:
+            request.matcher.accept(token)
+        piece = "" if request.decoder is None else request.decoder.push(token)
+        text, stopped = request.stop_texts.push(piece)
+        if stopped:
+            self.finish(request, "stop", token, logprob, text=text, flush=False)
+        elif request.matcher is not None and request.matcher.finished:
+            self.finish(request, "stop", token, logprob, text=text)
+        elif request.reply_length >= request.max_new_tokens:
+            self.finish(request, "length", token, logprob, text=text)
+        else:
+            self.emit(request, text, token, logprob)
+
+    def finish(
+        self,
+        request: Request,
+        reason: FinishReason,
+        token: int | None = None,
+        logprob: TokenLogprob | None = None,
+        *,
+        error: str | None = None,
+        text: str = "",
+        flush: bool = True,
+    ) -> None:
+        if flush:
+            tail = "" if request.decoder is None else request.decoder.flush()
+            more, stopped = request.stop_texts.push(tail)
+            text += more if stopped else more + request.stop_texts.flush()
+        request.finish_reason = reason
+        self.stats.finished[reason] += 1
+        self.scheduler.remove(request)
+        self.emit(request, text, token, logprob, error)
+
+    def emit(
+        self,
+        request: Request,
+        text: str = "",
+        token: int | None = None,
+        logprob: TokenLogprob | None = None,
+        error: str | None = None,
+    ) -> None:
+        wanted = request.params.logprobs is not None
+        request.outbox.put(
+            Chunk(
+                text=text,
+                token_ids=() if token is None else (token,),
+                finish_reason=request.finish_reason,
+                prompt_tokens=len(request.prompt),
+                prompt_done=min(max(request.stored, request.reply_length and len(request.prompt)), len(request.prompt)),
+                completion_tokens=request.reply_length,
+                seed=request.seed,
+                timings=request.timings,
+                logprobs=(() if logprob is None else (logprob,)) if wanted else None,
+                choice=request.choice,
+                dropped_turns=request.dropped_turns,
+                cached_tokens=request.cached,
+                error=error,
+            )
+        )
+        if request.on_chunk is not None:
+            request.on_chunk()
+
+
+def line(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {error}"

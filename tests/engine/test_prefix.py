@@ -1,0 +1,131 @@
+"""The index of stored pages against a plain list of what was kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.tiny import CPU, random_model
+from qwenlet.cache import PagePool
+from qwenlet.engine.prefix import PrefixCache
+
+CONFIG = random_model("fp32").config
+A, B, C = ([letter] * 64 for letter in (1, 2, 3))
+
+
+def pool(pages: int = 8) -> PagePool:
+    return PagePool(CONFIG, pages, torch.float32, CPU)
+
+
+def test_the_longest_known_beginning_is_found_within_the_limit() -> None:
+    p = pool()
+    index = PrefixCache(p)
+    pages = p.take(3)
+    index.keep("root", A + B + C, pages)
+    assert index.find("root", A + B + C + A, 256) == pages
+    assert index.find("root", A + B + A, 192) == pages[:2]
+    assert index.find("root", A + B + C, 191) == pages[:2], "whole pages only"
+    assert index.find("root", B + A, 128) == []
+    assert index.find("another factor", A, 64) == []
+    assert [p.holders(page) for page in pages] == [2 + 3, 2 + 3, 2 + 1]
+
+
+def test_the_same_tokens_behind_another_beginning_are_other_pages() -> None:
+    p = pool()
+    index = PrefixCache(p)
+    first, second = p.take(2), p.take(2)
+    index.keep("root", A + C, first)
+    index.keep("root", B + C, second)
+    assert index.find("root", B + C, 128) == second
+
+
+def test_what_two_computed_at_once_is_kept_once() -> None:
+    p = pool()
+    index = PrefixCache(p)
+    first, second = p.take(1), p.take(2)
+    index.keep("root", A, first)
+    index.keep("root", A + B, second)
+    assert index.find("root", A + B, 128) == [first[0], second[1]]
+    p.give_back(second)
+    assert p.holders(second[0]) == 0, "nobody needs it"
+
+
+def test_idle_pages_go_least_recently_used_first_and_from_the_end() -> None:
+    p = pool()
+    index = PrefixCache(p)
+    long, short = p.take(2), p.take(1)
+    index.keep("root", A + B, long)
+    index.keep("root", C, short)
+    assert index.give_up(9) == 0, "all are held"
+    p.give_back(long)
+    p.give_back(short)
+    assert index.idle == 3
+    p.give_back(index.find("root", A + B, 128))  # used again
+    assert index.give_up(1) == 1
+    assert index.find("root", C, 64) == []
+    assert index.give_up(1) == 1
+    found = index.find("root", A + B, 128)
+    assert found == long[:1], "the page at the end went first"
+    index.clear()
+    assert p.free_pages == 7
+    p.give_back(found)
+    assert p.free_pages == p.pages
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_it_never_finds_what_was_not_stored_nor_loses_a_page(data: st.DataObject) -> None:
+    p = pool(12)
+    index = PrefixCache(p)
+    content: dict[int, tuple[int, ...]] = {}  # of a page: everything up to its end
+    held: list[list[int]] = []
+    for _ in range(data.draw(st.integers(1, 30))):
+        match data.draw(st.sampled_from(["store", "drop", "give up", "clear"])):
+            case "store":
+                letters = data.draw(st.lists(st.integers(1, 2), min_size=1, max_size=3))
+                tokens = [letter for letter in letters for _ in range(64)]
+                found = index.find("root", tokens, len(tokens))
+                assert all(content[page] == tuple(letters[: at + 1]) for at, page in enumerate(found))
+                if p.free_pages < len(letters) - len(found):
+                    p.give_back(found)
+                    continue
+                pages = found + p.take(len(letters) - len(found))
+                content |= {page: tuple(letters[: at + 1]) for at, page in enumerate(pages)}
+                index.keep("root", tokens, pages)
+                held.append(pages)
+            case "drop" if held:
+                p.give_back(held.pop(data.draw(st.integers(0, len(held) - 1))))
+            case "give up":
+                idle, count = index.idle, data.draw(st.integers(0, 4))
+                assert index.give_up(count) == min(idle, count)
+            case "clear":
+                index.clear()
+        users = {page for pages in held for page in pages}
+        assert p.pages - p.free_pages - index.idle == len(users)
+    for pages in held:
+        p.give_back(pages)
+    index.clear()
+    assert p.free_pages == p.pages
+
+
+def test_a_page_given_back_twice_is_a_bug_that_shows() -> None:
+    p = pool()
+    pages = p.take(1)
+    p.give_back(pages)
+    with pytest.raises(AssertionError, match="given back twice"):
+        p.give_back(pages)
+
+
+def test_a_copy_holds_the_same_in_all_layers() -> None:
+    p = PagePool(CONFIG, 3, torch.int8, CPU)
+    assert p.k_scales is not None
+    for table in (*p.k, *p.v):
+        table.random_(-128, 128)
+    for scales in (*p.k_scales, *(p.v_scales or ())):
+        scales.uniform_()
+    p.copy(0, 2)
+    for table in (*p.k, *p.v, *p.k_scales, *(p.v_scales or ())):
+        assert torch.equal(table[0], table[2])
+        assert not torch.equal(table[0], table[1])
