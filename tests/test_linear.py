@@ -1,4 +1,4 @@
-"""Prepacked linears: the same numbers as F.linear, and the weights can be had back."""
+"""Which linear runs where; prepacked and tiled ones: the same numbers as F.linear."""
 
 from __future__ import annotations
 
@@ -8,8 +8,20 @@ import torch.nn.functional as F
 from torch import nn
 
 from qwenlet import linear
-from qwenlet.linear import PrepackedLinear, prepack_works, replace_linear
+from qwenlet.errors import ConfigError
+from qwenlet.linear import (
+    PrepackedLinear,
+    StreamedLinear,
+    TiledLinear,
+    choose_linear,
+    new_linear,
+    prepack_works,
+    replace_linear,
+)
+from qwenlet.ops import cpu
 
+CPU = torch.device("cpu")
+needs_kernels = pytest.mark.skipif(not cpu.available(), reason="the package was built without a compiler")
 needs_prepack = pytest.mark.skipif(not prepack_works()[0], reason=f"no prepacking here: {prepack_works()[1]}")
 
 
@@ -69,6 +81,42 @@ def test_a_torch_without_the_operator_is_no_error(monkeypatch: pytest.MonkeyPatc
     assert not works
     assert reason.startswith("this torch lacks oneDNN's prepacked linear (")
     assert "\n" not in reason
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("isa", cpu.available())
+def test_floats_on_a_cpu_run_in_tiles(isa: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QWENLET_ISA", isa)
+    assert choose_linear("tiled", CPU, dtype) == (TiledLinear, f"{isa} kernels, QWENLET_ISA={isa}")
+    assert choose_linear("torch", CPU, dtype) == (None, "asked for")
+    if (isa, dtype) == ("portable", torch.float32):
+        assert choose_linear("auto", CPU, dtype) == (None, "prefill by plain C++ takes two to three times as long")
+    else:
+        assert choose_linear("auto", CPU, dtype) == choose_linear("tiled", CPU, dtype)
+
+
+def test_what_has_no_kernels_runs_on_torch_or_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_linear("auto", CPU, torch.float16) == (None, "other kernels are for bfloat16 or float32 on a CPU")
+    assert choose_linear("auto", torch.device("cuda"), torch.float32)[0] is None
+    for asked, dtype in (("tiled", torch.float16), ("streamed", torch.float32), ("prepacked", torch.float32)):
+        with pytest.raises(ConfigError, match=f"linear='{asked}' is for bfloat16.* on a CPU, not {dtype} on cpu"):
+            choose_linear(asked, CPU, dtype)
+    monkeypatch.setenv("QWENLET_ISA", "torch")
+    assert choose_linear("auto", CPU, torch.float32) == (None, "QWENLET_ISA=torch")
+    with pytest.raises(ConfigError, match="has no kernels here: QWENLET_ISA=torch"):
+        choose_linear("tiled", CPU, torch.float32)
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", [(5, 7), (33, 100), (96, 160)])
+def test_float32_tiles_take_any_shape(shape: tuple[int, int]) -> None:
+    weight, bias, x = torch.randn(shape), torch.randn(shape[0]), torch.randn(3, shape[1])
+    made = new_linear(TiledLinear, weight, bias)
+    assert isinstance(made, TiledLinear)
+    assert (made.out_features, made.in_features) == shape
+    torch.testing.assert_close(made(x), F.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
+    assert isinstance(new_linear(TiledLinear, torch.randn(5, 24).bfloat16(), None), StreamedLinear)
 
 
 def test_replace_linear_walks_the_dots() -> None:

@@ -163,7 +163,7 @@ PLAIN = Setup(model=DEMO, gguf=True, mapped=False, context=64)
     ("measured", "setup"),
     [
         (3996, Setup(model=QWEN, context=64)),
-        (1304, INT4),
+        (1257, INT4),
         (1451, replace(INT4, context=2121)),
         (660, PLAIN),
         (734, replace(PLAIN, context=2187)),

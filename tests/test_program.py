@@ -1,14 +1,18 @@
-"""The recorded program against the modules it was recorded from, and a row's result as its own, to the bit."""
+"""The recorded program against the modules it was recorded from, in float32 against the published code too, and a row's
+result as its own, to the bit."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qwenlet.cache import PagedPast, PagePool, Rows, pages_for
+from qwenlet.checkpoint import Checkpoint, load_model
 from qwenlet.config import ModelConfig
 from qwenlet.linear import QuantLinear, TiledLinear, replace_linear
 from qwenlet.model import Qwen
@@ -19,6 +23,9 @@ from qwenlet.ops.rounding import round_to_nearest
 from qwenlet.program import QwenProgram, obstacle
 
 CPU = torch.device("cpu")
+FLOATS = {16: torch.bfloat16, 32: torch.float32}
+# bits of the weights and the cache's dtype
+KINDS = [(4, torch.int8), (8, torch.int8), (16, torch.int8), (16, torch.bfloat16), (32, torch.float32)]
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="built without a compiler: there are no kernels to test")
 
 
@@ -28,8 +35,8 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(request.param)
 
 
-def swapped(bits: int, **changes: object) -> Qwen:
-    """A random model whose linears are the kernels': rounded to 4 or 8 bits, or bfloat16 tiles."""
+def random_model(**changes: object) -> Qwen:
+    """A random model with torch's linears, in float32."""
     fields: dict[str, object] = {
         "model_type": "qwen", "vocab_size": 203, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 4, "head_dim": 32, "intermediate_size": 192, "max_position_embeddings": 512,
@@ -39,10 +46,16 @@ def swapped(bits: int, **changes: object) -> Qwen:
     model = Qwen(ModelConfig(**(fields | changes))).eval().requires_grad_(False)  # type: ignore[arg-type]
     for name, parameter in model.named_parameters():
         nn.init.normal_(parameter, mean=1.0 if "ln_" in name else 0.0, std=0.1)
+    return model
+
+
+def swapped(bits: int, **changes: object) -> Qwen:
+    """The same with the kernels' linears: rounded to 4 or 8 bits, or floats of 16 or 32 in tiles."""
+    model = random_model(**changes)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
-            if bits == 16:
-                replace_linear(model, name, TiledLinear(module.weight.bfloat16(), module.bias))
+            if bits in FLOATS:
+                replace_linear(model, name, TiledLinear(module.weight.to(FLOATS[bits]), module.bias))
             else:
                 tiles = to_tiles(round_to_nearest(module.weight, bits, 64))
                 replace_linear(model, name, QuantLinear(tiles, module.bias))
@@ -105,6 +118,29 @@ def test_the_program_computes_what_the_modules_compute(isa: str, bits: int, coun
     assert error.max() <= 0.15 * spread, float(error.max() / spread)
 
 
+@pytest.mark.parametrize("shape", [{}, {"head_dim": 16, "num_attention_heads": 8, "num_key_value_heads": 2}])
+@pytest.mark.parametrize("count", [1, 2, 17, 64, 65, 200])
+def test_in_float32_it_computes_what_torch_computes(isa: str, count: int, shape: dict[str, int]) -> None:
+    """Both round to float32, in orders of their own: some 100 roundings of 2^-24 in a row of two layers (sums of up to
+    192 numbers, norms, softmax) stay below 100 * 2^-24 = 6e-6 of the largest numbers."""
+    model, ids = random_model(**shape), tokens(count)
+    alpha = model.config.ntk_alpha(count)
+    expected = by_modules(model, torch.float32, ids, alpha)
+    found = native(swapped(32, **shape), torch.float32, [ids], [count], alpha)[0]
+    assert (found - expected).abs().max() <= 6e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize("pieces", [[128], [64, 64], [1, 127], [63, 2, 63], [128 - 40] + [1] * 40])
+def test_in_float32_it_computes_what_the_published_code_computes(isa: str, golden: Path, pieces: list[int]) -> None:
+    """At four times the training length. The published code is itself 2.6e-5 from the same maths in float64, and the
+    program no further (2.8e-5)."""
+    reference = load_file(golden / "tiny-qwen" / "golden.safetensors")
+    model, _ = load_model(Checkpoint.open(golden / "tiny-qwen"), torch.float32, CPU, linear="tiled")
+    ids = reference["prefill.128.input_ids"][0].tolist()
+    found = native(model, torch.float32, [ids], pieces, model.config.ntk_alpha(128))[0]
+    assert (found - reference["prefill.128.logits"][0]).abs().max() <= 5e-5
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bit_caches(isa: str, dtype: torch.dtype) -> None:
     model, ids = swapped(8), tokens(100)
@@ -113,31 +149,32 @@ def test_sixteen_bit_caches(isa: str, dtype: torch.dtype) -> None:
     assert (found - expected).abs().max() <= 0.05 * expected.std()
 
 
-@pytest.mark.parametrize("bits", [4, 8, 16])
-@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16])
+@pytest.mark.parametrize("bits", [4, 8, 16, 32])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32])
 def test_pieces_give_the_same_bits_as_the_whole(isa: str, bits: int, dtype: torch.dtype) -> None:
     model, ids = swapped(bits), tokens(150)
     whole = native(model, dtype, [ids], [150])[0]
     assert torch.equal(native(model, dtype, [ids], [1, 2, 3, 5, 17, 64, 58])[0], whole)
 
 
-@pytest.mark.parametrize("bits", [4, 8, 16])
-def test_rows_side_by_side_give_the_same_bits_as_alone(isa: str, bits: int) -> None:
+@pytest.mark.parametrize(("bits", "dtype"), KINDS)
+def test_rows_side_by_side_give_the_same_bits_as_alone(isa: str, bits: int, dtype: torch.dtype) -> None:
     model = swapped(bits, num_key_value_heads=2)
     rows = [tokens(70, 1), tokens(3, 2), tokens(131, 3), tokens(64, 4)]
-    together = native(model, torch.int8, rows, [2, 60, 1, 70])
+    together = native(model, dtype, rows, [2, 60, 1, 70])
     for ids, logits in zip(rows, together, strict=True):
-        assert torch.equal(logits, native(model, torch.int8, [ids], [len(ids)])[0])
+        assert torch.equal(logits, native(model, dtype, [ids], [len(ids)])[0])
 
 
-def test_threads_do_not_change_a_bit() -> None:
-    model, ids = swapped(4), tokens(90)
+@pytest.mark.parametrize(("bits", "dtype"), KINDS)
+def test_threads_do_not_change_a_bit(bits: int, dtype: torch.dtype) -> None:
+    model, ids = swapped(bits), tokens(90)
     before = torch.get_num_threads()
     found = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         try:
-            found.append(native(model, torch.int8, [ids], [80, 1, 9])[0])
+            found.append(native(model, dtype, [ids], [80, 1, 9])[0])
         finally:
             torch.set_num_threads(before)
     assert torch.equal(found[0], found[1])
@@ -160,11 +197,27 @@ def test_keys_come_back_out_of_their_tiles() -> None:
         assert (pool.v[0][page, :, :slots].int() - plain.v[0][page, :, :slots].int()).abs().max() <= 1
 
 
+def test_float32_keys_and_values_are_the_modules() -> None:
+    """Up to the rounding of the sums they come from: nothing is rounded on the way into a page."""
+    ids, rows = tokens(70), Rows.single(0, 70, 1.0)
+    tiled = PagePool(random_model().config, 2, torch.float32, CPU, tiled=True)
+    pages = PagePool(random_model().config, 2, torch.float32, CPU)
+    with torch.inference_mode():
+        QwenProgram(swapped(32), tiled, 128).forward(torch.tensor(ids), rows, [[0, 1]], [0], torch.tensor([69]))
+        random_model()(torch.tensor(ids), rows, PagedPast(pages, rows, [[0, 1]], [0]))
+    for page, slots in ((0, 64), (1, 6)):
+        torch.testing.assert_close(
+            untile(tiled.k[0])[page, :, :slots], pages.k[0][page, :, :slots], rtol=1e-6, atol=1e-6
+        )
+        torch.testing.assert_close(tiled.v[0][page, :, :slots], pages.v[0][page, :, :slots], rtol=1e-6, atol=1e-6)
+
+
 def test_what_can_not_be_a_program_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     model = swapped(4)
     assert obstacle(model, torch.int8) is None
-    assert "float32 cache" in str(obstacle(model, torch.float32))
-    assert "heads of 16" in str(obstacle(swapped(4, head_dim=16, num_attention_heads=8), torch.int8))
+    assert obstacle(swapped(32), torch.float32) is None
+    assert "float64 cache" in str(obstacle(model, torch.float64))
+    assert "heads of 8" in str(obstacle(swapped(4, head_dim=8, num_attention_heads=16), torch.int8))
     plain = nn.Linear(128, 203, bias=False)
     replace_linear(model, "lm_head", plain)
     assert obstacle(model, torch.int8) == "lm_head is a linear of torch's"

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from qwenlet.errors import ConfigError
 from qwenlet.ops import cpu
-from qwenlet.ops.packing import QuantTensor, Tiles, bf16_to_tiles, from_tiles
+from qwenlet.ops.packing import QuantTensor, Tiles, float_to_tiles, from_tiles
 
 # Rows oneDNN is told to expect when it chooses the blocked order. 16 measured best for one row and no worse for many.
 _ROWS_HINT = 16
-BF16_COLUMNS = 16  # inputs of a TiledLinear are a multiple of these
+BF16_COLUMNS = 16  # inputs of a TiledLinear in bfloat16 are a multiple of these; in float32 any number will do
 
 
 class StreamedLinear(nn.Module):
@@ -61,19 +61,20 @@ class PrepackedLinear(nn.Module):
 
 
 class TiledLinear(nn.Module):
-    """y = x W^T + b with W [out, in] bfloat16 in the kernels' tiles: streamed for a few rows, in blocks for many.
+    """y = x W^T + b with W [out, in] bfloat16 or float32 in the kernels' tiles: streamed for a few rows, in blocks for
+    many. Inference only.
 
     A row's result is the same bits whatever the rows beside it.
     """
 
     def __init__(self, weight: Tensor | Tiles, bias: Tensor | None) -> None:
         super().__init__()
-        self.tiles = bf16_to_tiles(weight) if isinstance(weight, Tensor) else weight
-        self.out_features, self.in_features = self.tiles.rows, self.tiles.weight.shape[1] * 2
+        self.tiles = float_to_tiles(weight) if isinstance(weight, Tensor) else weight
+        self.out_features, self.in_features = self.tiles.rows, self.tiles.weight.shape[1] * 32 // self.tiles.bits
         self.bias = None if bias is None else bias.detach().float()
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [M, in] -> [M, out] in x's dtype; x rounded to bfloat16, sums in float32."""
+        """x [M, in] -> [M, out] in x's dtype; x rounded to bfloat16 if the weight is, sums in float32."""
         return cpu.linear_tiles(x, self.tiles, self.bias)
 
 
@@ -176,18 +177,23 @@ def choose_linear(asked: str, device: torch.device, dtype: torch.dtype) -> tuple
     """
     if asked == "torch":
         return None, "asked for"
-    if device.type != "cpu" or dtype != torch.bfloat16:
+    takes = (torch.bfloat16, torch.float32) if asked in ("auto", "tiled") else (torch.bfloat16,)
+    if device.type != "cpu" or dtype not in takes:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in takes)
         if asked == "auto":
-            return None, "other kernels are for bfloat16 on a CPU"
+            return None, f"other kernels are for {names} on a CPU"
         raise ConfigError(
-            f"linear={asked!r} is for bfloat16 on a CPU, not {dtype} on {device}", hint="use linear='auto'"
+            f"linear={asked!r} is for {names} on a CPU, not {dtype} on {device}", hint="use linear='auto'"
         )
-    streamed, (packs, packs_why) = cpu.status(), prepack_works()
-    if asked in ("auto", "tiled", "streamed") and streamed.isa is not None:
+    kernels, (packs, packs_why) = cpu.status(), prepack_works()
+    if asked == "auto" and dtype == torch.float32 and kernels.isa in (None, "portable"):
+        why = kernels.reason if kernels.isa is None else "prefill by plain C++ takes two to three times as long"
+        return None, why
+    if asked in ("auto", "tiled", "streamed") and kernels.isa is not None:
         kind = StreamedLinear if asked == "streamed" else TiledLinear
-        return kind, f"{streamed.isa} kernels, {streamed.reason}"
+        return kind, f"{kernels.isa} kernels, {kernels.reason}"
     if asked in ("tiled", "streamed"):
-        raise ConfigError(f"linear={asked!r} has no kernels here: {streamed.reason}", hint="use linear='auto'")
+        raise ConfigError(f"linear={asked!r} has no kernels here: {kernels.reason}", hint="use linear='auto'")
     if packs:
         return PrepackedLinear, packs_why
     if asked == "prepacked":
@@ -198,7 +204,7 @@ def choose_linear(asked: str, device: torch.device, dtype: torch.dtype) -> tuple
 def new_linear(kind: Kind, weight: Tensor, bias: Tensor | None) -> nn.Module:
     """A linear of this kind, or of the next one where the weight's shape doesn't suit it."""
     assert kind is not None, "torch's own linear needs no swap"
-    if kind is TiledLinear and weight.shape[1] % BF16_COLUMNS:
+    if kind is TiledLinear and weight.dtype == torch.bfloat16 and weight.shape[1] % BF16_COLUMNS:
         kind = StreamedLinear
     return kind(weight, bias)
 

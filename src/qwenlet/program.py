@@ -20,7 +20,7 @@ from qwenlet.model import Block, Qwen, Rotation
 from qwenlet.ops import cpu
 from qwenlet.ops.cpu.program import Form, Program
 
-CACHE_DTYPES = (torch.int8, torch.bfloat16, torch.float16)
+CACHE_DTYPES = (torch.int8, torch.bfloat16, torch.float16, torch.float32)
 _LARGEST_HEAD = 256
 _WIDEST = 32_768  # a row between two linears stands in a thread's scratch memory
 _NATIVE = (QuantLinear, TiledLinear)
@@ -39,8 +39,8 @@ def obstacle(model: Qwen, cache_dtype: torch.dtype) -> str | None:
         return f"hidden sizes {config.hidden_size} and {config.intermediate_size} are not multiples of 16"
     if max(config.hidden_size, config.intermediate_size) > _WIDEST:
         return f"rows of {max(config.hidden_size, config.intermediate_size)} are wider than {_WIDEST}"
-    if config.head_dim % 32 or config.head_dim > _LARGEST_HEAD:
-        return f"heads of {config.head_dim} are not a multiple of 32 up to {_LARGEST_HEAD}"
+    if config.head_dim % 16 or config.head_dim > _LARGEST_HEAD:
+        return f"heads of {config.head_dim} are not a multiple of 16 up to {_LARGEST_HEAD}"
     for name, module in model.named_modules():
         if name.endswith(_LINEARS) and not isinstance(module, _NATIVE):
             return f"{name} is a linear of torch's"

@@ -41,10 +41,12 @@ from qwenlet.checkpoint import DEFAULT_SYSTEM, Checkpoint, auto_dtype, dtype_by_
 from qwenlet.config import GenerationDefaults, ModelConfig
 from qwenlet.errors import CheckpointError, ConfigError, FormatError
 from qwenlet.gguf_header import read_header
-from qwenlet.linear import PrepackedLinear, StreamedLinear, prepack_works
+from qwenlet.linear import PrepackedLinear, StreamedLinear, choose_linear, prepack_works
 from qwenlet.ops import cpu
 
 needs_kernels = pytest.mark.skipif(not cpu.available(), reason="the package was built without a compiler")
+# what float32 runs on here
+TILED = choose_linear("auto", torch.device("cpu"), torch.float32)[0] or torch.nn.Linear
 needs_prepack = pytest.mark.skipif(not prepack_works()[0], reason=f"no prepacking here: {prepack_works()[1]}")
 needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 
@@ -273,14 +275,14 @@ def test_streamed_models_give_the_same_logits(tiny: Path) -> None:
     assert (found - expected).abs().max() <= 0.02 * expected.abs().max()
 
 
-def test_other_dtypes_run_on_torch(tiny: Path) -> None:
-    for dtype in (torch.float32, torch.float16):
-        model, report = load_model(Checkpoint.open(tiny), dtype, CPU, linear="auto")
-        assert report.swapped == 0
-        assert isinstance(model.lm_head, torch.nn.Linear)
-        for linear in ("streamed", "prepacked"):
-            with pytest.raises(ConfigError, match=linear):
-                load_model(Checkpoint.open(tiny), dtype, CPU, linear=linear)
+@pytest.mark.parametrize(("dtype", "kind"), [(torch.float32, TILED), (torch.float16, torch.nn.Linear)])
+def test_float32_runs_in_tiles_and_float16_on_torch(tiny: Path, dtype: torch.dtype, kind: type) -> None:
+    model, report = load_model(Checkpoint.open(tiny), dtype, CPU, linear="auto")
+    assert report.swapped == (0 if kind is torch.nn.Linear else 5 * model.config.num_hidden_layers + 1)
+    assert isinstance(model.lm_head, kind)
+    for linear in ("streamed", "prepacked"):
+        with pytest.raises(ConfigError, match=linear):
+            load_model(Checkpoint.open(tiny), dtype, CPU, linear=linear)
 
 
 def test_progress_counts_bytes_up_to_all(tmp_path: Path, tiny: Path) -> None:

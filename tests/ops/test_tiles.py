@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qwenlet.ops import cpu, reference
-from qwenlet.ops.packing import QuantTensor, Tiles, bf16_to_tiles, to_tiles
+from qwenlet.ops.packing import QuantTensor, Tiles, float_to_tiles, to_tiles
 
 ROWS = (1, 2, 3, 5, 8, 16, 17, 64, 512)
 WIDTHS = (128, 640, 2048, 5504)
@@ -108,10 +108,19 @@ def test_eight_bit_extremes_do_not_overflow(isa: str) -> None:
 def test_all_sets_agree_to_the_bit_on_quantized_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole-number sums and fused multiply-adds in one order; plain C++ rounds twice where others round once."""
     w, x = to_tiles(weight(4, 64, "points", 48, 640)), torch.randn(20, 640)
+    all_sets_agree(x, w, monkeypatch)
+
+
+@needs_kernels
+def test_all_sets_agree_to_the_bit_on_float32_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    all_sets_agree(torch.randn(20, 650), float_to_tiles(torch.randn(117, 650)), monkeypatch)
+
+
+def all_sets_agree(x: Tensor, w: Tiles, monkeypatch: pytest.MonkeyPatch) -> None:
     results = {}
     for name in cpu.available():
         monkeypatch.setenv("QWENLET_ISA", name)
-        results[name] = cpu.linear_quant(x, w, None)
+        results[name] = cpu.linear_tiles(x, w, None)
     fused = [results[name] for name in results if name != "portable"]
     assert all(torch.equal(fused[0], other) for other in fused[1:])
     torch.testing.assert_close(results["portable"], fused[0] if fused else results["portable"], rtol=1e-5, atol=1e-5)
@@ -124,7 +133,7 @@ def test_bfloat16_tiles(isa: str, columns: int) -> None:
     plain = torch.randn(40, columns, generator=draw).bfloat16()
     x = torch.randn(512, columns, generator=draw)
     bias = torch.randn(40, generator=draw)
-    tiles = bf16_to_tiles(plain)
+    tiles = float_to_tiles(plain)
     rounded = x.bfloat16().double()
     want = rounded @ plain.double().T + bias.double()
     # sums of `columns` products, one rounding each, in at worst one chain
@@ -133,6 +142,47 @@ def test_bfloat16_tiles(isa: str, columns: int) -> None:
     assert ((everything.double() - want).abs() <= bound).all()
     for count in ROWS:
         assert torch.equal(cpu.linear_tiles(x[:count], tiles, bias), everything[:count])
+
+
+@needs_kernels
+@pytest.mark.parametrize("columns", [1, 7, 64, 65, 640, 2048])
+def test_float32_tiles(isa: str, columns: int) -> None:
+    draw = torch.Generator().manual_seed(4)
+    plain = torch.randn(117, columns, generator=draw)  # 8 tiles, the last one partly empty
+    x = torch.randn(512, columns, generator=draw)
+    bias = torch.randn(117, generator=draw)
+    tiles = float_to_tiles(plain)
+    want = x.double() @ plain.double().T + bias.double()
+    # a product goes through a chain of at most 64 sums, then one of a sum for each 64 columns; and the bias
+    roundings = 1 + 64 + -(-columns // 64) + 1
+    bound = (x.double().abs() @ plain.double().abs().T + bias.abs()) * (roundings + 1) * 2.0**-24
+    everything = cpu.linear_tiles(x, tiles, bias)
+    assert ((everything.double() - want).abs() <= bound).all()
+    for count in ROWS:
+        assert torch.equal(cpu.linear_tiles(x[:count], tiles, bias), everything[:count])
+        assert torch.equal(cpu.linear_tiles(x[512 - count :], tiles, bias), everything[512 - count :])
+
+
+@needs_kernels
+def test_the_outputs_of_a_float32_linear_do_not_depend_on_each_other(isa: str) -> None:
+    """However many tiles stand side by side: a slice of the weight gives that slice of the result."""
+    plain, x = torch.randn(117, 200), torch.randn(20, 200)
+    everything = cpu.linear_tiles(x, float_to_tiles(plain), None)
+    for first, last in ((0, 16), (16, 64), (32, 117), (112, 117)):
+        some = cpu.linear_tiles(x, float_to_tiles(plain[first:last]), None)
+        assert torch.equal(some, everything[:, first:last])
+
+
+@needs_kernels
+def test_what_is_no_number_stays_in_its_row(isa: str) -> None:
+    plain, x = torch.randn(40, 96), torch.randn(12, 96)
+    whole = cpu.linear_tiles(x, float_to_tiles(plain), None)
+    x[3, 5], x[8, 70] = torch.nan, torch.inf
+    found = cpu.linear_tiles(x, float_to_tiles(plain), None)
+    assert found[3].isnan().all()
+    assert not found[8].isfinite().any()
+    others = [r for r in range(12) if r not in (3, 8)]
+    assert torch.equal(found[others], whole[others])
 
 
 @needs_kernels

@@ -4,7 +4,7 @@
     GPTQ          int32 words [K/8, N] (4 bits) or [K/4, N] (8 bits), zero points stored less one: AutoGPTQ's v1 files
     GGUF          blocks of 32 columns: Q4_0, Q4_1, Q8_0
     Tiles         what the kernels read: 16 rows of the weight side by side, one word of each after the other, so that a
-                  64-byte load holds 8 (4 bits) or 4 (8 bits) columns of 16 outputs and no sum crosses lanes
+                  64-byte load holds 8 (4 bits) or 4 (8 bits) columns of 16 outputs and no sum crosses lanes; floats too
 
 A word is the same in GPTQ and in tiles, column 8j + i in bits 4i to 4i + 3, so repacking only moves 64-byte lines.
 
@@ -200,6 +200,7 @@ class Tiles:
     """A weight in the kernels' order; rows beyond N are zero.
 
     Attributes:
+        bits: of a number: 4 or 8 for codes, 16 for bfloat16 and 32 for float32, which have no groups and no scales.
         weight: [T, K * bits / 32, 16] int32, a 64-byte line of 16 rows' words after the other.
         scales: [T, G, 16] float16; zeros: the same in uint8 or None; minimums: the same in float16 or None.
         rows: N.
@@ -307,8 +308,9 @@ def from_tiles(tiles: Tiles) -> QuantTensor:
     )
 
 
-def bf16_to_tiles(weight: Tensor) -> Tiles:
-    """[N, K] bfloat16 in lines of 16 rows' words, a word two columns; no scales. K is even."""
-    assert weight.dtype == torch.bfloat16, f"{weight.dtype}, expected bfloat16"
+def float_to_tiles(weight: Tensor) -> Tiles:
+    """[N, K] in lines of 16 rows' words, without scales: a word is one column of float32 or two of bfloat16, of which K
+    is even then."""
+    assert weight.dtype in (torch.bfloat16, torch.float32), f"{weight.dtype}, expected bfloat16 or float32"
     words = weight.detach().contiguous().view(torch.int32)
-    return Tiles(16, 0, weight.shape[0], _lines(words), torch.empty(0, dtype=torch.float16))
+    return Tiles(weight.itemsize * 8, 0, weight.shape[0], _lines(words), torch.empty(0, dtype=torch.float16))

@@ -119,7 +119,7 @@ def linear_quant(x: Tensor, weight: Tiles, bias: Tensor | None) -> Tensor:
 
 
 def linear_tiles(x: Tensor, weight: Tiles, bias: Tensor | None) -> Tensor:
-    """The same by the kernels, for quantized and for bfloat16 weights (then x is rounded to bfloat16)."""
+    """The same by the kernels, for quantized, bfloat16 (then x is rounded to bfloat16) and float32 weights."""
     isa, module = status().isa, kernels()
     assert isa is not None, "no kernels run here"
     rows = x.to(torch.float32).contiguous()

@@ -1,8 +1,8 @@
 """A forward pass as a flat list of native steps with bound addresses, run by one call. It knows shapes and bits only.
 
 Record the steps once, in order, then `run` them for any batch of up to `capacity` tokens. Everything is float32 between
-steps; a linear reads its inputs rounded per row and group (to 8 bits for four-bit weights, to 15 for eight-bit ones) or
-to bfloat16.
+steps; a linear reads its inputs as its weights want them: rounded per row and group (to 8 bits for four-bit weights, to
+15 for eight-bit ones), rounded to bfloat16, or as they are.
 
 Dimension letters: N tokens of all sequences, H query heads, G key/value heads, D head size.
 """
@@ -20,12 +20,12 @@ from qwenlet.ops.packing import Tiles
 from qwenlet.ops.pages import CachePages
 
 _NORM, _SWIGLU, _ROUND, _STORE, _ATTEND = 0, 1, 2, 4, 5
-_CACHE_KINDS = {torch.int8: 0, torch.bfloat16: 1, torch.float16: 2}
+_CACHE_KINDS = {torch.int8: 0, torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 
 
 @dataclass(frozen=True)
 class Form:
-    """How a linear wants its inputs: columns, columns of a scale (0: bfloat16), bits of the weight, act-order."""
+    """How a linear wants its inputs: columns, columns of a scale (0: floats), bits of the weight, act-order."""
 
     columns: int
     group_size: int
@@ -35,7 +35,7 @@ class Form:
     @classmethod
     def of(cls, weight: Tiles) -> Form:
         columns = weight.weight.shape[1] * 32 // weight.bits
-        return cls(columns, 0 if weight.bits == 16 else weight.group_size, weight.bits, weight.order)
+        return cls(columns, weight.group_size, weight.bits, weight.order)
 
     def same(self, other: Form) -> bool:
         if (self.columns, self.group_size, self.bits) != (other.columns, other.group_size, other.bits):
@@ -77,15 +77,17 @@ class Program:
         for known, other, number in self._inputs:
             if known == place and form.same(other):
                 return number
-        codes = scales = sums = bf16 = None
+        codes = scales = sums = bf16 = fp32 = None
         if form.group_size:
             groups = form.columns // form.group_size
             codes = self.buffer(form.columns * (2 if form.bits == 8 else 1), dtype=torch.int8)
             scales, sums = self.buffer(groups), self.buffer(groups, dtype=torch.int32)
-        else:
+        elif form.bits == 16:
             bf16 = self.buffer(form.columns, dtype=torch.bfloat16)
+        else:
+            fp32 = self.buffer(form.columns)
         order = None if form.order is None else form.order.to(torch.int32)
-        addresses = [self._address(t) for t in (codes, scales, sums, bf16, order)]
+        addresses = [self._address(t) for t in (codes, scales, sums, bf16, fp32, order)]
         number = self._native.program_inputs(self._program, form.bits, form.columns, form.group_size, *addresses)
         self._inputs.append((place, form, number))
         return number

@@ -16,16 +16,22 @@ using qwenlet::Pages;
 
 constexpr int kKeyTiles = kPage / 16;
 
-inline int64_t item_bytes(const Pages& p) { return p.kind == Cache::kInt8 ? 1 : 2; }
+inline int64_t item_bytes(const Pages& p) { return p.kind == Cache::kInt8 ? 1 : p.kind == Cache::kFp32 ? 4 : 2; }
 
 // x [dim] turned by cos, sin [dim / 2]: pairs are (i, i + dim / 2)
 inline void turn(float* x, const float* cos, const float* sin, int64_t dim, float scale) {
     const int64_t half = dim / 2;
     const F factor = f_set(scale);
-    for (int64_t i = 0; i < half; i += 16) {
+    int64_t i = 0;
+    for (; i + 16 <= half; i += 16) {
         const F a = f_load(x + i), b = f_load(x + half + i), c = f_load(cos + i), s = f_load(sin + i);
         f_store(x + i, f_mul(f_sub(f_mul(a, c), f_mul(b, s)), factor));
         f_store(x + half + i, f_mul(f_add(f_mul(b, c), f_mul(a, s)), factor));
+    }
+    for (; i < half; ++i) {  // half of a head of 16 or 48
+        const float a = x[i], b = x[half + i];
+        x[i] = (a * cos[i] - b * sin[i]) * scale;
+        x[half + i] = (b * cos[i] + a * sin[i]) * scale;
     }
 }
 
@@ -41,6 +47,14 @@ void turn_query(const Pages& p, float* q, const float* cos, const float* sin, fl
 
 constexpr int kMostDim = 256;
 
+// Numbers i to i + 15 of a row of floats.
+inline void store_floats(Cache kind, uint8_t* row, int64_t i, F values) {
+    if (kind == Cache::kFp32) return f_store(reinterpret_cast<float*>(row) + i, values);
+    auto* words = reinterpret_cast<uint16_t*>(row) + i;
+    if (kind == Cache::kBf16) return f_store_bf16(words, values);
+    f_store_half(words, values);
+}
+
 void store(const Pages& p, float* k, const float* v, const float* cos, const float* sin, int64_t page, int64_t slot,
            int64_t head) {
     const int64_t dim = p.dim, in_pool = page * p.kv_heads + head, bytes = item_bytes(p);
@@ -48,22 +62,15 @@ void store(const Pages& p, float* k, const float* v, const float* cos, const flo
     // word w of the key lies in line w of its tile
     uint8_t* tile = p.k + in_pool * kPage * dim * bytes + slot / 16 * 16 * dim * bytes + slot % 16 * 4;
     uint8_t* row = p.v + (in_pool * kPage + slot) * dim * bytes;
-    alignas(64) uint8_t key[kMostDim * 2];
+    alignas(64) uint8_t key[kMostDim * 4];
     if (p.kind == Cache::kInt8) {
         round_group(k, dim, reinterpret_cast<int8_t*>(key), p.k_scales + in_pool * kPage + slot, false);
         for (int64_t i = 0; i < dim; ++i) key[i] ^= 0x80;
         round_group(v, dim, reinterpret_cast<int8_t*>(row), p.v_scales + in_pool * kPage + slot, false);
     } else {
         for (int64_t i = 0; i < dim; i += 16) {
-            auto* key_at = reinterpret_cast<uint16_t*>(key) + i;
-            auto* row_at = reinterpret_cast<uint16_t*>(row) + i;
-            if (p.kind == Cache::kBf16) {
-                f_store_bf16(key_at, f_load(k + i));
-                f_store_bf16(row_at, f_load(v + i));
-            } else {
-                f_store_half(key_at, f_load(k + i));
-                f_store_half(row_at, f_load(v + i));
-            }
+            store_floats(p.kind, key, i, f_load(k + i));
+            store_floats(p.kind, row, i, f_load(v + i));
         }
     }
     for (int64_t w = 0; w < dim * bytes / 4; ++w) std::memcpy(tile + w * 64, key + w * 4, 4);
@@ -99,46 +106,50 @@ inline void scores_int8(const uint8_t* k, const float* k_scales, const int8_t* c
     }
 }
 
-template <int R, bool Half>
-inline void scores_16bit(const uint8_t* k, const float* q, int64_t q_stride, int64_t dim, float factor,
+// The numbers of sixteen keys that a line of floats holds: one of each in float32, else two.
+template <Cache Kind>
+inline void line_floats(const uint8_t* line, F* numbers) {
+    if constexpr (Kind == Cache::kFp32)
+        numbers[0] = f_load(reinterpret_cast<const float*>(line));
+    else if constexpr (Kind == Cache::kBf16)
+        line_bf16(line_load(line), numbers[0], numbers[1]);
+    else
+        line_half(line_load(line), numbers[0], numbers[1]);
+}
+
+template <int R, Cache Kind>
+inline void scores_float(const uint8_t* k, const float* q, int64_t q_stride, int64_t dim, float factor,
                          F (*scores)[kKeyTiles]) {
+    constexpr int kEach = Kind == Cache::kFp32 ? 1 : 2;
     for (int r = 0; r < R; ++r)
         for (int t = 0; t < kKeyTiles; ++t) scores[r][t] = f_set(0.0f);
-    for (int64_t w = 0; w < dim / 2; ++w)
+    for (int64_t w = 0; w < dim / kEach; ++w)
         for (int t = 0; t < kKeyTiles; ++t) {
-            const Line line = line_load(k + t * 32 * dim + w * 64);
-            F first, second;
-            if (Half)
-                line_half(line, first, second);
-            else
-                line_bf16(line, first, second);
-            for (int r = 0; r < R; ++r) {
-                scores[r][t] = f_fma(first, f_set(q[r * q_stride + 2 * w]), scores[r][t]);
-                scores[r][t] = f_fma(second, f_set(q[r * q_stride + 2 * w + 1]), scores[r][t]);
-            }
+            F numbers[kEach];
+            line_floats<Kind>(k + (t * dim / kEach + w) * 64, numbers);
+            for (int r = 0; r < R; ++r)
+                for (int i = 0; i < kEach; ++i)
+                    scores[r][t] = f_fma(numbers[i], f_set(q[r * q_stride + kEach * w + i]), scores[r][t]);
         }
     for (int r = 0; r < R; ++r)
         for (int t = 0; t < kKeyTiles; ++t) scores[r][t] = f_mul(scores[r][t], f_set(factor));
 }
 
-inline F load_value(const Pages& p, const uint8_t* v, int64_t i) {
-    if (p.kind == Cache::kInt8) return f_load_i8(reinterpret_cast<const int8_t*>(v) + i);
-    const auto* words = reinterpret_cast<const uint16_t*>(v) + i;
-    return p.kind == Cache::kBf16 ? f_load_bf16(words) : f_load_half(words);
-}
-
-// sums[r][d] = sums[r][d] * fade[r] + sum_j weights[r][j] v[j][d], keys in order; v as stored (Kind) or floats (kFloat)
-constexpr int kFloat = -1;
-
-template <int Kind>
+template <Cache Kind>
 inline F value_at(const void* v, int64_t i) {
-    if constexpr (Kind == kFloat) return f_load(static_cast<const float*>(v) + i);
-    if constexpr (Kind == static_cast<int>(Cache::kInt8)) return f_load_i8(static_cast<const int8_t*>(v) + i);
-    if constexpr (Kind == static_cast<int>(Cache::kBf16)) return f_load_bf16(static_cast<const uint16_t*>(v) + i);
+    if constexpr (Kind == Cache::kFp32) return f_load(static_cast<const float*>(v) + i);
+    if constexpr (Kind == Cache::kInt8) return f_load_i8(static_cast<const int8_t*>(v) + i);
+    if constexpr (Kind == Cache::kBf16) return f_load_bf16(static_cast<const uint16_t*>(v) + i);
     return f_load_half(static_cast<const uint16_t*>(v) + i);
 }
 
-template <int Kind, int R, int Chunks>
+inline F load_value(const Pages& p, const void* v, int64_t i) {
+    if (p.kind == Cache::kInt8) return value_at<Cache::kInt8>(v, i);
+    return p.kind == Cache::kBf16 ? value_at<Cache::kBf16>(v, i) : value_at<Cache::kFp16>(v, i);
+}
+
+// sums[r][d] = sums[r][d] * fade[r] + sum_j weights[r][j] v[j][d], keys in order
+template <Cache Kind, int R, int Chunks>
 inline void mix_chunk(const void* v, int64_t dim, int64_t at, int keys, const float* weights, const float* fade, float* sums) {
     F acc[R][Chunks];
     for (int r = 0; r < R; ++r)
@@ -152,7 +163,7 @@ inline void mix_chunk(const void* v, int64_t dim, int64_t at, int keys, const fl
         for (int c = 0; c < Chunks; ++c) f_store(sums + r * dim + at + c * 16, acc[r][c]);
 }
 
-template <int Kind, int R>
+template <Cache Kind, int R>
 inline void mix(const void* v, int64_t dim, int keys, const float* weights, const float* fade, float* sums) {
     int64_t at = 0;
     for (; at + 128 <= dim; at += 128) mix_chunk<Kind, R, 8>(v, dim, at, keys, weights, fade, sums);
@@ -162,9 +173,10 @@ inline void mix(const void* v, int64_t dim, int keys, const float* weights, cons
 
 template <int R>
 inline void mix_stored(const Pages& p, const void* v, int keys, const float* weights, const float* fade, float* sums) {
-    if (p.kind == Cache::kInt8) return mix<static_cast<int>(Cache::kInt8), R>(v, p.dim, keys, weights, fade, sums);
-    if (p.kind == Cache::kBf16) return mix<static_cast<int>(Cache::kBf16), R>(v, p.dim, keys, weights, fade, sums);
-    mix<static_cast<int>(Cache::kFp16), R>(v, p.dim, keys, weights, fade, sums);
+    if (p.kind == Cache::kInt8) return mix<Cache::kInt8, R>(v, p.dim, keys, weights, fade, sums);
+    if (p.kind == Cache::kBf16) return mix<Cache::kBf16, R>(v, p.dim, keys, weights, fade, sums);
+    if (p.kind == Cache::kFp16) return mix<Cache::kFp16, R>(v, p.dim, keys, weights, fade, sums);
+    mix<Cache::kFp32, R>(v, p.dim, keys, weights, fade, sums);
 }
 
 template <int R>
@@ -175,9 +187,11 @@ inline void page_scores(const Pages& p, int64_t in_pool, const float* q, const i
     if (p.kind == Cache::kInt8)
         scores_int8<R>(k, p.k_scales + in_pool * kPage, codes, code_scales, code_stride, 2 * p.heads, p.dim, factor, scores);
     else if (p.kind == Cache::kBf16)
-        scores_16bit<R, false>(k, q, q_stride, p.dim, factor, scores);
+        scores_float<R, Cache::kBf16>(k, q, q_stride, p.dim, factor, scores);
+    else if (p.kind == Cache::kFp16)
+        scores_float<R, Cache::kFp16>(k, q, q_stride, p.dim, factor, scores);
     else
-        scores_16bit<R, true>(k, q, q_stride, p.dim, factor, scores);
+        scores_float<R, Cache::kFp32>(k, q, q_stride, p.dim, factor, scores);
 }
 
 void attend(const Pages& p, int64_t head, const float* q, const int8_t* codes, const float* code_scales, int64_t q_stride,
@@ -185,7 +199,7 @@ void attend(const Pages& p, int64_t head, const float* q, const int8_t* codes, c
     const int64_t dim = p.dim, kv_head = head / (p.heads / p.kv_heads), bytes = item_bytes(p);
     float* sums = reinterpret_cast<float*>(scratch);    // [rows, dim]
     float* weights = sums + kQueryBlock * dim;          // [rows, 64]
-    float* values = weights + kQueryBlock * kPage;      // [64, dim]
+    float* widened = weights + kQueryBlock * kPage;     // [64, dim]
     float top[kQueryBlock], total[kQueryBlock], fade[kQueryBlock];
     for (int64_t r = 0; r < rows; ++r) {
         top[r] = -INFINITY;
@@ -243,11 +257,15 @@ void attend(const Pages& p, int64_t head, const float* q, const int8_t* codes, c
         const int64_t most = position + rows - first_key;
         const int keys = static_cast<int>(most < kPage ? most : kPage);
         if (rows - from >= 8) {  // many rows: values as floats once
-            for (int64_t i = 0; i < keys * dim; i += 16) f_store(values + i, load_value(p, v, i));
+            const float* values = widened;
+            if (p.kind == Cache::kFp32)
+                values = reinterpret_cast<const float*>(v);
+            else
+                for (int64_t i = 0; i < keys * dim; i += 16) f_store(widened + i, load_value(p, v, i));
             int64_t r = from;
             for (; r + 2 <= rows; r += 2)
-                mix<kFloat, 2>(values, dim, keys, weights + r * kPage, fade + r, sums + r * dim);
-            for (; r < rows; ++r) mix<kFloat, 1>(values, dim, keys, weights + r * kPage, fade + r, sums + r * dim);
+                mix<Cache::kFp32, 2>(values, dim, keys, weights + r * kPage, fade + r, sums + r * dim);
+            for (; r < rows; ++r) mix<Cache::kFp32, 1>(values, dim, keys, weights + r * kPage, fade + r, sums + r * dim);
         } else {
             for (int64_t r = from; r < rows; ++r)
                 mix_stored<1>(p, v, keys, weights + r * kPage, fade + r, sums + r * dim);

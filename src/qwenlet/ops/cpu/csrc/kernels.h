@@ -14,25 +14,27 @@ constexpr int kTile = 16;
 constexpr int kPage = 64;
 // Most rows a call of linear_tiles may have, and bytes of scratch a thread needs for it and for attention.
 constexpr int64_t kMaxBatch = 1024;
-constexpr int64_t kScratch = kMaxBatch * 2 * kTile * 4 + 64 * 1024;
+constexpr int64_t kScratch = kMaxBatch * 4 * kTile * 4;  // sums of four tiles in float32, the largest need
 // Rows of one sequence that attention takes together.
 constexpr int kQueryBlock = 16;
 
-// Activations as a linear reads them: rows of k numbers, either whole-number codes with a scale per group, or bfloat16.
+// Activations as a linear reads them: rows of k numbers, either whole-number codes with a scale per group, or floats.
 // For four-bit weights a code is a byte, and of every 8 the even ones come first, as nibbles lie in a byte. For eight-bit
 // weights it has 15 bits, 128 a + b: of every 4 codes the a come first, then the b.
 struct Inputs {
-    int bits;             // of the weights: 4, 8, or 16 for bfloat16
+    int bits;             // of the weights: 4, 8, 16 for bfloat16, 32 for float32
     int64_t k;
-    int64_t group;        // columns of a scale; 0: bfloat16
+    int64_t group;        // columns of a scale; 0: floats
     int8_t* codes;        // [rows, k], or [rows, 2 k] for eight-bit weights
     float* scales;        // [rows, k / group]
     int32_t* sums;        // [rows, k / group], of the codes
     uint16_t* bf16;       // [rows, k]
+    float* fp32;          // [rows, k]
     const int32_t* order; // [k] or null: which number comes first, second, ...
 };
 
-// A weight in tiles, see ops/packing.py: bits is 4 or 8, or 16 for bfloat16 (lines of 16 outputs x 2 columns).
+// A weight in tiles, see ops/packing.py: bits is 4 or 8, 16 for bfloat16 (lines of 16 outputs x 2 columns) or 32 for
+// float32 (16 outputs x 1 column).
 struct TileWeight {
     int bits;
     int64_t group, n, k;
@@ -43,7 +45,7 @@ struct TileWeight {
     const float* bias;         // [n] or null
 };
 
-enum class Cache : int { kInt8 = 0, kBf16 = 1, kFp16 = 2 };
+enum class Cache : int { kInt8 = 0, kBf16 = 1, kFp16 = 2, kFp32 = 3 };
 
 // Keys and values of one layer, in pages of 64 tokens.
 //   k: [pages, kv_heads, 4, dim / q, 16, q] with q numbers of a key in four bytes, int8 keys stored 128 higher

@@ -14,6 +14,8 @@ using Line = __m512i;
 
 // rows (of eight-bit weights, which keep two sums) and tiles of a block in registers; tiles streamed side by side for one row, sums for each, and tiles for a few rows
 constexpr int kGemmRows = 6, kGemmRowsOfBytes = 4, kGemmTiles = 2, kGemvTiles = 1, kGemvSums = 2, kStreamTiles = 2;
+// rows and tiles of a block of float32
+constexpr int kFp32Rows = 6, kFp32Tiles = 4;
 
 inline F f_set(float v) { return _mm512_set1_ps(v); }
 inline F f_load(const float* p) { return _mm512_loadu_ps(p); }

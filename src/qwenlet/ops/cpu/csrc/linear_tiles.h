@@ -1,4 +1,4 @@
-// Linears over weights in tiles: sixteen outputs a register, so no sum ever crosses lanes.
+// Linears over weights in tiles: sixteen outputs a register, so no sum ever crosses lanes. Float32 is in linear_fp32.h.
 //
 // A few rows stream the weights once and unpack them on the way. Many rows go in blocks: a stretch of columns of one or
 // two tiles is unpacked into the first cache and used for all rows, some at a time in registers. Both sum whole numbers
@@ -6,12 +6,12 @@
 #pragma once
 
 #include "kernels.h"
+#include "linear_fp32.h"
+#include "tile_results.h"
 
 namespace {
 
 using qwenlet::Inputs;
-using qwenlet::kTile;
-using qwenlet::TileWeight;
 
 // What the sum over a group starts from: the zero points' share, as whole numbers.
 enum class Zero { kConstant, kPoints, kMinimum };
@@ -61,23 +61,6 @@ struct Sums {
         return all;
     }
 };
-
-inline void put(const TileWeight& w, int64_t tile, F value, float* y, bool add) {
-    const int64_t n = tile * kTile;
-    float* to = y + n;
-    if (n + kTile <= w.n) {
-        if (w.bias) value = f_add(value, f_load(w.bias + n));
-        if (add) value = f_add(value, f_load(to));
-        f_store(to, value);
-        return;
-    }
-    float lanes[kTile];
-    f_store(lanes, value);
-    for (int64_t i = 0; n + i < w.n; ++i) {
-        const float with_bias = w.bias ? lanes[i] + w.bias[n + i] : lanes[i];
-        to[i] = add ? with_bias + to[i] : with_bias;
-    }
-}
 
 // For bfloat16 only: for fewer bits the hardware keeps up by itself (measured the same or better without).
 constexpr int64_t kAheadBytes = 2048;
@@ -302,7 +285,8 @@ void linear_tiles(const TileWeight& w, const Inputs& x, int64_t rows, int64_t be
                   bool add, char* scratch) {
     if (w.bits == 4) return linear_quant<4>(w, x, rows, begin, end, y, stride, add, scratch);
     if (w.bits == 8) return linear_quant<8>(w, x, rows, begin, end, y, stride, add, scratch);
-    linear_of<16, Zero::kConstant>(w, x, rows, begin, end, y, stride, add, scratch);
+    if (w.bits == 16) return linear_of<16, Zero::kConstant>(w, x, rows, begin, end, y, stride, add, scratch);
+    linear_fp32(w, x, rows, begin, end, y, stride, add, scratch);
 }
 
 }  // namespace

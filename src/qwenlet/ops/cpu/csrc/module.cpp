@@ -122,19 +122,20 @@ PyObject* linear_tiles(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     const Kernels* kernels = kernels_of(args[0]);
     if (kernels == nullptr) return nullptr;
     const TileWeight w = weight_from(v + 5);
-    const int64_t rows = v[2], groups = w.bits == 16 ? 0 : w.k / w.group;
+    const int64_t rows = v[2], groups = w.group ? w.k / w.group : 0;
     if (rows < 1 || rows > qwenlet::kMaxBatch) {
         PyErr_Format(PyExc_ValueError, "linear_tiles takes 1 to %lld rows", static_cast<long long>(qwenlet::kMaxBatch));
         return nullptr;
     }
     Py_BEGIN_ALLOW_THREADS
-    std::vector<int8_t> codes(w.bits == 16 ? 0 : rows * w.k * (w.bits == 8 ? 2 : 1));
+    std::vector<int8_t> codes(w.group ? rows * w.k * (w.bits == 8 ? 2 : 1) : 0);
     std::vector<float> scales(rows * groups);
     std::vector<int32_t> sums(rows * groups);
     std::vector<uint16_t> bf16(w.bits == 16 ? rows * w.k : 0);
     Program program;
     program.weights = {w};
-    program.inputs = {{w.bits, w.k, w.bits == 16 ? 0 : w.group, codes.data(), scales.data(), sums.data(), bf16.data(),
+    // float32 is read where it lies
+    program.inputs = {{w.bits, w.k, w.group, codes.data(), scales.data(), sums.data(), bf16.data(), address<float>(v[1]),
                        address<const int32_t>(v[4])}};
     Step round{Step::kRound}, linear{Step::kLinear};
     round.a = address<const float>(v[1]);
@@ -142,7 +143,8 @@ PyObject* linear_tiles(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     round.to = {0};
     linear.y = address<float>(v[3]);
     linear.stride = w.n;
-    program.steps = {round, linear};
+    if (w.bits != 32) program.steps.push_back(round);
+    program.steps.push_back(linear);
     Batch batch{};
     batch.tokens = rows;
     program.run(*kernels, static_cast<int>(v[0]), batch, nullptr);
@@ -206,14 +208,15 @@ PyObject* add_to(std::vector<T>& list, const T& item) {
     return PyLong_FromSsize_t(static_cast<Py_ssize_t>(list.size()) - 1);
 }
 
-// program_inputs(program, bits, k, group, codes, scales, sums, bf16, order) -> its number
+// program_inputs(program, bits, k, group, codes, scales, sums, bf16, fp32, order) -> its number
 PyObject* program_inputs(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
-    int64_t v[8];
-    if (!read_all("program_inputs", args, nargs, 1, 8, v)) return nullptr;
+    int64_t v[9];
+    if (!read_all("program_inputs", args, nargs, 1, 9, v)) return nullptr;
     Program* program = program_of(args[0]);
     if (program == nullptr) return nullptr;
     return add_to(program->inputs, Inputs{static_cast<int>(v[0]), v[1], v[2], address<int8_t>(v[3]), address<float>(v[4]),
-                                          address<int32_t>(v[5]), address<uint16_t>(v[6]), address<const int32_t>(v[7])});
+                                          address<int32_t>(v[5]), address<uint16_t>(v[6]), address<float>(v[7]),
+                                          address<const int32_t>(v[8])});
 }
 
 // program_weight(program, bits, group, n, k, weight, scales, zeros, minimums, bias) -> its number

@@ -1,4 +1,4 @@
-// What happens to one row between linears: norm, gate, rounding. Lengths are multiples of 16.
+// What happens to one row between linears: norm, gate, rounding. Lengths are multiples of 16 (unless floats are copied).
 #pragma once
 
 #include <cstring>
@@ -98,6 +98,10 @@ inline int32_t round_group_fine(const float* x, int64_t count, int8_t* codes, fl
 }
 
 void round_inputs(const float* x, const qwenlet::Inputs& to, int64_t row) {
+    if (to.bits == 32) {
+        std::memcpy(to.fp32 + row * to.k, x, static_cast<size_t>(to.k) * sizeof(float));
+        return;
+    }
     float sorted[128];
     const int64_t step = to.group ? to.group : 16;
     for (int64_t i = 0; i < to.k; i += step) {
