@@ -18,7 +18,11 @@ if [ -n "$missing" ]; then
     tar -xzf source.part/llama_cpp_python-*.tar.gz -C source.part
     mv source.part source
   }
+  # its AMX product crashes with gcc 12 (0c1e570, in ggml_backend_amx_mul_mat); AVX-512 VNNI is what is left
+  flags=
+  grep -qw amx_int8 /proc/cpuinfo 2>/dev/null && flags="-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
   cmake -S source/llama_cpp_python-*/vendor/llama.cpp -B build -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON \
+    -DCMAKE_C_FLAGS="$flags" -DCMAKE_CXX_FLAGS="$flags" \
     -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TOOLS=ON
   cmake --build build -j "$(nproc)" --target $tools
   for tool in $tools; do ln -sf "build/bin/$tool" "$tool"; done

@@ -221,7 +221,8 @@ def test_advice_for_a_model_that_is_too_large():
         return [re.sub(r"--context \d+", "--context N", change.options) for change in advice(setup, memory)]
 
     assert options(5 * 10**9) == ["--kv-cache int8", "--quant int8", "--quant int4", "--context N"]
-    assert options(2 * 10**9) == ["--quant int4 --context N"]
+    assert options(2 * 10**9) == ["--quant int8 --context N", "--quant int4 --context N"]
+    assert options(16 * 10**8) == ["--quant int4 --context N"]
     assert options(10**8) == []
 
     # a cache that was asked for has to be taken back

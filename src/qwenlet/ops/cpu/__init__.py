@@ -1,7 +1,7 @@
 """Kernels for a CPU: C++ built with the package, one file per instruction set, chosen at run time.
 
 Where the package was built without a compiler there are none: floats run on torch's own operators, quantized weights on
-the plain definition. `status` says what will run and why. `QWENLET_ISA` forces one of avx512_bf16, avx512, avx2,
+the plain definition. `status` says what will run and why. `QWENLET_ISA` forces one of amx, avx512_bf16, avx512, avx2,
 portable, or torch (no kernels).
 """
 

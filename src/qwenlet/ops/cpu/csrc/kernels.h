@@ -98,6 +98,9 @@ struct Kernels {
                    int64_t out_stride, char* scratch);
 };
 
+#if defined(QWENLET_AMX)
+extern const Kernels kAmx;
+#endif
 #if defined(QWENLET_X86)
 extern const Kernels kAvx512Bf16;
 extern const Kernels kAvx512;

@@ -19,6 +19,9 @@ namespace {
 using qwenlet::Kernels;
 
 const Kernels* const kAll[] = {
+#if defined(QWENLET_AMX)
+    &qwenlet::kAmx,
+#endif
 #if defined(QWENLET_X86)
     &qwenlet::kAvx512Bf16, &qwenlet::kAvx512, &qwenlet::kAvx2,
 #endif
