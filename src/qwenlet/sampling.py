@@ -2,8 +2,10 @@
 
     penalize -> greedy, or temperature -> top-k -> top-p -> min-p -> draw
 
-Everything looks at one row [V] of float32 logits, so a request's tokens can't depend on its neighbours. Randomness is
-counter-based: a draw is a function of (seed, choice, position) alone, so pausing, batching or resuming can't shift it.
+Everything looks at one row [V] of float32 logits, so a request's tokens can't depend on its neighbours. On a CPU
+all of it is one native call for many rows (`choose_all`); the functions are its definition, and what runs elsewhere.
+Randomness is counter-based: a draw is a function of (seed, choice, position) alone, so pausing, batching or resuming
+can't shift it.
 """
 
 from __future__ import annotations
@@ -37,16 +39,38 @@ class TokenLogprob:
 
 
 class TokenCounts:
-    """Which tokens a request has seen, for the penalties. Built only when a penalty is on."""
+    """Which tokens a request has seen, for the penalties. Built only when a penalty is on.
 
-    def __init__(self, prompt: Sequence[int], vocab_size: int, device: torch.device) -> None:
-        self.seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-        self.seen[torch.tensor(list(prompt), dtype=torch.long, device=device)] = True
-        self.replied = torch.zeros(vocab_size, device=device)
+    Attributes:
+        seen: how many different tokens.
+    """
+
+    def __init__(self, prompt: Sequence[int], device: torch.device) -> None:
+        ids = list(dict.fromkeys(prompt))
+        self._places = {token: place for place, token in enumerate(ids)}
+        self._ids = torch.tensor(ids, dtype=torch.long, device=device)
+        self._replied = torch.zeros(len(ids), device=device)
+        self.seen = len(ids)
 
     def add(self, token_id: int) -> None:
-        self.seen[token_id] = True
-        self.replied[token_id] += 1
+        place = self._places.setdefault(token_id, self.seen)
+        if place == self.seen:
+            if place == len(self._ids):  # room for as many again
+                self._ids = torch.cat([self._ids, self._ids.new_zeros(place + 16)])
+                self._replied = torch.cat([self._replied, self._replied.new_zeros(place + 16)])
+            self._ids[place] = token_id
+            self.seen += 1
+        self._replied[place] += 1
+
+    @property
+    def ids(self) -> Tensor:
+        """[seen] int64, each once."""
+        return self._ids[: self.seen]
+
+    @property
+    def replied(self) -> Tensor:
+        """[seen] float32: how often each stands in the reply."""
+        return self._replied[: self.seen]
 
 
 def needs_counts(params: SamplingParams) -> bool:
@@ -57,13 +81,11 @@ def penalize(logits: Tensor, counts: TokenCounts, params: SamplingParams) -> Ten
     """Repetition penalty over prompt and reply: divides positive logits, multiplies others (CTRL, arXiv:1909.05858).
     Presence and frequency penalties over the reply alone: subtracted once, or per occurrence."""
     penalty = params.repetition_penalty or 1.0
+    values, replied = logits[counts.ids], counts.replied
     if penalty != 1.0:
-        logits = torch.where(counts.seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-    if params.presence_penalty:
-        logits = logits - params.presence_penalty * (counts.replied > 0)
-    if params.frequency_penalty:
-        logits = logits - params.frequency_penalty * counts.replied
-    return logits
+        values = torch.where(values > 0, values / penalty, values * penalty)
+    values = values - (params.presence_penalty * (replied > 0) + params.frequency_penalty * replied)
+    return logits.index_copy(0, counts.ids, values)
 
 
 def top_k(logits: Tensor, ids: Tensor | None, k: int) -> tuple[Tensor, Tensor | None]:
@@ -77,12 +99,9 @@ def top_k(logits: Tensor, ids: Tensor | None, k: int) -> tuple[Tensor, Tensor | 
 
 def top_p(logits: Tensor, ids: Tensor | None, p: float) -> tuple[Tensor, Tensor | None]:
     """The smallest set of most likely tokens whose probabilities reach p (arXiv:1904.09751). Exact, and without sorting
-    the whole vocabulary: natively by a threshold search, else by widening the head of the order until it carries p."""
+    the whole vocabulary: by widening the head of the order until it carries p."""
     if p >= 1.0:
         return logits, ids
-    if ids is None and logits.device.type == "cpu" and logits.dtype == torch.float32 and cpu.status().isa is not None:
-        places = cpu.top_p(logits, p)
-        return logits[places], places
     total = logits.logsumexp(0)
     size, width = logits.shape[0], 128
     while True:
@@ -133,14 +152,13 @@ def choose(logits: Tensor, params: SamplingParams, counts: TokenCounts | None, c
     Raises:
         RequestError: the logits hold NaN or infinity, so no token can be chosen.
     """
+    if draws_natively(logits):
+        return checked(choose_all([Row(logits, params, counts, choice, position)])[0], logits)
     if counts is not None:
         logits = penalize(logits, counts, params)
     peak = logits.max()
     if not math.isfinite(peak):  # max passes NaN on
-        raise RequestError(
-            f"the model's largest logit is {float(peak)}, so no token can be chosen",
-            hint="float16 overflows in places where bfloat16 and float32 don't; load with dtype='bf16' or 'fp32'",
-        )
+        checked(-1, logits)
     temperature = params.temperature or 0.0
     if temperature < _GREEDY_BELOW:
         return int(logits.argmax())
@@ -150,6 +168,54 @@ def choose(logits: Tensor, params: SamplingParams, counts: TokenCounts | None, c
     kept = top_p(*kept, 1.0 if params.top_p is None else params.top_p)
     kept = min_p(*kept, params.min_p or 0.0)
     return draw(*kept, uniform(params.seed or 0, choice, position))
+
+
+@dataclass(frozen=True)
+class Row:
+    """What `choose` needs to know of a row."""
+
+    logits: Tensor
+    params: SamplingParams
+    counts: TokenCounts | None
+    choice: int
+    position: int
+
+
+def draws_natively(logits: Tensor) -> bool:
+    return logits.device.type == "cpu" and logits.dtype == torch.float32 and cpu.status().isa is not None
+
+
+def choose_all(rows: Sequence[Row]) -> list[int]:
+    """A token for each row by the kernels, all rows at once; for `checked`."""
+    held = [row.logits.contiguous() for row in rows]
+    numbers, settings = [], []
+    for row, logits in zip(rows, held, strict=True):
+        params, counts = row.params, row.counts
+        seen = (0, 0, 0) if counts is None else (counts.ids.data_ptr(), counts.replied.data_ptr(), counts.seen)
+        numbers.append((logits.data_ptr(), len(logits), *seen, params.top_k or 0))
+        temperature = params.temperature or 0.0
+        greedy = temperature < _GREEDY_BELOW
+        settings.append((
+            params.repetition_penalty or 1.0,
+            params.presence_penalty,
+            params.frequency_penalty,
+            0.0 if greedy else temperature,
+            1.0 if params.top_p is None else params.top_p,
+            params.min_p or 0.0,
+            0.0 if greedy else uniform(params.seed or 0, row.choice, row.position),
+        ))  # fmt: skip
+    tokens = cpu.draw(torch.tensor(numbers, dtype=torch.int64), torch.tensor(settings, dtype=torch.float64))
+    return tokens.tolist()
+
+
+def checked(token: int, logits: Tensor) -> int:
+    """The token; raises RequestError if it is the -1 of a row without a finite largest logit."""
+    if token >= 0:
+        return token
+    raise RequestError(
+        f"the model's largest logit is {float(logits.max())}, so no token can be chosen",
+        hint="float16 overflows in places where bfloat16 and float32 don't; load with dtype='bf16' or 'fp32'",
+    )
 
 
 def token_logprob(logits: Tensor, token_id: int, alternatives: int) -> TokenLogprob:

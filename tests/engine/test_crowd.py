@@ -39,7 +39,7 @@ def oracle(model: Qwen, kind: str, prompt: Sequence[int], params: SamplingParams
     program = QwenProgram(model, pool, 256) if native else None
     table, alpha = pool.take(4), model.config.ntk_alpha(len(prompt))
     params = params.resolve(GenerationDefaults())
-    counts = TokenCounts(prompt, 271, CPU)
+    counts = TokenCounts(prompt, CPU)
     matcher = None if params.grammar is None else GRAMMARS.compile(GrammarSpec("json_schema", SCHEMA)).matcher()
     known, stored = list(prompt), 0
     while True:

@@ -174,16 +174,13 @@ def test_a_request_that_fails_while_its_token_is_drawn_fails_alone(
     import qwenlet.engine.replies as module
 
     e = engine(model)
-    (bad,) = e.submit([13], SamplingParams(temperature=0, max_new_tokens=5, seed=666))
+    (bad,) = e.submit([13], SamplingParams(temperature=0, max_new_tokens=5, logprobs=1))
     (good,) = e.submit([1, 2, 3], SamplingParams(temperature=0, max_new_tokens=5))
-    real = module.choose
 
-    def faulty(logits: torch.Tensor, params: SamplingParams, *rest: object) -> int:
-        if params.seed == 666:
-            raise MemoryError("no room for a draw")
-        return real(logits, params, *rest)  # type: ignore[arg-type]
+    def faulty(*_: object) -> None:
+        raise MemoryError("no room for a draw")
 
-    monkeypatch.setattr(module, "choose", faulty)
+    monkeypatch.setattr(module, "token_logprob", faulty)
     assert Completion.from_chunks(e.stream(good)).completion_tokens == 5
     chunks = e.stream(bad)
     last = next(chunks)

@@ -9,6 +9,7 @@ from qwenlet.config import EngineConfig, GenerationDefaults, ModelConfig
 from qwenlet.engine import Engine
 from qwenlet.linear import QuantLinear, TiledLinear, replace_linear
 from qwenlet.model import Qwen
+from qwenlet.ops import cpu
 from qwenlet.ops.packing import to_tiles
 from qwenlet.ops.rounding import round_to_nearest
 from qwenlet.pretokenizer import QWEN
@@ -17,6 +18,7 @@ from qwenlet.tokenizer_formats import Vocabulary
 
 CPU = torch.device("cpu")
 END = 256
+FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 KINDS = {"fp32": "fp32", "bf16": "bf16", "int8": "int8", "int4": "int8"}  # weights -> cache
 
 
@@ -38,9 +40,9 @@ def random_model(kind: str, **changes: object) -> Qwen:
     for name, parameter in model.named_parameters():
         nn.init.normal_(parameter, mean=1.0 if "ln_" in name else 0.0, std=0.15)
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and kind != "fp32":
-            if kind == "bf16":
-                replace_linear(model, name, TiledLinear(module.weight.bfloat16(), module.bias))
+        if isinstance(module, nn.Linear) and cpu.available():
+            if kind in FLOATS:
+                replace_linear(model, name, TiledLinear(module.weight.to(FLOATS[kind]), module.bias))
             else:
                 tiles = to_tiles(round_to_nearest(module.weight, int(kind[3:]), 32))
                 replace_linear(model, name, QuantLinear(tiles, module.bias))

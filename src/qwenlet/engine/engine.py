@@ -148,7 +148,7 @@ class Engine:
             stop_texts=StopTexts(tuple(params.stop or ())),
             decoder=None if self.tokenizer is None else StreamDecoder(self.tokenizer, skip_special_tokens=True),
             choice=choice,
-            counts=TokenCounts(prompt, self.model.config.vocab_size, self.device) if needs_counts(params) else None,
+            counts=TokenCounts(prompt, self.device) if needs_counts(params) else None,
             matcher=None if grammar is None else grammar.matcher(),
         )
 
@@ -271,8 +271,9 @@ class Engine:
         with self._lock:
             self._in_flight = frozenset()
             self._failures, self._reason = 0, ""
+            drawn = self._replies.draw_ahead(work, logits)
             for one, rows in zip(work, logits, strict=True):
-                self._replies.take(one, rows, ran - scheduled)
+                self._replies.take(one, rows, ran - scheduled, drawn.get(one.request))
             self._stats.steps += 1
             self._stats.seconds["schedule"] += scheduled - began
             self._stats.seconds["run"] += ran - scheduled

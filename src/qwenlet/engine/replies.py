@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from qwenlet.engine.request import Request
 from qwenlet.engine.scheduler import Scheduler, Work
 from qwenlet.engine.speculation import Speculation
 from qwenlet.engine.stats import Stats
-from qwenlet.sampling import TokenLogprob, choose, token_logprob
+from qwenlet.sampling import Row, TokenLogprob, checked, choose, choose_all, draws_natively, token_logprob
 
 
 class Replies:
@@ -28,8 +29,22 @@ class Replies:
         request.failure = error
         self.finish(request, "error", error=line(error))
 
-    def take(self, work: Work, logits: Tensor, seconds: float) -> None:
-        """What a step did for one request; whatever goes wrong here is this request's alone."""
+    @staticmethod
+    def draw_ahead(work: Sequence[Work], logits: Sequence[Tensor]) -> dict[Request, int]:
+        """The next token of every request that needs nothing else for it, drawn side by side."""
+        rows: dict[Request, Row] = {}
+        for one, some in zip(work, logits, strict=True):
+            request = one.request
+            plain = request.reader is None and request.matcher is None and not request.followers
+            if plain and one.wanted == 1 and draws_natively(some):
+                rows[request] = Row(some[0], request.params, request.counts, request.choice, len(request.known))
+        return dict(zip(rows, choose_all(list(rows.values())), strict=True)) if rows else {}
+
+    def take(self, work: Work, logits: Tensor, seconds: float, drawn: int | None = None) -> None:
+        """What a step did for one request; whatever goes wrong here is this request's alone.
+
+        Args: drawn: its next token, where `draw_ahead` gave one.
+        """
         request = work.request
         if request.cancelled:
             self.finish(request, "cancelled")
@@ -38,7 +53,7 @@ class Replies:
             if request.reader is not None:
                 self._read(request, work, logits)
             else:
-                self._draw(request, work, logits, seconds)
+                self._draw(request, work, logits, seconds, drawn)
         except Exception as error:
             if request.finish_reason is None:
                 self.give_up(request, error)
@@ -57,7 +72,7 @@ class Replies:
         else:
             self.emit(request)
 
-    def _draw(self, request: Request, work: Work, logits: Tensor, seconds: float) -> None:
+    def _draw(self, request: Request, work: Work, logits: Tensor, seconds: float, drawn: int | None) -> None:
         if not work.wanted:
             self._stored(request, len(work.tokens))
             self.emit(request)
@@ -65,7 +80,7 @@ class Replies:
         self._stored(request, len(work.tokens) - work.guesses)
         guesses = work.tokens[len(work.tokens) - work.guesses :]
         for right, row in enumerate(logits):
-            token = self._choose(request, row)
+            token = self._choose(request, row, drawn)
             if request.finish_reason is not None or right == work.guesses or token != guesses[right]:
                 break
             self._stored(request, 1)  # the guess was right, and its keys and values are there
@@ -82,7 +97,7 @@ class Replies:
             self.prefix.keep(request.root, request.known[: full * PAGE_TOKENS], request.pages[:full])
             request.indexed = full
 
-    def _choose(self, request: Request, logits: Tensor) -> int:
+    def _choose(self, request: Request, logits: Tensor, drawn: int | None = None) -> int:
         """Draws the next token and takes it in; the prompt's last logits serve its other choices, too."""
         if request.followers:
             for follower in self.scheduler.start_followers(request):
@@ -90,8 +105,11 @@ class Replies:
                     self._choose(follower, logits)
                 except Exception as error:
                     self.give_up(follower, error)
-        allowed = logits if request.matcher is None else request.matcher.mask(logits)
-        token = choose(allowed, request.params, request.counts, request.choice, len(request.known))
+        if drawn is None:
+            allowed = logits if request.matcher is None else request.matcher.mask(logits)
+            token = choose(allowed, request.params, request.counts, request.choice, len(request.known))
+        else:
+            token = checked(drawn, logits)
         now = time.perf_counter()
         if request.first_token_at is None:
             request.first_token_at = now

@@ -135,12 +135,20 @@ def linear_tiles(x: Tensor, weight: Tiles, bias: Tensor | None) -> Tensor:
     return y.to(x.dtype)
 
 
-def top_p(logits: Tensor, p: float) -> Tensor:
-    """Ids in ascending order of the smallest set of most likely tokens that carry p; logits [V] float32, finite."""
-    logits = logits.contiguous()
-    ids = torch.empty(len(logits), dtype=torch.int64)
-    kept = kernels().top_p(p, logits.data_ptr(), len(logits), ids.data_ptr())
-    return ids[:kept].clone()
+def draw(numbers: Tensor, settings: Tensor) -> Tensor:
+    """A token [R] int64 of each row, -1 where its largest logit is not finite.
+
+    Args:
+        numbers: [R, 6] int64: address of the row's float32 logits, how many; address of its seen ids (int64), of how
+            often each stands in the reply (float32), how many; top_k.
+        settings: [R, 7] float64: penalties (repetition, presence, frequency), temperature, top_p, min_p, u in [0, 1).
+    """
+    isa = status().isa
+    assert isa is not None, "no kernels run here"
+    tokens = torch.empty(len(numbers), dtype=torch.int64)
+    addresses = (numbers.data_ptr(), settings.data_ptr(), tokens.data_ptr())
+    kernels().draw(isa, torch.get_num_threads(), len(numbers), *addresses)
+    return tokens
 
 
 def words_to_lines(words: Tensor) -> Tensor:

@@ -32,5 +32,5 @@ bool supported() { return true; }
 }  // namespace
 
 namespace qwenlet {
-const Kernels kPortable = {"portable", supported, linear_bf16<Dot>, linear_tiles, norm, swiglu, round_inputs, turn_query, store, attend};
+const Kernels kPortable = {"portable", supported, linear_bf16<Dot>, linear_tiles, norm, swiglu, peak, weigh, round_inputs, turn_query, store, attend};
 }

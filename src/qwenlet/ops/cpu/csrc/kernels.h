@@ -78,6 +78,10 @@ struct Kernels {
     void (*norm)(const float* x, const float* weight, float eps, int64_t count, float* out);
     // out[i] = a[i] * silu(b[i])
     void (*swiglu)(const float* a, const float* b, int64_t count, float* out);
+    // The largest of `count` numbers (a multiple of 16); NaN if one of them is NaN or +infinity, at least -1e30.
+    float (*peak)(const float* x, int64_t count);
+    // out[i] = e^((x[i] - peak) / temperature), zero for what is 87 or more below; returns their sum.
+    double (*weigh)(const float* x, float peak, float temperature, int64_t count, float* out);
     // Row `row` of `to`, from floats.
     void (*round_inputs)(const float* x, const Inputs& to, int64_t row);
 

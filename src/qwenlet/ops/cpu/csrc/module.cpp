@@ -183,16 +183,30 @@ PyObject* words_to_lines(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     Py_RETURN_NONE;
 }
 
-// top_p(p, logits, count, ids) -> how many ids were kept; see sample.h
-PyObject* top_p(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
-    int64_t v[3];
-    if (!read_all("top_p", args, nargs, 1, 3, v)) return nullptr;
-    const double p = PyFloat_AsDouble(args[0]);
-    int64_t kept = 0;
+// draw(isa, threads, rows, numbers, settings, tokens): of each row of numbers [rows, 6] int64 (logits, count, ids, replied,
+// seen, top_k) and settings [rows, 7] float64 (repetition, presence, frequency, temperature, top_p, min_p, u) a token; see
+// sample.h
+PyObject* draw(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
+    int64_t v[5];
+    if (!read_all("draw", args, nargs, 1, 5, v)) return nullptr;
+    const Kernels* kernels = kernels_of(args[0]);
+    if (kernels == nullptr) return nullptr;
+    const int64_t* numbers = address<const int64_t>(v[2]);
+    const double* settings = address<const double>(v[3]);
+    int64_t* tokens = address<int64_t>(v[4]);
     Py_BEGIN_ALLOW_THREADS
-    kept = qwenlet::top_p(address<const float>(v[0]), v[1], p, address<int64_t>(v[2]));
+    qwenlet::parallel_for(static_cast<int>(v[0]), v[1], 1, [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r) {
+            const int64_t* n = numbers + r * 6;
+            const double* s = settings + r * 7;
+            const qwenlet::Draw row{address<const float>(n[0]), n[1], address<const int64_t>(n[2]), address<const float>(n[3]),
+                                    n[4], n[5], static_cast<float>(s[0]), static_cast<float>(s[1]), static_cast<float>(s[2]),
+                                    static_cast<float>(s[3]), s[4], s[5], s[6]};
+            tokens[r] = qwenlet::draw(*kernels, row);
+        }
+    });
     Py_END_ALLOW_THREADS
-    return PyLong_FromLongLong(kept);
+    Py_RETURN_NONE;
 }
 
 // ------------------------------------------------------------------------------------------------- programs
@@ -325,7 +339,7 @@ PyMethodDef kMethods[] = {
     {"linear_bf16", fast(linear_bf16), METH_FASTCALL, "linear_bf16(isa, threads, x, rows, w, n, k, bias, y)"},
     {"linear_tiles", fast(linear_tiles), METH_FASTCALL, "linear_tiles(isa, threads, x, rows, y, order, <weight>)"},
     {"words_to_lines", fast(words_to_lines), METH_FASTCALL, "words_to_lines(threads, words, count, columns, lines)"},
-    {"top_p", fast(top_p), METH_FASTCALL, "top_p(p, logits, count, ids)"},
+    {"draw", fast(draw), METH_FASTCALL, "draw(isa, threads, rows, numbers, settings, tokens)"},
     {"program_new", program_new, METH_NOARGS, "An empty program."},
     {"program_inputs", fast(program_inputs), METH_FASTCALL, "See module.cpp, as for the others."},
     {"program_weight", fast(program_weight), METH_FASTCALL, nullptr},

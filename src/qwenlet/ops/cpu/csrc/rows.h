@@ -55,6 +55,35 @@ void swiglu(const float* a, const float* b, int64_t count, float* out) {
     }
 }
 
+float peak(const float* x, int64_t count) {
+    F highest = f_set(-1e30f), check = f_set(0.0f);
+    for (int64_t i = 0; i < count; i += 16) {
+        const F v = f_max(f_set(-1e30f), f_load(x + i));  // in this order a NaN stays one
+        highest = f_max(highest, v);
+        check = f_fma(v, f_set(0.0f), check);
+    }
+    return max_lanes(highest) + sum_lanes(check);
+}
+
+double weigh(const float* x, float peak, float temperature, int64_t count, float* out) {
+    constexpr int64_t kPiece = 2048;  // floats are added so far before doubles take over
+    const F top = f_set(peak), divisor = f_set(temperature);
+    double total = 0.0;
+    for (int64_t begin = 0; begin < count; begin += kPiece) {
+        const int64_t end = begin + kPiece < count ? begin + kPiece : count;
+        F sum = f_set(0.0f);
+        for (int64_t i = begin; i < end; i += 16) {
+            F weight = f_exp(f_div(f_sub(f_load(x + i), top), divisor));
+            // e^-87, which f_exp gives for all below it too, becomes nothing; others don't notice
+            weight = f_max(f_sub(weight, f_set(1.7e-38f)), f_set(0.0f));
+            f_store(out + i, weight);
+            sum = f_add(sum, weight);
+        }
+        total += sum_lanes(sum);
+    }
+    return total;
+}
+
 inline float largest_of(const float* x, int64_t count) {
     F largest = f_set(0.0f);
     for (int64_t i = 0; i < count; i += 16) largest = f_max(largest, f_abs(f_load(x + i)));

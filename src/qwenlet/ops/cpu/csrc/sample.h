@@ -3,10 +3,25 @@
 
 #include <cstdint>
 
+#include "kernels.h"
+
 namespace qwenlet {
 
-// The smallest set of most likely of `count` > 0 finite logits whose probabilities reach `p`, ties by the smaller id: their
-// ids in ascending order into `ids` [count]. Returns how many. Exact, without sorting more than a two-thousandth or so.
-int64_t top_p(const float* logits, int64_t count, double p, int64_t* ids);
+// One row from which one token is to be drawn.
+struct Draw {
+    const float* logits;  // [count]
+    int64_t count;
+    const int64_t* ids;    // [seen] different tokens of the prompt and the reply
+    const float* replied;  // [seen] how often they stand in the reply
+    int64_t seen;
+    int64_t top_k;  // 0: all
+    float repetition, presence, frequency, temperature;  // temperature 0: the most likely token
+    double top_p, min_p;
+    double u;  // in [0, 1), picks the token among those that are left
+};
+
+// Penalties, temperature, top-k, top-p, min-p, and the token at u of what is left, in the order of ids. -1 where the largest
+// logit is no finite number. One row's token depends on that row alone.
+int64_t draw(const Kernels& kernels, const Draw& row);
 
 }  // namespace qwenlet
