@@ -1,4 +1,4 @@
-"""A folder as published, with code in it that would leave a mark if anybody ran it."""
+"""Folders as published, with code in them that would leave a mark if anybody ran it."""
 
 from __future__ import annotations
 
@@ -9,17 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from hf.trap import trap
 from qwenlet.checkpoint import write_random
 from qwenlet.config import ModelConfig
-
-MARKED = ("configuration_qwen", "modeling_qwen", "tokenization_qwen", "qwen_generation_utils")
-
-
-def trap(folder: Path) -> Path:
-    """Puts code into a checkpoint that leaves a file behind when it runs."""
-    for name in MARKED:
-        (folder / f"{name}.py").write_text(f"open({str(folder / 'RAN')!r}, 'w').close()\nraise SystemExit(1)\n")
-    return folder
 
 
 @pytest.fixture(scope="session")

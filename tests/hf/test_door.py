@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+import runpy
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import qwenlet.hf
+from hf.trap import MARKED, trap
 from qwenlet import chat
-from qwenlet.checkpoint import Checkpoint, write_rounded
+from qwenlet.checkpoint import Checkpoint, check_dtype, convert, write_rounded
 from qwenlet.config import QuantConfig
 from qwenlet.errors import ConfigError, TokenizerError
 
@@ -46,16 +50,13 @@ def test_the_published_quick_start_runs_and_no_code_of_the_checkpoint_does(
     tmp_path: Path, chat_folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """Character for character; the names are folders here, as they would be after a download."""
-    import shutil
-
     target = tmp_path / name
     if name.endswith("Int4"):
         write_rounded(Checkpoint.open(chat_folder), target, QuantConfig(method="gptq", bits=4, group_size=32))
-        for file in chat_folder.glob("*.py"):
-            shutil.copyfile(file, target / file.name)
         shutil.copyfile(chat_folder / "tokenizer_config.json", target / "tokenizer_config.json")
     else:
         shutil.copytree(chat_folder, target)
+    trap(target)
     monkeypatch.chdir(tmp_path)
     script = f'''
 tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
@@ -71,7 +72,74 @@ response, _ = model.chat(tokenizer, "My colleague works diligently", history=Non
     exec(script, held)
     assert len(held["history"]) == 3
     assert isinstance(held["model"], qwenlet.hf.QWenLMHeadModel)
-    assert not (chat_folder / "RAN").exists()
+    assert not (target / "RAN").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------- other code
+
+
+@pytest.mark.parametrize("name", MARKED)
+def test_the_trap_would_leave_a_mark(tmp_path: Path, name: str) -> None:
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(trap(tmp_path) / f"{name}.py"))
+    assert (tmp_path / "RAN").exists()
+
+
+@pytest.mark.parametrize(
+    "described",
+    [
+        {"auto_map": {"AutoTokenizer": ["tokenization_qwen.QWenTokenizer", None]}},
+        {"auto_map": {"AutoTokenizer": [None, "tokenization_qwen.Other"]}, "tokenizer_class": "Other"},
+        {"auto_map": {"AutoTokenizer": ["tokenization_qwen.X", None]}, "tokenizer_class": "PreTrainedTokenizerFast"},
+        {"auto_map": ["tokenization_qwen.QWenTokenizer", None]},
+        {},
+        None,
+    ],
+    ids=["no class", "another class", "a class of transformers", "as long ago", "nothing", "no file"],
+)
+@pytest.mark.parametrize("trust", [True, None])
+def test_a_tokenizer_is_ours_whatever_its_config_names(
+    tiny_folder: Path, qwen_vocab: Path, described: dict[str, Any] | None, trust: bool | None
+) -> None:
+    (tiny_folder / "qwen.tiktoken").symlink_to(qwen_vocab)
+    file = tiny_folder / "tokenizer_config.json"
+    file.unlink(missing_ok=True)
+    if described is not None:
+        file.write_text(json.dumps(described))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder, trust_remote_code=trust)
+    assert isinstance(tokenizer, qwenlet.hf.QWenTokenizer)
+    assert tokenizer.encode("你好") == [108_386]
+    assert not (tiny_folder / "RAN").exists()
+
+
+def test_other_code_is_ignored_by_every_door_and_said_once(
+    tiny_folder: Path, qwen_vocab: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tiny_folder / "qwen.tiktoken").symlink_to(qwen_vocab)
+    classes = ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification")
+    code = {
+        "auto_map": dict.fromkeys(classes, "modeling_qwen.Anything"),
+        "custom_pipelines": {"text-generation": {"impl": "modeling_qwen.Anything", "pt": ["AutoModelForCausalLM"]}},
+    }
+    file = tiny_folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | code))
+    (tiny_folder / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["tokenization_qwen.X", null]}}')
+    with caplog.at_level(logging.WARNING, logger="qwenlet"):
+        AutoTokenizer.from_pretrained(tiny_folder, trust_remote_code=True)
+        config = AutoConfig.from_pretrained(tiny_folder, trust_remote_code=True)
+        model = AutoModelForCausalLM.from_pretrained(tiny_folder, trust_remote_code=True)
+        qwenlet.hf.QWenLMHeadModel.from_pretrained(tiny_folder, trust_remote_code=True)
+        with pytest.raises(ValueError, match="Unrecognized configuration class"):
+            AutoModelForSequenceClassification.from_pretrained(tiny_folder, trust_remote_code=True)
+    assert [record.getMessage() for record in caplog.records if "code of its own" in record.getMessage()] == [
+        f"{tiny_folder} names code of its own, which is not executed: the classes of qwenlet.hf do its work"
+    ]
+    assert "generate" not in vars(model)
+    assert not hasattr(config, "custom_pipelines")
+    assert not (tiny_folder / "RAN").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------- the maths
 
 
 @pytest.mark.parametrize("length", [1, 32, 33, 64, 128])
@@ -155,6 +223,9 @@ def test_what_is_saved_is_the_published_layout(tmp_path: Path, tiny: Any, refere
     tiny.save_pretrained(tmp_path / "out")
     checkpoint = Checkpoint.open(tmp_path / "out")
     assert checkpoint.layout == "qwen"
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["auto_map"]["AutoModelForCausalLM"] == "modeling_qwen.QWenLMHeadModel"
+    assert (written["model_type"], written["architectures"]) == ("qwen", ["QWenLMHeadModel"])
     with qwenlet.load(str(tmp_path / "out"), dtype="fp32") as llm:
         ids = reference["prefill.64.input_ids"]
         assert (llm.logits(ids[0]) - reference["prefill.64.logits"][0]).abs().max() <= TOLERANCE
@@ -179,6 +250,35 @@ def test_gradient_checkpointing_changes_no_gradient(tiny: Any) -> None:
         tiny(ids, labels=ids).loss.backward()
         gradients.append([p.grad.clone() for p in tiny.parameters()])
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_gptq_checkpoint_is_the_floats_it_stands_for(
+    tmp_path: Path, tiny_folder: Path, reference: dict[str, torch.Tensor], bits: int
+) -> None:
+    out = write_rounded(
+        Checkpoint.open(tiny_folder), tmp_path / "gptq", QuantConfig(method="gptq", bits=bits, group_size=32)
+    )
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["bits"] == bits
+    ids = reference["prefill.64.input_ids"]
+    with qwenlet.load(str(out), dtype="fp32", quant="none", device="cpu") as llm, torch.no_grad():
+        expected = llm.logits(ids[0])
+        logits = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)(ids).logits[0]
+    assert (logits - expected).abs().max() <= TOLERANCE
+    assert (logits - reference["prefill.64.logits"][0]).abs().max() > 1e-4, "nothing was rounded"
+
+
+def test_a_checkpoint_in_shards(tmp_path: Path, tiny_folder: Path, reference: dict[str, torch.Tensor]) -> None:
+    out = convert(tiny_folder, tmp_path / "shards", shard_bytes=100_000)
+    assert len(list(out.glob("model-*.safetensors"))) > 2
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(reference["prefill.33.input_ids"]).logits
+    assert (logits - reference["prefill.33.logits"]).abs().max() <= TOLERANCE
+    model.save_pretrained(tmp_path / "again", max_shard_size="200KB")
+    assert len(list((tmp_path / "again").glob("model-*.safetensors"))) > 1
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------- conversation
@@ -261,6 +361,28 @@ def test_a_field_that_changes_the_maths_is_refused(tiny_folder: Path) -> None:
 def test_two_precisions_are_refused(tiny_folder: Path) -> None:
     with pytest.raises(ConfigError, match="bf16 and fp16"):
         AutoModelForCausalLM.from_pretrained(tiny_folder, bf16=True, fp16=True)
+
+
+def test_another_kind_of_model_is_refused(tiny_folder: Path) -> None:
+    file = tiny_folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": "llama"}))
+    with pytest.raises(ConfigError, match="model_type is 'llama', expected 'qwen'"):
+        qwenlet.hf.QWenLMHeadModel.from_pretrained(tiny_folder)
+
+
+def test_what_a_device_cannot_do_is_refused_with_words(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for dtype in (torch.int8, torch.float64, "int4"):
+        with pytest.raises(ConfigError, match=r"expected (.|\n)*bf16, fp16, fp32"):
+            AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=dtype)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"sees no GPU here(.|\n)*hint"):
+        AutoModelForCausalLM.from_pretrained(tiny_folder, device_map="cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "T4")
+    with pytest.raises(ConfigError, match=r"bf16, but T4 \(compute capability 7.5\) has no bfloat16(.|\n)*fp16"):
+        AutoModelForCausalLM.from_pretrained(tiny_folder, device_map="cuda", bf16=True)
+    check_dtype(torch.float16, torch.device("cuda"))
 
 
 def test_the_config_comes_back_as_published(tmp_path: Path, tiny_folder: Path) -> None:

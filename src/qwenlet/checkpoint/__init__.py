@@ -21,7 +21,7 @@ No code of a checkpoint is executed.
 
 from qwenlet.checkpoint.cached import load_quantized
 from qwenlet.checkpoint.convert import TARGETS, convert, left_behind
-from qwenlet.checkpoint.dtypes import DTYPES, auto_dtype, dtype_by_name, dtype_name
+from qwenlet.checkpoint.dtypes import DTYPES, auto_dtype, check_dtype, device_by_name, dtype_by_name, dtype_name
 from qwenlet.checkpoint.load import DEFAULT_SYSTEM, Checkpoint, LoadReport, Progress, load_model
 from qwenlet.checkpoint.quantized import WeightOf, write_quantized, write_rounded
 from qwenlet.checkpoint.rounding import Rounding
@@ -37,7 +37,9 @@ __all__ = [
     "Rounding",
     "WeightOf",
     "auto_dtype",
+    "check_dtype",
     "convert",
+    "device_by_name",
     "dtype_by_name",
     "dtype_name",
     "left_behind",

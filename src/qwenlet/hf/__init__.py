@@ -1,5 +1,6 @@
 """The transformers door: `import qwenlet.hf`, and the published quick start runs on the maintained model.
 
+    guard           no code of a checkpoint is executed
     configuration   config.json as transformers holds it
     past            transformers' cache, as the model sees a past
     modeling        the model: the same modules as everywhere else
@@ -22,12 +23,13 @@ except ImportError:
 from transformers.models.auto import tokenization_auto
 
 from qwenlet.hf.configuration import QWenConfig
+from qwenlet.hf.guard import OWN_TOKENIZER, guard_tokenizers
 from qwenlet.hf.modeling import QWenLMHeadModel
 from qwenlet.hf.tokenization import QWenTokenizer
 
 transformers.AutoConfig.register("qwen", QWenConfig, exist_ok=True)
 transformers.AutoModelForCausalLM.register(QWenConfig, QWenLMHeadModel, exist_ok=True)
-# by name: a tokenizer registered for a config class is not taken as local code, and the checkpoint's own would run
-tokenization_auto.REGISTERED_TOKENIZER_CLASSES["QWenTokenizer"] = QWenTokenizer
+tokenization_auto.REGISTERED_TOKENIZER_CLASSES[OWN_TOKENIZER] = QWenTokenizer
+guard_tokenizers()
 
 __all__ = ["QWenConfig", "QWenLMHeadModel", "QWenTokenizer"]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from qwenlet.config import ModelConfig, qwen_1_8b
+from qwenlet.errors import ConfigError
+from qwenlet.hf.guard import CODE_FIELDS, say_ignored
 
 _DEFAULTS = qwen_1_8b().to_published()
 # what transformers' own machinery looks for under other names
@@ -17,7 +20,7 @@ class QWenConfig(PreTrainedConfig):
     """The published fields; those of Qwen-1.8B where a field is not given.
 
     A GPTQ checkpoint's `quantization_config` is kept as `gptq_section`: under its own name transformers would ask for
-    its own quantizers before our class has a say.
+    its own quantizers before our class has a say. Fields that name code of the checkpoint are left out.
     """
 
     model_type = "qwen"
@@ -25,6 +28,7 @@ class QWenConfig(PreTrainedConfig):
     attribute_map = _OTHER_NAMES
 
     def __init__(self, **fields: Any) -> None:
+        fields = {name: value for name, value in fields.items() if name not in CODE_FIELDS}
         section = fields.pop("quantization_config", None) or fields.pop("gptq_section", None)
         published = {name: fields.pop(name, default) for name, default in _DEFAULTS.items() if name not in _THEIRS}
         for name, value in published.items():
@@ -32,6 +36,23 @@ class QWenConfig(PreTrainedConfig):
         self.gptq_section = section
         fields.pop("model_type", None)
         super().__init__(tie_word_embeddings=False, **{k: v for k, v in fields.items() if k != "tie_word_embeddings"})
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | os.PathLike[str], **options: Any) -> Any:
+        return super().from_pretrained(name_or_path, **{"name_or_path": str(name_or_path)} | options)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **options: Any) -> Any:
+        """Raises ConfigError for the configuration of another kind of model."""
+        kind = config_dict.get("model_type", cls.model_type)
+        if kind != cls.model_type:
+            raise ConfigError(
+                f"model_type is {kind!r}, expected 'qwen'",
+                hint="transformers has its own classes for it: AutoModelForCausalLM finds them",
+            )
+        if any(config_dict.get(name) for name in CODE_FIELDS):
+            say_ignored(str(options.get("name_or_path") or config_dict.get("_name_or_path") or "the checkpoint"))
+        return super().from_dict(config_dict, **options)
 
     def to_dict(self) -> dict[str, Any]:
         raw = super().to_dict()

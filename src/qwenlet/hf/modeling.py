@@ -15,12 +15,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from qwenlet import hub
 from qwenlet.cache import Rows
-from qwenlet.checkpoint import DTYPES, Checkpoint, auto_dtype, dtype_by_name
+from qwenlet.checkpoint import DTYPES, Checkpoint, auto_dtype, check_dtype, device_by_name, dtype_by_name
 from qwenlet.checkpoint.files import read_parts
 from qwenlet.checkpoint.load import plan_reading
 from qwenlet.errors import ConfigError, RequestError
 from qwenlet.hf.configuration import QWenConfig
 from qwenlet.hf.conversation import Conversation
+from qwenlet.hf.guard import has_own_generate, only_hub, say_ignored
 from qwenlet.hf.past import CachePast, QWenCache, alphas_of
 from qwenlet.model import Embedding, Linear, RMSNorm, Transformer
 
@@ -121,10 +122,13 @@ class QWenLMHeadModel(Conversation, PreTrainedModel, GenerationMixin):
         Raises:
             ConfigError: more than one of the three, a foreign model_type, or a field that is not understood.
         """
+        # with it transformers would load a folder's own `generate`
+        if options.pop("trust_remote_code", None) and has_own_generate(name_or_path):
+            say_ignored(str(name_or_path))
         config = options.get("config")
         flags = {name: options.pop(name) for name in DTYPES if name in options}
         if config is None:
-            config = QWenConfig.from_pretrained(name_or_path, **_only_hub(options))
+            config = QWenConfig.from_pretrained(name_or_path, **only_hub(options))
             options["config"] = config
         config.to_model_config()
         asked = [name for name in DTYPES if flags.get(name, getattr(config, name, False))]
@@ -238,33 +242,31 @@ class QWenLMHeadModel(Conversation, PreTrainedModel, GenerationMixin):
             "AutoConfig": "configuration_qwen.QWenConfig",
             "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel",
         }
-        return super().save_pretrained(save_directory, **options)
+        try:
+            return super().save_pretrained(save_directory, **options)
+        finally:
+            del self.config.auto_map
 
 
 def _dtype(named: Any, asked: list[str], config: QWenConfig, options: dict[str, Any]) -> torch.dtype:
     """The precision that was named, asked for by a flag, or is fast where the model will live."""
-    if isinstance(named, torch.dtype):
-        return named
-    if named not in (None, "auto"):
-        return dtype_by_name(str(named))
     device = _device_of(options.get("device_map"))
-    # a GPTQ checkpoint says fp16 because its scales are; a CPU has something faster
-    if asked and not (config.gptq_section is not None and device.type == "cpu"):
-        return DTYPES[asked[0]]
-    return auto_dtype(device)[0]
+    if named not in (None, "auto"):
+        dtype = named if isinstance(named, torch.dtype) else dtype_by_name(str(named))
+    elif asked and not (config.gptq_section is not None and device.type == "cpu"):
+        dtype = DTYPES[asked[0]]
+    else:  # a GPTQ checkpoint says fp16 because its scales are; a CPU has something faster
+        return auto_dtype(device)[0]
+    check_dtype(dtype, device)
+    return dtype
 
 
 def _device_of(device_map: Any) -> torch.device:
     """Where most of the model will live."""
     if isinstance(device_map, dict):
-        device_map = next(iter(device_map.values()), None)
+        device_map = next((place for place in device_map.values() if place != "disk"), None)
     if device_map is None or device_map == "cpu":
         return torch.device("cpu")
     if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(f"cuda:{device_map}" if isinstance(device_map, int) else device_map)
-
-
-def _only_hub(options: dict[str, Any]) -> dict[str, Any]:
-    names = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")
-    return {name: options[name] for name in names if name in options}
+        return device_by_name("auto")
+    return device_by_name(f"cuda:{device_map}" if isinstance(device_map, int) else str(device_map))
