@@ -1,12 +1,14 @@
 """Is our bfloat16 path faster than what a user would pick instead? Ours and Hugging Face transformers, in one run.
 
-Both sides run the same weights (below 8,192 tokens Qwen-1 and Qwen2ForCausalLM are the same maths), on the same
-threads, in turn, and the median of several rounds is printed. Prefill: one prompt of 512 tokens. Decode: greedy tokens
-after a short prompt; a decoded token reads every weight but the embedding, 3.05 GB for Qwen-1.8B, so decode is also
-given in GB/s beside the read speed measured in the same run.
+Three sides: our engine ("qwenlet"), our model behind transformers' API ("qwenlet.hf"), and Qwen2ForCausalLM
+("transformers"); the last two decode by the same `generate`. All run the same weights (below 8,192 tokens Qwen-1 and
+Qwen2ForCausalLM are the same maths), on the same threads, in turn, and the median of several rounds is printed.
+Prefill: one prompt of 512 tokens. Decode: greedy tokens after a short prompt; a decoded token reads every weight but
+the embedding, 3.05 GB for Qwen-1.8B, so decode is also given in GB/s beside the read speed measured in the same run.
 
     qwenlet random OUT --like qwen-1.8b          # once: full size, random weights, 3.7 GB
     python benchmarks/versus_transformers.py OUT --threads 2
+    python benchmarks/versus_transformers.py OUT --sides qwenlet.hf transformers
 
 The last line is one JSON document.
 """
@@ -102,7 +104,14 @@ class Transformers:
     name = "transformers"
 
     def __init__(self, path: Path) -> None:
-        self.model = transformers_model(path)
+        from transformers import GenerationConfig
+
+        self.model = self.load(path)
+        # of its own, so that a checkpoint's defaults don't give one side work that the other hasn't
+        self.model.generation_config = GenerationConfig(do_sample=False, eos_token_id=None, pad_token_id=0)
+
+    def load(self, path: Path) -> Any:
+        return transformers_model(path)
 
     @torch.inference_mode()
     def prefill(self, ids: Sequence[int]) -> float:
@@ -113,11 +122,24 @@ class Transformers:
     def decode(self, ids: Sequence[int], count: int) -> tuple[float, list[int]]:
         """Its own `generate`, timed as the whole minus the prefill that it starts with."""
         tokens = torch.tensor([list(ids)])
-        mask = torch.ones_like(tokens)
-        options = {"do_sample": False, "attention_mask": mask, "eos_token_id": None, "pad_token_id": 0}
+        options = {"attention_mask": torch.ones_like(tokens)}
         first, _ = timed(lambda: self.model.generate(tokens, max_new_tokens=1, **options))
         whole, out = timed(lambda: self.model.generate(tokens, max_new_tokens=count + 1, **options))
         return whole - first, out[0, len(ids) :].tolist()
+
+
+class Door(Transformers):
+    """Our model, through the same `generate`."""
+
+    name = "qwenlet.hf"
+
+    def load(self, path: Path) -> Any:
+        from qwenlet.hf import QWenLMHeadModel
+
+        return QWenLMHeadModel.from_pretrained(path, dtype=torch.bfloat16).eval()
+
+
+SIDES: dict[str, type[Ours] | type[Transformers]] = {side.name: side for side in (Ours, Door, Transformers)}
 
 
 def main() -> None:
@@ -127,12 +149,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
     generator = torch.Generator().manual_seed(0)
     long = torch.randint(1000, 100_000, (options.prompt,), generator=generator).tolist()
-    sides: list[Ours | Transformers] = [Ours(options.model), Transformers(options.model)]
+    sides = [SIDES[name](options.model) for name in options.sides]
     config = Checkpoint.open(options.model).config
     token_bytes = 2 * (config.parameter_count - config.vocab_size * config.hidden_size)
 
@@ -150,21 +173,28 @@ def main() -> None:
             decode[side.name].append(options.tokens / seconds)
             first_tokens[side.name] = tokens
 
-    same = sum(a == b for a, b in zip(first_tokens["qwenlet"], first_tokens["transformers"], strict=True))
+    peer = first_tokens[sides[-1].name]
     speed = read_speed()
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     print(f"{platform.processor() or platform.machine()}, {options.threads} threads, torch {torch.__version__}, bf16")
-    print(f"read speed {speed:.1f} GB/s; greedy tokens equal: {same} of {options.tokens + 1}")
-    print(f"{'':22}{'qwenlet':>10}{'transformers':>14}{'ratio':>8}")
+    print(f"read speed {speed:.1f} GB/s")
+    print(f"{'':22}" + "".join(f"{side.name:>14}" for side in sides) + "   ratios to the last")
     for title, table in (("prefill tokens/s", prefill), ("decode tokens/s", decode)):
-        a, b = statistics.median(table["qwenlet"]), statistics.median(table["transformers"])
-        ratio = statistics.median(x / y for x, y in zip(table["qwenlet"], table["transformers"], strict=True))
-        rows[title] = {"qwenlet": a, "transformers": b, "ratio": ratio, "all": table}
-        print(f"{title:22}{a:10.2f}{b:14.2f}{ratio:8.2f}")
-    achieved = token_bytes * rows["decode tokens/s"]["qwenlet"] / 1e9  # type: ignore[operator]
-    print(
-        f"ours reads {token_bytes / 1e9:.2f} GB a token: {achieved:.1f} GB/s, {achieved / speed:.0%} of the read speed"
-    )
+        medians = {name: statistics.median(values) for name, values in table.items()}
+        last = table[sides[-1].name]
+        ratios = {
+            name: statistics.median(x / y for x, y in zip(values, last, strict=True)) for name, values in table.items()
+        }
+        rows[title] = {**medians, "ratios": ratios, "all": table}
+        row = "".join(f"{value:14.2f}" for value in medians.values())
+        print(f"{title:22}{row}   {', '.join(f'{ratio:.2f}' for ratio in ratios.values())}")
+    for name, tokens in first_tokens.items():
+        achieved = token_bytes * rows["decode tokens/s"][name] / 1e9
+        same = sum(a == b for a, b in zip(tokens, peer, strict=True))
+        print(
+            f"{name} reads {token_bytes / 1e9:.2f} GB a token: {achieved:.1f} GB/s, {achieved / speed:.0%} of the read "
+            f"speed; greedy tokens equal: {same} of {options.tokens + 1}"
+        )
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()

@@ -20,7 +20,7 @@ LADDER: list[list[str]] = [
     ["plan"],
     ["pretokenizer"],
     ["tokenizer_formats"],
-    ["tokenizer_bytelevel"],
+    ["tokenizer_bytelevel", "tokenizer_export"],
     ["tokenizer"],
     ["chat", "vocabulary", "ops"],
     ["cache", "grammar", "linear", "sampling"],
@@ -29,12 +29,14 @@ LADDER: list[list[str]] = [
     ["scoring"],
     ["engine", "quant"],
     ["api"],
+    ["hf"],
+    ["verify"],
     ["cli"],
     ["__main__"],
 ]
 RUNG = {room: height for height, rooms in enumerate(LADDER) for room in rooms}
 NO_TORCH = ["errors", "config", "gguf_header", "plan", "pretokenizer", "tokenizer_formats", "tokenizer_bytelevel",
-            "tokenizer", "chat", "vocabulary", "hub", "cli"]  # fmt: skip
+            "tokenizer_export", "tokenizer", "chat", "vocabulary", "hub", "cli"]  # fmt: skip
 
 
 def room_of(module: str) -> str:

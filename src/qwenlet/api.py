@@ -19,6 +19,8 @@ from qwenlet.checkpoint import (
     LoadReport,
     Progress,
     auto_dtype,
+    check_dtype,
+    device_by_name,
     dtype_by_name,
     dtype_name,
     load_model,
@@ -96,8 +98,10 @@ def load(
     """
     options = EngineConfig.from_options(engine_options | {"kv_cache": kv_cache})
     asked = _quant(quant)
-    where = _device(device)
+    where = device_by_name(device)
     named = None if dtype == "auto" else dtype_by_name(dtype)
+    if named is not None:
+        check_dtype(named, where)
     if asked is not None:
         _check_quant(asked, where, named)
     path = hub.resolve(str(name_or_path), offline=offline, revision=revision, progress=progress)
@@ -406,22 +410,6 @@ class LLM:
 
 def _is_quantized(model: Qwen) -> bool:
     return any(isinstance(module, QuantLinear) for module in model.modules())
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except (RuntimeError, TypeError):
-        raise ConfigError(f"device is {name!r}, expected 'auto', 'cpu', 'cuda' or 'cuda:N'") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            f"device is {name!r}, but torch {torch.__version__} sees no GPU here", hint="use device='cpu'"
-        )
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device is {name!r}, expected 'auto', 'cpu', 'cuda' or 'cuda:N'")
-    return device
 
 
 def _tokenizer(checkpoint: Checkpoint) -> Tokenizer | MissingTokenizerError:

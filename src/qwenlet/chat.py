@@ -27,6 +27,32 @@ _IM_START, _IM_END = "<|im_start|>", "<|im_end|>"
 _OBSERVATION, _THOUGHT = "\nObservation: ", "\nThought:"
 
 
+# `render_text` for programs that run Jinja templates: tokenizer_config.json, GGUF, transformers.
+CHAT_TEMPLATE = """{%- set seen = namespace(role='') -%}
+{%- for message in messages -%}
+  {%- if message['role'] == 'tool' -%}
+    {%- if seen.role not in ['assistant', 'tool'] -%}
+      {{- raise_exception('a tool message belongs after the assistant message that called the tool') -}}
+    {%- endif -%}
+    {{- '\nObservation: ' + message['content'] -}}
+  {%- elif message['role'] == 'assistant' and seen.role == 'tool' -%}
+    {{- ('\n' if message['content'].startswith('Thought:') else '\nThought:') + message['content'] -}}
+  {%- elif message['role'] in ['system', 'user', 'assistant'] -%}
+    {{- ('<|im_end|>\n' if seen.role else '') + '<|im_start|>' + message['role'] + '\n' + message['content'] -}}
+  {%- else -%}
+    {{- raise_exception('a message has the role ' + message['role'] + '; known are system, user, assistant, tool') -}}
+  {%- endif -%}
+  {%- set seen.role = message['role'] -%}
+{%- endfor -%}
+{%- if not add_generation_prompt -%}
+  {{- '<|im_end|>' -}}
+{%- elif seen.role == 'tool' -%}
+  {{- '\nThought:' -}}
+{%- else -%}
+  {{- '<|im_end|>\n<|im_start|>assistant\n' -}}
+{%- endif -%}"""
+
+
 @dataclass(frozen=True)
 class Message:
     """One message of a conversation. Raises RequestError for an unknown role or a content that is not text."""

@@ -148,6 +148,18 @@ class Transformer(nn.Module):
         self.wte = Embedding(config.vocab_size, config.hidden_size)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.ln_f = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.shape = config
+        self.gradient_checkpointing = False
+
+    def forward(self, x: Tensor, rows: Rows, past: Past) -> Tensor:
+        """Embedded tokens x [N, C] -> last hidden states [N, C], normed."""
+        rotation = Rotation(self.shape, rows, extend=not self.training)
+        for block in self.h:
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(block, x, rotation, past, use_reentrant=False)
+            else:
+                x = block(x, rotation, past)
+        return self.ln_f(x)
 
 
 class Qwen(nn.Module):
@@ -156,11 +168,19 @@ class Qwen(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False
         self.transformer = Transformer(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.tie_weights()
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether training computes a block again for its gradient instead of keeping what it needs."""
+        return self.transformer.gradient_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, on: bool) -> None:
+        self.transformer.gradient_checkpointing = on
 
     def tie_weights(self) -> None:
         """Makes head and embedding one parameter; needed again after either was assigned."""
@@ -181,15 +201,7 @@ class Qwen(nn.Module):
 
         NTK and log-n act in evaluation mode only, as published.
         """
-        rotation = Rotation(self.config, rows, extend=not self.training)
-        past = NoPast(rows) if past is None else past
-        x = self.transformer.wte(ids)
-        for block in self.transformer.h:
-            if self.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, rotation, past, use_reentrant=False)
-            else:
-                x = block(x, rotation, past)
-        return self.transformer.ln_f(x)
+        return self.transformer(self.transformer.wte(ids), rows, NoPast(rows) if past is None else past)
 
     def forward(self, ids: Tensor, rows: Rows, past: Past | None = None, logits_at: Tensor | None = None) -> Tensor:
         """Logits in the model's dtype: [N, V], or [len(logits_at), V] for the tokens whose indices are given."""

@@ -112,10 +112,7 @@ class Tokenizer:
             extra_vocab_file = ()
         elif isinstance(extra_vocab_file, (str, Path)):
             extra_vocab_file = (extra_vocab_file,)
-        vocabulary, skipped = read_qwen(Path(path), [Path(extra) for extra in extra_vocab_file])
-        for line in skipped:
-            logger.warning("extra token %r with id %d is skipped: %s", line.token, line.id, line.reason)
-        return cls(vocabulary, errors=errors)
+        return cls(_read_qwen(Path(path), [Path(extra) for extra in extra_vocab_file]), errors=errors)
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], source: PathLike) -> Tokenizer:
@@ -135,15 +132,7 @@ class Tokenizer:
             MissingTokenizerError: the folder has neither.
             TokenizerError: a file is damaged, or of a kind we don't read.
         """
-        folder = Path(folder)
-        if (folder / QWEN_FILE).exists():
-            return cls.from_file(folder / QWEN_FILE, extra_vocab_file=_extra_files(folder))
-        if (folder / "tokenizer.json").exists():
-            return cls(read_tokenizer_json(folder / "tokenizer.json"))
-        raise MissingTokenizerError(
-            f"{folder} has no tokenizer: neither {QWEN_FILE} nor tokenizer.json is there",
-            hint="copy the file from the folder the checkpoint came from; without it only token ids can be used",
-        )
+        return cls(read_folder(folder))
 
     def save(self, folder: PathLike) -> None:
         """Writes qwen.tiktoken, and qwen_extra.tiktoken if there are extra words, in the published format.
@@ -264,6 +253,17 @@ class Tokenizer:
             raise TokenizerError(f"there is no token {id}; the vocabulary ends at {self.vocab_size - 1}")
         return token
 
+    def token_ids(self) -> Iterable[int]:
+        """Ids that have a token."""
+        return self._bytes.keys()
+
+    def id_of(self, token: bytes) -> int | None:
+        """The id of these bytes as one token that is no control token, or None."""
+        try:
+            return self._bpe.encode_single_token(token)
+        except KeyError:
+            return None
+
     def is_special(self, id: SupportsIndex) -> bool:
         """True for control tokens."""
         return _checked_id(id) in self._special_ids
@@ -345,6 +345,26 @@ class StreamDecoder:
         rest = self._utf8.decode(b"", final=True)
         self._utf8.reset()
         return rest
+
+
+def read_folder(folder: PathLike) -> Vocabulary:
+    """The vocabulary of a checkpoint folder; raises as `Tokenizer.from_folder`."""
+    folder = Path(folder)
+    if (folder / QWEN_FILE).exists():
+        return _read_qwen(folder / QWEN_FILE, _extra_files(folder))
+    if (folder / "tokenizer.json").exists():
+        return read_tokenizer_json(folder / "tokenizer.json")
+    raise MissingTokenizerError(
+        f"{folder} has no tokenizer: neither {QWEN_FILE} nor tokenizer.json is there",
+        hint="copy the file from the folder the checkpoint came from; without it only token ids can be used",
+    )
+
+
+def _read_qwen(path: Path, extra_paths: Sequence[Path]) -> Vocabulary:
+    vocabulary, skipped = read_qwen(path, extra_paths)
+    for line in skipped:
+        logger.warning("extra token %r with id %d is skipped: %s", line.token, line.id, line.reason)
+    return vocabulary
 
 
 def _extra_files(folder: Path) -> list[Path]:

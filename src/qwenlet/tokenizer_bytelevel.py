@@ -1,7 +1,8 @@
 """Byte-level vocabularies made elsewhere: GGUF metadata and tokenizer.json. No torch in here.
 
-Each reader returns one `Vocabulary`, and refuses by name what it would have to guess. SentencePiece, WordPiece and
-unigram vocabularies are left out, and so are templates that add tokens to every text.
+Each reader returns one `Vocabulary`, and refuses by name what it would have to guess; the way back is in
+tokenizer_export.py. SentencePiece, WordPiece and unigram vocabularies are left out, and so are templates that add
+tokens to every text.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def read_gguf(metadata: Mapping[str, Any], source: str) -> Vocabulary:
         special_tokens=by_type[_UNKNOWN] | by_type[_CONTROL],
         added_tokens=by_type[_USER_DEFINED],
         pre_tokenizer=_gguf_pre_tokenizer(metadata, source),
-        size=len(tokens),
+        # names for the padding rows of an embedding are no tokens
+        size=max((id + 1 for id, kind in enumerate(types) if kind != _UNUSED), default=0),
         source=source,
         bos_id=_gguf_id(metadata, "bos", len(tokens), source),
         eos_id=_gguf_id(metadata, "eos", len(tokens), source),
@@ -142,57 +144,6 @@ def read_tokenizer_json(path: Path) -> Vocabulary:
         eos_id=named.get("eos_token"),
         pad_id=named.get("pad_token"),
     )
-
-
-def gguf_to_tokenizer_json(metadata: Mapping[str, Any], source: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What `read_gguf` reads as a `tokenizer.json`, and the named tokens and the template for `tokenizer_config.json`.
-
-    Raises:
-        MissingTokenizerError, TokenizerError: as `read_gguf`.
-    """
-    vocabulary = read_gguf(metadata, source)
-    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
-    special = dict.fromkeys(vocabulary.special_tokens.values(), True)
-    added = special | dict.fromkeys(vocabulary.added_tokens.values(), False)
-    rule = vocabulary.pre_tokenizer
-    tokenizer = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {"id": id, "content": tokens[id], "special": flag, **_TAKEN_WHOLE} for id, flag in sorted(added.items())
-        ],
-        "normalizer": {"type": "NFC"} if rule.nfc else None,
-        "pre_tokenizer": _PRE_TOKENIZER_JSON[rule.name],
-        "post_processor": None,
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "vocab": {token: id for id, token in enumerate(tokens) if id not in added},
-            "merges": metadata["tokenizer.ggml.merges"],
-        },
-    }
-    named = {"bos_token": vocabulary.bos_id, "eos_token": vocabulary.eos_id, "pad_token": vocabulary.pad_id}
-    settings = {role: tokens[id] for role, id in named.items() if id in added}
-    if template := metadata.get("tokenizer.chat_template"):
-        settings["chat_template"] = str(template)
-    return tokenizer, settings
-
-
-_TAKEN_WHOLE = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
-_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-_SPLIT = {"type": "Split", "pattern": {"Regex": QWEN.pattern}, "behavior": "Isolated", "invert": False}
-_PRE_TOKENIZER_JSON: dict[str, dict[str, Any]] = {
-    GPT2.name: _BYTE_LEVEL,
-    SMOLLM.name: {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, _BYTE_LEVEL]},
-    QWEN.name: {"type": "Sequence", "pretokenizers": [_SPLIT, _BYTE_LEVEL | {"use_regex": False}]},
-}
 
 
 def _json_pre_tokenizer(raw: Any, source: str) -> PreTokenizer:

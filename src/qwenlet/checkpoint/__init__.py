@@ -9,8 +9,10 @@
     rounding   floats rounded to codes while they are read
     tilefile   quantized modules in one file, in the kernels' order
     cached     ... kept in a cache
-    save       the way back, in the published layout
-    quantized  the way back, in AutoGPTQ's layout
+    save       the way back: folders and shards, random weights
+    convert    ... in the published layout, as Qwen2, as GGUF
+    gguf_out   ... a GGUF file, tensor by tensor
+    quantized  ... in AutoGPTQ's layout
 
 Read: the published Qwen-1 layout and the Qwen2/Llama layout in `.safetensors` or `.bin`, whole or sharded, of floats or
 quantized by GPTQ, and GGUF.
@@ -18,24 +20,29 @@ No code of a checkpoint is executed.
 """
 
 from qwenlet.checkpoint.cached import load_quantized
-from qwenlet.checkpoint.dtypes import DTYPES, auto_dtype, dtype_by_name, dtype_name
+from qwenlet.checkpoint.convert import TARGETS, convert, left_behind
+from qwenlet.checkpoint.dtypes import DTYPES, auto_dtype, check_dtype, device_by_name, dtype_by_name, dtype_name
 from qwenlet.checkpoint.load import DEFAULT_SYSTEM, Checkpoint, LoadReport, Progress, load_model
 from qwenlet.checkpoint.quantized import WeightOf, write_quantized, write_rounded
 from qwenlet.checkpoint.rounding import Rounding
-from qwenlet.checkpoint.save import convert, new_folder, write_random
+from qwenlet.checkpoint.save import new_folder, write_random
 
 __all__ = [
     "DEFAULT_SYSTEM",
     "DTYPES",
+    "TARGETS",
     "Checkpoint",
     "LoadReport",
     "Progress",
     "Rounding",
     "WeightOf",
     "auto_dtype",
+    "check_dtype",
     "convert",
+    "device_by_name",
     "dtype_by_name",
     "dtype_name",
+    "left_behind",
     "load_model",
     "load_quantized",
     "new_folder",

@@ -1,4 +1,4 @@
-"""Floating types by the names users write."""
+"""Floating types and devices by the names users write."""
 
 from __future__ import annotations
 
@@ -21,6 +21,38 @@ def dtype_by_name(name: str) -> torch.dtype:
 def dtype_name(dtype: torch.dtype) -> str:
     """The short name: bf16, fp16 or fp32."""
     return next(name for name, value in DTYPES.items() if value == dtype)
+
+
+def check_dtype(dtype: torch.dtype, device: torch.device) -> None:
+    """Raises ConfigError for a precision that no model here has, or that the device can't compute in."""
+    if dtype not in DTYPES.values():
+        raise ConfigError(f"dtype is {dtype}, expected one of {', '.join(DTYPES)}")
+    if device.type != "cuda" or torch.version.hip or dtype is not torch.bfloat16:
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        raise ConfigError(
+            f"dtype is bf16, but {torch.cuda.get_device_name(device)} (compute capability {major}.{minor}) has no "
+            "bfloat16 arithmetic",
+            hint="use fp16, fp32, or leave dtype out",
+        )
+
+
+def device_by_name(name: str) -> torch.device:
+    """Raises ConfigError for a device that is not here, or not one of ours."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        raise ConfigError(f"device is {name!r}, expected 'auto', 'cpu', 'cuda' or 'cuda:N'") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"device is {name!r}, but torch {torch.__version__} sees no GPU here", hint="use device='cpu'"
+        )
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device is {name!r}, expected 'auto', 'cpu', 'cuda' or 'cuda:N'")
+    return device
 
 
 def auto_dtype(device: torch.device) -> tuple[torch.dtype, str]:

@@ -22,7 +22,7 @@ from qwenlet.checkpoint.gptq import GPTQFile
 from qwenlet.checkpoint.names import Layout, Part, parts_of
 from qwenlet.checkpoint.rounding import Rounding
 from qwenlet.checkpoint.tilefile import TileFile, TileWriter
-from qwenlet.config import GenerationDefaults, ModelConfig, QuantConfig, config_from_gguf, read_json
+from qwenlet.config import OWN_PREFIX, GenerationDefaults, ModelConfig, QuantConfig, config_from_gguf, read_json
 from qwenlet.errors import CheckpointError, ConfigError, FormatError
 from qwenlet.gguf_header import GGUFHeader, read_header
 from qwenlet.linear import choose_linear, new_linear, replace_linear
@@ -95,9 +95,13 @@ class Checkpoint:
     @property
     def default_system(self) -> str:
         """The system message the model expects: what its chat template falls back to, or the published one."""
-        template = _folder_template(self.path) if self.header is None else _chat_template(self.header)
-        fallback = re.search(r"<\|im_start\|>system\n([^{}'\"]+?)<\|im_end\|>", template)
+        fallback = re.search(r"<\|im_start\|>system\n([^{}'\"]+?)<\|im_end\|>", self.chat_template)
         return fallback[1] if fallback else DEFAULT_SYSTEM
+
+    @property
+    def chat_template(self) -> str:
+        """The Jinja template beside the vocabulary, or ""."""
+        return _folder_template(self.path) if self.header is None else _chat_template(self.header)
 
     def weights(self) -> WeightFile:
         """Opens the weight files. Raises CheckpointError if there are none, or one is missing or damaged."""
@@ -150,7 +154,10 @@ def _chat_template(header: GGUFHeader) -> str:
 
 
 def _gguf_defaults(config: ModelConfig, header: GGUFHeader) -> GenerationDefaults:
-    """GGUF has no generation config; the first generation's is known, others get what small models need."""
+    """Files of ours hold a generation config. Of the others the first generation's is known, and the rest gets what
+    small models need."""
+    if own := header.metadata.get(f"{OWN_PREFIX}generation_config"):
+        return GenerationDefaults.from_json(str(own), str(header.path))
     if config.model_type == "qwen":
         return QWEN_CHAT_DEFAULTS
     chatml = "<|im_start|>" in _chat_template(header)

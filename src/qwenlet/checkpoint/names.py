@@ -10,6 +10,7 @@ Our names are the published Qwen-1 checkpoint's, so that layout's table is the i
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -102,6 +103,21 @@ def unpermute(rows: Tensor, heads: int) -> Tensor:
         return rows
     size = rows.shape[0] // heads
     return rows.reshape(heads, size // 2, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
+def permute(rows: Tensor, heads: int) -> Tensor:
+    """The way back from `unpermute`."""
+    if not heads:
+        return rows
+    size = rows.shape[0] // heads
+    return rows.reshape(heads, 2, size // 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
+def split(name: str, tensor: Tensor, layout: Layout, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """One tensor of ours as the tensors another layout makes of it, under that layout's names."""
+    parts = parts_of(name, tensor.shape[0], layout, config)
+    for part, rows in zip(parts, tensor.split([part.rows for part in parts]), strict=True):
+        yield part.name, permute(rows, part.permuted_heads)
 
 
 def join(parts: list[Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Model -> disk: the published Qwen-1 layout, tensor by tensor.
+"""Model -> disk, tensor by tensor: folders, shards, and the small files of the published layout.
 
 Everything is written into a folder beside the target, which takes its name when it is complete: a full disk or a
 Ctrl-C leaves nothing half-written.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -19,16 +19,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qwenlet.checkpoint.dtypes import DTYPES, dtype_by_name
-from qwenlet.checkpoint.files import WeightFile, read_parts
-from qwenlet.checkpoint.load import QWEN_CHAT_DEFAULTS, Checkpoint, Progress, plan_reading
-from qwenlet.checkpoint.names import Part
+from qwenlet.checkpoint.load import QWEN_CHAT_DEFAULTS, Checkpoint, Progress
 from qwenlet.config import GenerationDefaults, ModelConfig
-from qwenlet.errors import CheckpointError, ConfigError, MissingTokenizerError
+from qwenlet.errors import CheckpointError, MissingTokenizerError
 from qwenlet.model import Qwen
 from qwenlet.tokenizer import Tokenizer
-from qwenlet.tokenizer_bytelevel import gguf_to_tokenizer_json
+from qwenlet.tokenizer_bytelevel import read_gguf
+from qwenlet.tokenizer_export import tokenizer_json
+from qwenlet.tokenizer_formats import Vocabulary
 
-_SHARD_BYTES = 2_000_000_000
+SHARD_BYTES = 2_000_000_000
 _COPIED = ("generation_config.json", "tokenizer_config.json", "tokenizer.json")
 
 
@@ -66,10 +66,34 @@ def new_folder(out: str | Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
+@contextmanager
+def new_file(out: str | Path) -> Iterator[Path]:
+    """A file to fill, which becomes `out` when the block ends well and disappears when it doesn't.
+
+    Raises:
+        CheckpointError: `out` exists, or could not be written.
+    """
+    out = Path(out).resolve()
+    if out.exists():
+        raise CheckpointError(f"{out} exists already", hint="choose another name or remove it")
+    work = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield work
+        os.replace(work, out)
+    except OSError as error:
+        raise CheckpointError(
+            f"{out} could not be written: {error}",
+            hint="nothing was left behind; look at the free space and the permissions there, then try again",
+        ) from error
+    finally:
+        work.unlink(missing_ok=True)
+
+
 class ShardWriter:
     """Writes tensors as they come into `model-0000i-of-0000n.safetensors` and an index; one shard stands in memory."""
 
-    def __init__(self, folder: Path, shard_bytes: int = _SHARD_BYTES) -> None:
+    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
         self.folder, self.shard_bytes = folder, shard_bytes
         self.pending: dict[str, Tensor] = {}
         self.shards: list[list[str]] = []
@@ -116,7 +140,9 @@ def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _write_configs(folder: Path, config: ModelConfig, dtype: torch.dtype, defaults: GenerationDefaults) -> None:
+def write_published_configs(
+    folder: Path, config: ModelConfig, dtype: torch.dtype, defaults: GenerationDefaults
+) -> None:
     """config.json, generation_config.json and tokenizer_config.json. Raises ConfigError as `to_published` does."""
     precision = {name: value == dtype and name != "fp32" for name, value in DTYPES.items()}
     write_json(folder / "config.json", config.to_published() | precision)
@@ -125,65 +151,10 @@ def _write_configs(folder: Path, config: ModelConfig, dtype: torch.dtype, defaul
 
 def write_defaults(folder: Path, config: ModelConfig, defaults: GenerationDefaults) -> None:
     """generation_config.json and tokenizer_config.json."""
-    ends = list(defaults.eos_token_ids)
-    generation: dict[str, object] = {
-        "chat_format": defaults.chat_format or "raw",
-        "eos_token_id": ends if len(ends) > 1 else ends[0] if ends else None,
-        "pad_token_id": ends[0] if ends else None,
-        "max_window_size": defaults.max_window_size,
-        "max_new_tokens": defaults.max_new_tokens,
-        "do_sample": defaults.do_sample,
-        "temperature": defaults.temperature,
-        "top_k": defaults.top_k,
-        "top_p": defaults.top_p,
-        "min_p": defaults.min_p,
-        "repetition_penalty": defaults.repetition_penalty,
-        "stop_words_ids": [list(words) for words in defaults.stop_words_ids],
-    }
-    write_json(folder / "generation_config.json", generation)
+    write_json(folder / "generation_config.json", defaults.to_published())
     write_json(
         folder / "tokenizer_config.json", {"model_max_length": config.seq_length, "tokenizer_class": "QWenTokenizer"}
     )
-
-
-def convert(
-    source: str | Path,
-    out: str | Path,
-    *,
-    to: str = "qwen",
-    dtype: str | None = None,
-    shard_bytes: int = _SHARD_BYTES,
-    progress: Progress | None = None,
-) -> Path:
-    """Writes a checkpoint of any layout we read in the published Qwen-1 layout, tensor by tensor.
-
-    Args:
-        to: "qwen", the only target of this version.
-        dtype: None keeps 16-bit weights as they are stored; quantized GGUF weights become float16.
-    Raises:
-        ConfigError: the Qwen-1 layout can't express this model (what and why is said).
-        CheckpointError: the source is incomplete, or `out` exists.
-    """
-    if to != "qwen":
-        raise ConfigError(f"convert writes the layout 'qwen'; {to!r} is not written by this version")
-    checkpoint = Checkpoint.open(source)
-    config = checkpoint.config
-    config.to_published()  # refuses before anything is read or written
-    weights = checkpoint.weights()
-    _, plan = plan_reading(checkpoint, weights, [])
-    target = dtype_by_name(dtype) if dtype else _stored_dtype(plan, weights)
-    total = config.parameter_count * target.itemsize
-    with new_folder(out) as folder:
-        # the small files first: what can be refused is refused before gigabytes are written
-        _write_configs(folder, config, target, checkpoint.defaults)
-        write_tokenizer(folder, checkpoint)
-        writer = ShardWriter(folder, shard_bytes)
-        for name, parts in plan.items():
-            writer.add(name, read_parts(weights, parts, target))
-            if progress is not None:
-                progress(writer.total, total, name)
-        writer.close()
-    return Path(out)
 
 
 def write_tokenizer(folder: Path, checkpoint: Checkpoint, *, foreign: bool = False) -> None:
@@ -194,11 +165,10 @@ def write_tokenizer(folder: Path, checkpoint: Checkpoint, *, foreign: bool = Fal
     if checkpoint.header is not None:
         with suppress(MissingTokenizerError):
             metadata, source = checkpoint.header.metadata, str(checkpoint.path)
-            tokenizer = Tokenizer.from_gguf(metadata, source)
+            vocabulary = read_gguf(metadata, source)
+            tokenizer = Tokenizer(vocabulary)
             if foreign and not tokenizer.is_qwen:
-                vocabulary, settings = gguf_to_tokenizer_json(metadata, source)
-                write_json(folder / "tokenizer.json", vocabulary)
-                write_json(folder / "tokenizer_config.json", settings)
+                write_tokenizer_json(folder, vocabulary, str(metadata.get("tokenizer.chat_template", "")))
             else:
                 tokenizer.save(folder)
         return
@@ -207,9 +177,11 @@ def write_tokenizer(folder: Path, checkpoint: Checkpoint, *, foreign: bool = Fal
             shutil.copyfile(file, folder / file.name)
 
 
-def _stored_dtype(plan: Mapping[str, tuple[Part, ...]], weights: WeightFile) -> torch.dtype:
-    """The dtype of the embedding, or float16 where it is quantized."""
-    return weights.stored_dtype(plan["transformer.wte.weight"][0].name) or torch.float16
+def write_tokenizer_json(folder: Path, vocabulary: Vocabulary, chat_template: str, **settings: object) -> None:
+    """tokenizer.json and tokenizer_config.json, the latter with `settings` too."""
+    raw, named = tokenizer_json(vocabulary, chat_template)
+    write_json(folder / "tokenizer.json", raw)
+    write_json(folder / "tokenizer_config.json", named | settings)
 
 
 def write_random(
@@ -238,7 +210,7 @@ def write_random(
     with torch.device("meta"):
         skeleton = Qwen(config)
     with new_folder(out) as folder:
-        _write_configs(folder, config, target, QWEN_CHAT_DEFAULTS)
+        write_published_configs(folder, config, target, QWEN_CHAT_DEFAULTS)
         if tokenizer_file is not None:
             shutil.copyfile(tokenizer_file, folder / "qwen.tiktoken")
         writer = ShardWriter(folder)

@@ -11,17 +11,19 @@ EngineConfig         how the engine runs: context, attention backend
 from qwenlet.config.engine import ATTENTION_BACKENDS, EngineConfig
 from qwenlet.config.fields import read_json
 from qwenlet.config.generation import DEFAULT_NEW_TOKENS, GenerationDefaults, GrammarSpec, SamplingParams
-from qwenlet.config.gguf import config_from_gguf
-from qwenlet.config.model import LOGN_TABLE_LENGTH, MODEL_TYPES, ModelConfig, ModelType, qwen_1_8b
+from qwenlet.config.gguf import OWN_PREFIX, config_from_gguf
+from qwenlet.config.model import DYNAMIC_ROPE, LOGN_TABLE_LENGTH, MODEL_TYPES, ModelConfig, ModelType, qwen_1_8b
 from qwenlet.config.quant import EMBEDDING_GROUP_SIZE, GROUP_SIZES, QuantConfig
 
 __all__ = [
     "ATTENTION_BACKENDS",
     "DEFAULT_NEW_TOKENS",
+    "DYNAMIC_ROPE",
     "EMBEDDING_GROUP_SIZE",
     "GROUP_SIZES",
     "LOGN_TABLE_LENGTH",
     "MODEL_TYPES",
+    "OWN_PREFIX",
     "EngineConfig",
     "GenerationDefaults",
     "GrammarSpec",

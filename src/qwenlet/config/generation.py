@@ -63,6 +63,35 @@ class GenerationDefaults:
             **sampling,
         )
 
+    @classmethod
+    def from_json(cls, text: str, source: str) -> GenerationDefaults:
+        """The same from JSON text. Raises ConfigError."""
+        try:
+            raw = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{source}: its generation config is not JSON: {error}") from None
+        if not isinstance(raw, dict):
+            raise ConfigError(f"{source}: its generation config is {raw!r}, expected an object")
+        return cls.from_dict(raw, source)
+
+    def to_published(self) -> dict[str, Any]:
+        """`generation_config.json` as the published checkpoints write it."""
+        ends = list(self.eos_token_ids)
+        return {
+            "chat_format": self.chat_format or "raw",
+            "eos_token_id": ends if len(ends) > 1 else ends[0] if ends else None,
+            "pad_token_id": ends[0] if ends else None,
+            "max_window_size": self.max_window_size,
+            "max_new_tokens": self.max_new_tokens,
+            "do_sample": self.do_sample,
+            "temperature": self.temperature,
+            "top_k": self.top_k,
+            "top_p": self.top_p,
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+            "stop_words_ids": [list(words) for words in self.stop_words_ids],
+        }
+
 
 def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = False, whole: bool = False) -> None:
     kinds = numbers.Integral if whole else numbers.Real

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qwenlet.config.fields import named
+from qwenlet.config.fields import Fields, named
 from qwenlet.config.model import MODEL_TYPES, ModelConfig
 from qwenlet.errors import ConfigError
+
+# Metadata of ours, which other programs pass over.
+OWN_PREFIX = "qwenlet."
 
 # Metadata fields under "{architecture}." that are read, ...
 _GGUF_READ = frozenset(
@@ -99,7 +102,15 @@ def config_from_gguf(metadata: Mapping[str, Any], tensor_names: Sequence[str], s
     is_qwen = architecture == "qwen"
     # GGUF has no field for dynamic NTK and log-n. Of the first generation, all sizes with base 10,000 were trained on
     # at most 8,192 tokens with both switched on; the 72B model (base 1,000,000) has them off.
+    # Files of ours say it under names of our own.
     extends = is_qwen and theta == 10000.0
+    own = {name: metadata.get(f"{OWN_PREFIX}{name}") for name in ("seq_length", "use_dynamic_ntk", "use_logn_attn")}
+    if any(value is not None for value in own.values()):
+        with named(source):
+            f = Fields(own, source, f"{architecture} GGUF")
+            extent = f.take("seq_length", int), f.take("use_dynamic_ntk", bool), f.take("use_logn_attn", bool)
+    else:
+        extent = min(positions, 8192) if extends else positions, extends, extends
     tokens = metadata.get("tokenizer.ggml.tokens")
     vocab_size = count("vocab_size", len(tokens) if isinstance(tokens, list) else 0)
     eos = token_id("eos_token_id")
@@ -114,11 +125,11 @@ def config_from_gguf(metadata: Mapping[str, Any], tensor_names: Sequence[str], s
             head_dim=head_dim,
             intermediate_size=count("feed_forward_length") // (2 if is_qwen else 1),  # Qwen-1 writes both halves
             max_position_embeddings=positions,
-            seq_length=min(positions, 8192) if extends else positions,
+            seq_length=extent[0],
             rms_norm_eps=_shortest_float(number("attention.layer_norm_rms_epsilon", 1e-6)),
             rope_theta=theta,
-            use_dynamic_ntk=extends,
-            use_logn_attn=extends,
+            use_dynamic_ntk=extent[1],
+            use_logn_attn=extent[2],
             qkv_bias=architecture != "llama",
             tie_word_embeddings="output.weight" not in tensor_names,
             bos_token_id=token_id("bos_token_id"),

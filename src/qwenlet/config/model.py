@@ -18,6 +18,9 @@ from qwenlet.errors import ConfigError
 ModelType = Literal["qwen", "qwen2", "llama"]
 MODEL_TYPES: tuple[ModelType, ...] = ("qwen", "qwen2", "llama")
 
+# The nearest that transformers has to our dynamic NTK: its factor, 2 L / seq_length - 1, is ours at each step's end.
+DYNAMIC_ROPE = {"rope_type": "dynamic", "factor": 2.0}
+
 # The published log-n table has entries for 1 ... 32767, so later positions have no published maths.
 LOGN_TABLE_LENGTH = 32767
 
@@ -206,6 +209,18 @@ class ModelConfig:
             "use_cache": True,
             **({"use_sliding_window": False} if qwen2 else {}),
             "vocab_size": self.vocab_size,
+            **self._beyond_training_length(),
+        }
+
+    def _beyond_training_length(self) -> dict[str, Any]:
+        """What a first-generation model in Qwen2's clothes does beyond `seq_length`: fields of Qwen-1 that Qwen2 does
+        not have. Other programs pass over them; ours read them back."""
+        if not (self.use_dynamic_ntk or self.use_logn_attn) and self.seq_length == self.max_position_embeddings:
+            return {}
+        return {
+            "seq_length": self.seq_length,
+            "use_dynamic_ntk": self.use_dynamic_ntk,
+            "use_logn_attn": self.use_logn_attn,
         }
 
 
@@ -298,8 +313,15 @@ def _read_llama_shaped(f: Fields) -> ModelConfig:
     else:
         f.require("attention_bias", [True], "Qwen2 has q/k/v biases")
     theta = f.take("rope_theta", float, None)
+    positions = f.take("max_position_embeddings", int, 32768 if f.model_type == "qwen2" else 2048)
+    seq_length, dynamic_ntk, logn = positions, False, False
+    if f.model_type == "qwen2":  # a first-generation model in Qwen2's clothes
+        seq_length = f.take("seq_length", int, positions)
+        dynamic_ntk, logn = f.take("use_dynamic_ntk", bool, False), f.take("use_logn_attn", bool, False)
     parameters = f.raw.pop("rope_parameters", None)  # transformers 5 puts theta and scaling in here
     if parameters is not None:
+        if dynamic_ntk and isinstance(parameters, dict) and parameters.items() >= DYNAMIC_ROPE.items():
+            parameters = {"rope_theta": parameters.get("rope_theta")}  # stands for use_dynamic_ntk
         known = isinstance(parameters, dict) and not set(parameters) - {"rope_type", "rope_theta"}
         if not known or parameters.get("rope_type", "default") != "default":
             raise ConfigError(
@@ -308,7 +330,6 @@ def _read_llama_shaped(f: Fields) -> ModelConfig:
         theta = Fields(parameters, f"{f.source}: rope_parameters", f.model_type).take("rope_theta", float, theta)
     hidden, heads = f.take("hidden_size", int), f.take("num_attention_heads", int)
     positive("num_attention_heads", heads)
-    positions = f.take("max_position_embeddings", int, 32768 if f.model_type == "qwen2" else 2048)
     config = ModelConfig(
         model_type="qwen2" if f.model_type == "qwen2" else "llama",
         vocab_size=f.take("vocab_size", int),
@@ -319,9 +340,11 @@ def _read_llama_shaped(f: Fields) -> ModelConfig:
         head_dim=f.take("head_dim", int, hidden // heads),
         intermediate_size=f.take("intermediate_size", int),
         max_position_embeddings=positions,
-        seq_length=positions,
+        seq_length=seq_length,
         rms_norm_eps=f.take("rms_norm_eps", float, 1e-6),
         rope_theta=10000.0 if theta is None else theta,
+        use_dynamic_ntk=dynamic_ntk,
+        use_logn_attn=logn,
         qkv_bias=f.model_type == "qwen2",
         tie_word_embeddings=f.take("tie_word_embeddings", bool, False),
         initializer_range=f.take("initializer_range", float, 0.02),
