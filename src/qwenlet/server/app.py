@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -13,13 +12,19 @@ from starlette.types import ASGIApp
 
 import qwenlet
 from qwenlet.errors import QwenletError
-from qwenlet.server import chat, completions, errors, models, operations, tokens
+from qwenlet.server import chat, completions, embeddings, errors, metrics, models, operations, reference, tokens
 from qwenlet.server.errors import ApiError
 from qwenlet.server.gate import Gate
 from qwenlet.server.service import Service
 
-FAMILIES = (chat, completions, models, tokens, operations)
-REQUESTS = (chat.ChatRequest, completions.CompletionRequest, tokens.TokenizeRequest, tokens.DetokenizeRequest)
+FAMILIES = (chat, completions, models, embeddings, tokens, operations, metrics)
+REQUESTS = (
+    ("/v1/chat/completions", chat.ChatRequest),
+    ("/v1/completions", completions.CompletionRequest),
+    ("/v1/embeddings", embeddings.EmbeddingRequest),
+    ("/tokenize", tokens.TokenizeRequest),
+    ("/detokenize", tokens.DetokenizeRequest),
+)
 
 
 def build(service: Service) -> ASGIApp:
@@ -28,6 +33,7 @@ def build(service: Service) -> ASGIApp:
     app = FastAPI(title="qwenlet", version=qwenlet.__version__, docs_url=None, redoc_url=None)
     for family in FAMILIES:
         family.add(app, service)
+    reference.add(app, REQUESTS)
 
     async def unknown(request: Request, problem: Exception) -> Response:
         assert isinstance(problem, HTTPException), "registered for these alone"
@@ -51,8 +57,7 @@ def build(service: Service) -> ASGIApp:
 
     def document() -> dict[str, Any]:
         schema = plain()
-        _, components = msgspec.json.schema_components(REQUESTS, ref_template="#/components/schemas/{name}")
-        schema.setdefault("components", {}).setdefault("schemas", {}).update(components)
+        reference.document(schema, REQUESTS)
         return schema
 
     app.openapi = document  # type: ignore[method-assign]

@@ -68,7 +68,7 @@ def explained(problem: Exception) -> ApiError | None:
         return None
     words = problem.message if problem.hint is None else f"{problem.message} ({problem.hint})"
     if isinstance(problem, ContextLengthError):
-        return ApiError(400, words, param="messages", code="context_length_exceeded")
+        return ApiError(400, words, code="context_length_exceeded")
     if isinstance(problem, (RequestError, TokenizerError)):
         return ApiError(400, words)
     if isinstance(problem, DeadlineError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ class Service:
     Attributes:
         names: under which clients ask for the model; answers carry the first.
         state: "loading" until `open`.
+        answers: how many went out, by status; 499 is a client that left before.
     """
 
     def __init__(self, name: str, config: ServerConfig) -> None:
@@ -32,6 +34,7 @@ class Service:
         self.created = int(time.time())
         self._llm: LLM | None = None
         self._outstanding = 0
+        self.answers: Counter[int] = Counter()
 
     def open(self, llm: LLM) -> None:
         """From now on there is a model."""
