@@ -29,7 +29,7 @@ LADDER: list[list[str]] = [
     ["scoring"],
     ["engine", "quant"],
     ["api"],
-    ["hf"],
+    ["hf", "server"],
     ["verify"],
     ["cli"],
     ["__main__"],

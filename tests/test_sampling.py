@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -215,3 +216,18 @@ def test_rows_drawn_together_are_drawn_as_alone() -> None:
     assert tokens[4] == -1
     assert [choose_all([row])[0] for row in rows] == tokens
     assert choose_all([replace(rows[0], params=params(temperature=0))])[0] == int(rows[0].logits.argmax())
+
+
+def test_biases_and_banned_tokens() -> None:
+    logits = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    greedy = SamplingParams(temperature=0, top_p=1.0, top_k=0, min_p=0.0, logit_bias={"1": 2.5, 3: -100})
+    assert choose(logits, greedy, None, 0, 0) == 1
+    assert choose(logits, greedy, None, 0, 0, banned=(1, 99)) == 2
+    assert logits.tolist() == [0.0, 1.0, 2.0, 3.0]
+    assert SamplingParams(logit_bias='{"7": 1}').logit_bias == {7: 1}
+
+
+@pytest.mark.parametrize("bias", [{"x": 1}, {1: 101}, {-1: 1}, {1: "a"}, {1: float("nan")}, [1], "[]", {1: True}])
+def test_bad_biases_are_refused(bias: Any) -> None:
+    with pytest.raises(RequestError, match="logit_bias"):
+        SamplingParams(logit_bias=bias)

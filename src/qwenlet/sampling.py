@@ -1,6 +1,6 @@
 """From logits to a token: small functions, composed in one place.
 
-    penalize -> greedy, or temperature -> top-k -> top-p -> min-p -> draw
+    penalize -> bias -> greedy, or temperature -> top-k -> top-p -> min-p -> draw
 
 Everything looks at one row [V] of float32 logits, so a request's tokens can't depend on its neighbours. On a CPU
 all of it is one native call for many rows (`choose_all`); the functions are its definition, and what runs elsewhere.
@@ -11,7 +11,7 @@ can't shift it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,6 +88,21 @@ def penalize(logits: Tensor, counts: TokenCounts, params: SamplingParams) -> Ten
     return logits.index_copy(0, counts.ids, values)
 
 
+def bias(logits: Tensor, params: SamplingParams, banned: Collection[int] = ()) -> Tensor:
+    """Adds `params.logit_bias`, and rules `banned` token ids out."""
+    added = params.logit_bias
+    if not added and not banned:
+        return logits
+    assert not isinstance(added, str), "SamplingParams keeps a mapping"
+    logits = logits.clone()
+    if added:
+        ids = torch.tensor(list(added), device=logits.device)
+        logits[ids] += torch.tensor(list(added.values()), dtype=logits.dtype, device=logits.device)
+    if banned:
+        logits[[id for id in banned if id < len(logits)]] = -math.inf
+    return logits
+
+
 def top_k(logits: Tensor, ids: Tensor | None, k: int) -> tuple[Tensor, Tensor | None]:
     """The k most likely of the tokens kept so far, and what is as likely as the k-th: (their logits, their ids); ids
     None stands for all, in order."""
@@ -141,7 +156,14 @@ def draw(logits: Tensor, ids: Tensor | None, u: float) -> int:
     return place if ids is None else int(ids[place])
 
 
-def choose(logits: Tensor, params: SamplingParams, counts: TokenCounts | None, choice: int, position: int) -> int:
+def choose(
+    logits: Tensor,
+    params: SamplingParams,
+    counts: TokenCounts | None,
+    choice: int,
+    position: int,
+    banned: Collection[int] = (),
+) -> int:
     """One token for one row.
 
     Args:
@@ -149,13 +171,15 @@ def choose(logits: Tensor, params: SamplingParams, counts: TokenCounts | None, c
         params: resolved (no None among the sampling fields), with a seed if it draws.
         counts: needed if `needs_counts(params)`.
         position: place of the new token in its row.
+        banned: ids that may not be drawn.
     Raises:
         RequestError: the logits hold NaN or infinity, so no token can be chosen.
     """
-    if draws_natively(logits):
+    if draws_natively(logits) and not params.logit_bias and not banned:
         return checked(choose_all([Row(logits, params, counts, choice, position)])[0], logits)
     if counts is not None:
         logits = penalize(logits, counts, params)
+    logits = bias(logits, params, banned)
     peak = logits.max()
     if not math.isfinite(peak):  # max passes NaN on
         checked(-1, logits)

@@ -6,6 +6,7 @@ SamplingParams       what a caller asks for one request; None means "as the chec
 GrammarSpec          the schema or regular expression a reply is held to
 QuantConfig          how weights are quantized
 EngineConfig         how the engine runs: context, attention backend
+ServerConfig         how the server meets its clients: address, keys, limits
 """
 
 from qwenlet.config.engine import ATTENTION_BACKENDS, EngineConfig
@@ -14,6 +15,7 @@ from qwenlet.config.generation import DEFAULT_NEW_TOKENS, GenerationDefaults, Gr
 from qwenlet.config.gguf import OWN_PREFIX, config_from_gguf
 from qwenlet.config.model import DYNAMIC_ROPE, LOGN_TABLE_LENGTH, MODEL_TYPES, ModelConfig, ModelType, qwen_1_8b
 from qwenlet.config.quant import EMBEDDING_GROUP_SIZE, GROUP_SIZES, QuantConfig
+from qwenlet.config.server import ServerConfig, is_loopback
 
 __all__ = [
     "ATTENTION_BACKENDS",
@@ -31,7 +33,9 @@ __all__ = [
     "ModelType",
     "QuantConfig",
     "SamplingParams",
+    "ServerConfig",
     "config_from_gguf",
+    "is_loopback",
     "qwen_1_8b",
     "read_json",
 ]

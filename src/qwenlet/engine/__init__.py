@@ -9,6 +9,7 @@ scheduler    who runs next, with how many tokens and which pages
 speculation  guesses from the text itself
 runner       lays out rows and pages, calls the model
 stop         end tokens, stop sequences, stop texts
+errands      work between two steps that is no reply
 replies      from logits to tokens, text and chunks
 stats        counters
 engine       the step that ties them together
@@ -22,10 +23,11 @@ from qwenlet.engine.intake import check_prompt
 from qwenlet.engine.records import Chunk, Completion, Timings
 from qwenlet.engine.request import Request
 from qwenlet.engine.stats import Stats
-from qwenlet.engine.streams import AsyncStream, Stream
+from qwenlet.engine.streams import AsyncStream, AsyncStreams, Stream
 
 __all__ = [
     "AsyncStream",
+    "AsyncStreams",
     "Chunk",
     "Completion",
     "Engine",

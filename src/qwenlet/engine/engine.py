@@ -10,7 +10,8 @@ import copy
 import secrets
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 
 import torch
@@ -19,7 +20,8 @@ from torch import Tensor
 from qwenlet.cache import PagePool, pages_for
 from qwenlet.config import DEFAULT_NEW_TOKENS, EngineConfig, GenerationDefaults, SamplingParams
 from qwenlet.engine.driver import Driver, Health
-from qwenlet.engine.intake import check_prompt
+from qwenlet.engine.errands import Errands
+from qwenlet.engine.intake import check_ids, check_prompt
 from qwenlet.engine.prefix import PrefixCache
 from qwenlet.engine.records import FinishReason
 from qwenlet.engine.replies import Replies, line
@@ -30,8 +32,8 @@ from qwenlet.engine.sizing import cache_dtype, context_and_pages
 from qwenlet.engine.speculation import GUESSES, Lookup, Speculation
 from qwenlet.engine.stats import Stats
 from qwenlet.engine.stop import StopTexts, StopTokens
-from qwenlet.engine.streams import AsyncStream, Stream
-from qwenlet.errors import ContextLengthError, EngineError, RequestError
+from qwenlet.engine.streams import AsyncStream, AsyncStreams, Stream
+from qwenlet.errors import ContextLengthError, DeadlineError, EngineError, RequestError
 from qwenlet.grammar import Grammars
 from qwenlet.model import Qwen
 from qwenlet.program import obstacle
@@ -82,6 +84,7 @@ class Engine:
         self._replies = Replies(self.scheduler, self.prefix, self.speculation, self._stats)
         self._grammars = None if tokenizer is None else Grammars(tokenizer, model.config.vocab_size, self.stop_ids)
         self._lock = threading.RLock()
+        self._errands = Errands()
         self._in_flight: frozenset[Request] = frozenset()
         self._failures, self._reason = 0, ""
         self._driver = Driver(self)
@@ -118,6 +121,12 @@ class Engine:
         room = self.context_length - len(ids)
         if room < (reserved or 1):
             raise ContextLengthError(len(ids), self.context_length, reserved or 1)
+        if isinstance(resolved.logit_bias, Mapping):
+            check_ids("logit_bias", resolved.logit_bias, self.model.config.vocab_size)
+        if resolved.min_new_tokens > (reserved or room):
+            raise RequestError(
+                f"min_new_tokens is {resolved.min_new_tokens}, but {reserved or room} tokens are allowed"
+            )
         if resolved.stop and self.tokenizer is None:
             raise RequestError("stop texts need a tokenizer, and this model has none", hint="use stop_token_ids")
         if resolved.grammar is not None and self._grammars is None:
@@ -152,7 +161,16 @@ class Engine:
             matcher=None if grammar is None else grammar.matcher(),
         )
 
-    def read(self, ids: Sequence[int], alpha: float, first: int, reader: Reader) -> Request:
+    def read(
+        self,
+        ids: Sequence[int],
+        alpha: float,
+        first: int,
+        reader: Reader,
+        *,
+        priority: int = 0,
+        timeout: float | None = None,
+    ) -> Request:
         """Queues ids whose logits from position `first` on `reader` gets, piece by piece, on the model's device."""
         if len(ids) > self.context_length:
             raise ContextLengthError(len(ids), self.context_length, 0)
@@ -164,6 +182,8 @@ class Engine:
             stop_texts=StopTexts(()),
             reader=reader,
             read_from=first,
+            priority=priority,
+            timeout=timeout,
         )
         self._enter(request)
         return request
@@ -176,10 +196,24 @@ class Engine:
             pass
         return torch.cat(parts)
 
+    def embed(self, ids: Sequence[int], alpha: float) -> Future[Tensor]:
+        """Mean of the last hidden states, normed: float32 [C] on the CPU, from a pass of its own between two steps."""
+        if len(ids) > self.context_length:
+            raise ContextLengthError(len(ids), self.context_length, 0)
+        with self._lock:
+            self._check_takes()
+            future = self._errands.add(lambda: self.runner.hidden(ids, alpha).mean(0))
+        self.start()
+        self._driver.wake()
+        return future
+
+    def _check_takes(self) -> None:
+        if self._driver.closed or self._driver.draining:
+            raise EngineError("the engine is shut down, or about to be", hint="load the model again")
+
     def _enter(self, request: Request) -> None:
         with self._lock:
-            if self._driver.closed or self._driver.draining:
-                raise EngineError("the engine is shut down, or about to be", hint="load the model again")
+            self._check_takes()
             self.scheduler.add(request)
         self._driver.wake()
 
@@ -202,6 +236,11 @@ class Engine:
         """The same for the event loop that runs here."""
         self.start()
         return AsyncStream(self, request)
+
+    def astreams(self, requests: Sequence[Request]) -> AsyncStreams:
+        """Several requests read together, for the event loop that runs here."""
+        self.start()
+        return AsyncStreams(self, requests)
 
     # ---------------------------------------------------------------------------------------------- life
 
@@ -229,6 +268,7 @@ class Engine:
 
     def _end_all(self, reason: FinishReason, error: Exception | None) -> None:
         with self._lock:
+            self._errands.drop(error or EngineError("the engine was shut down", hint="load the model again"))
             while requests := [*self.scheduler.running, *self.scheduler.waiting]:
                 for request in requests:
                     request.failure = request.failure or error
@@ -243,10 +283,11 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        return bool(self.scheduler.running or self.scheduler.waiting)
+        return bool(self.scheduler.running or self.scheduler.waiting or self._errands)
 
     def step(self) -> bool:
-        """Runs the model once; False if there was nothing to run."""
+        """Runs the model once, after an errand if one waits; False if there was nothing to run."""
+        errand = self._errands.run_one()
         began = time.perf_counter()
         with self._lock:
             self._expire(began)
@@ -256,7 +297,7 @@ class Engine:
                 one.request.started_at = one.request.started_at or began
             self._in_flight = frozenset(one.request for one in work)
         if not work:
-            return False
+            return errand
         scheduled = time.perf_counter()
         try:
             logits = self.runner.run(work)
@@ -291,7 +332,7 @@ class Engine:
         for request in [*self.scheduler.running, *self.scheduler.waiting]:
             for one in (request, *request.followers):
                 if one.timeout is not None and now - one.submitted_at > one.timeout:
-                    self._replies.give_up(one, EngineError(f"the request did not end within its {one.timeout:.3g} s"))
+                    self._replies.give_up(one, DeadlineError(f"the request did not end within its {one.timeout:.3g} s"))
 
     def _fail(self, work: Sequence[Work], error: Exception) -> None:
         """A step that raised ends its requests, each with the reason; the others go on."""
@@ -317,6 +358,7 @@ class Engine:
                 waiting=sum(1 + len(request.followers) for request in self.scheduler.waiting),
                 pages_used=used - cached,
                 pages_cached=cached,
+                asked_tokens=0 if self.prefix is None else self.prefix.asked,
                 cached_tokens=0 if self.prefix is None else self.prefix.found,
                 preemptions=self.scheduler.preemptions,
                 guessed=speculation.drafted,

@@ -35,7 +35,8 @@ class Replies:
         rows: dict[Request, Row] = {}
         for one, some in zip(work, logits, strict=True):
             request = one.request
-            plain = request.reader is None and request.matcher is None and not request.followers
+            shaped = request.params.logit_bias or request.reply_length < request.params.min_new_tokens
+            plain = request.reader is None and request.matcher is None and not request.followers and not shaped
             if plain and one.wanted == 1 and draws_natively(some):
                 rows[request] = Row(some[0], request.params, request.counts, request.choice, len(request.known))
         return dict(zip(rows, choose_all(list(rows.values())), strict=True)) if rows else {}
@@ -107,7 +108,8 @@ class Replies:
                     self.give_up(follower, error)
         if drawn is None:
             allowed = logits if request.matcher is None else request.matcher.mask(logits)
-            token = choose(allowed, request.params, request.counts, request.choice, len(request.known))
+            banned = request.stop_tokens.ids if request.reply_length < request.params.min_new_tokens else ()
+            token = choose(allowed, request.params, request.counts, request.choice, len(request.known), banned)
         else:
             token = checked(drawn, logits)
         now = time.perf_counter()
