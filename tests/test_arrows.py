@@ -23,7 +23,7 @@ LADDER: list[list[str]] = [
     ["tokenizer_bytelevel"],
     ["tokenizer"],
     ["chat", "vocabulary", "ops"],
-    ["tools"],
+    ["tools", "store"],
     ["cache", "grammar", "linear", "sampling"],
     ["model"],
     ["checkpoint", "hub", "program"],
@@ -35,7 +35,7 @@ LADDER: list[list[str]] = [
 ]
 RUNG = {room: height for height, rooms in enumerate(LADDER) for room in rooms}
 NO_TORCH = ["errors", "config", "gguf_header", "plan", "pretokenizer", "tokenizer_formats", "tokenizer_bytelevel",
-            "tokenizer", "chat", "tools", "vocabulary", "hub", "cli"]  # fmt: skip
+            "tokenizer", "chat", "tools", "store", "vocabulary", "hub", "cli"]  # fmt: skip
 
 
 def room_of(module: str) -> str:
