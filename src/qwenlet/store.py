@@ -268,7 +268,7 @@ class Store:
 
     def search(self, text: str, limit: int = 50) -> list[Found]:
         """Conversations with every word of `text` in the title, then messages; newest first, letter case is ignored."""
-        words = text.split()
+        words = text.replace("\0", " ").split()  # SQLite would read no further
         if not words:
             return []
         title = " AND ".join(["title LIKE ? ESCAPE '\\'"] * len(words))
