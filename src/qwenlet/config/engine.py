@@ -29,7 +29,8 @@ class EngineConfig:
         cache_tokens: tokens whose keys and values fit into the cache, of all requests together; None: as many as the
             longest request needs.
         prefix_cache: keep what is stored of a prompt for later ones that begin alike.
-        speculate: guess the next tokens of a single reply from what it repeats; the reply is the same and comes sooner.
+        speculate: guess the next tokens of a single reply from what it repeats; the reply is the same, and comes
+            sooner.
         linear: which kernels run bfloat16 linears on a CPU: "tiled" (our own, the whole forward pass in one call),
             "streamed" (our own for a few rows, torch's for many), "prepacked" (oneDNN on a copy of the weights in its
             order), "torch"; "auto" takes the first that runs here.
