@@ -30,6 +30,7 @@ LADDER: list[list[str]] = [
     ["scoring"],
     ["engine", "quant"],
     ["api"],
+    ["server"],
     ["cli"],
     ["__main__"],
 ]

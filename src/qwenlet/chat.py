@@ -12,7 +12,7 @@ The words of tool use (ReAct prompt, calls) belong to another module; here a too
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from qwenlet.errors import ContextLengthError, RequestError, TokenizerError
@@ -72,7 +72,9 @@ class Fitted:
     dropped_turns: int
 
 
-def render(tokenizer: Tokenizer, messages: Messages, add_generation_prompt: bool = True) -> list[int]:
+def render(
+    tokenizer: Tokenizer, messages: Messages, add_generation_prompt: bool = True, *, continue_final: bool = False
+) -> list[int]:
     """Token ids of a conversation; nothing is added to it, no system message either.
 
     A tool's result continues the assistant turn before it ("Observation: ..."), and so does the assistant message that
@@ -80,13 +82,20 @@ def render(tokenizer: Tokenizer, messages: Messages, add_generation_prompt: bool
 
     Args:
         add_generation_prompt: end where the assistant's reply begins.
+        continue_final: leave the last message open instead, so that the reply goes on in it.
 
     Raises:
-        RequestError: no messages, or one that has no place.
+        RequestError: no messages, or one that has no place; the last one is no assistant's but shall go on.
         TokenizerError: the vocabulary has no ChatML control tokens, or text that can't be encoded.
     """
     chatml = _ChatML(tokenizer)
-    return chatml.join([chatml.encode(turn) for turn in _turns(_checked(messages), add_generation_prompt)])
+    checked = _checked(messages)
+    turns = _turns(checked, add_generation_prompt and not continue_final)
+    if continue_final:
+        if checked[-1].role != "assistant":
+            raise RequestError(f"the last message is a {checked[-1].role} message; only an assistant's can go on")
+        turns[-1] = replace(turns[-1], open=True)
+    return chatml.join([chatml.encode(turn) for turn in turns])
 
 
 def render_text(messages: Messages, add_generation_prompt: bool = True) -> str:

@@ -13,7 +13,8 @@
     ├── RequestError          (ValueError)   a prompt or a sampling parameter that can't be served
     │   └── ContextLengthError               prompt + reply don't fit the context (counts inside)
     ├── StoreError                           conversations that can't be kept or found
-    ├── EngineError                          the engine was shut down, or a step or a deadline failed
+    ├── EngineError                          the engine was shut down, or a step failed
+    │   └── DeadlineError                    a request did not end within its time
     └── MissingExtraError     (ImportError)  an optional dependency is not installed
 
 A message says what was seen and what was expected; `hint` says what to do next.
@@ -95,7 +96,11 @@ class StoreError(QwenletError):
 
 
 class EngineError(QwenletError):
-    """The engine was shut down or can't go on, or a request's time was up."""
+    """The engine was shut down or can't go on."""
+
+
+class DeadlineError(EngineError):
+    """A request did not end within its time."""
 
 
 class MissingExtraError(QwenletError, ImportError):

@@ -59,7 +59,7 @@ def test_unknown_verb_names_the_nearest(run):
     assert result.code == 2
     assert "error: there is no verb 'chta'" in result.err
     assert "hint: did you mean: qwenlet chat" in result.err
-    assert run("serve").code == 2, "a verb of a later version is unknown in this one"
+    assert run("finetune").code == 2, "a verb of a later version is unknown in this one"
 
 
 def test_wrong_usage_is_told_from_failure(run):

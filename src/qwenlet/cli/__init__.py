@@ -15,6 +15,7 @@ from collections.abc import Sequence
 VERBS = {
     "chat": "Talk to a model: a conversation on a terminal, or one answer for scripts.",
     "generate": "Continue a text, without any chat format.",
+    "serve": "Serve a model to clients of OpenAI's API.",
     "pull": "Fetch a model and print where it is.",
     "tokenize": "Show the tokens of a text, or the text of token ids.",
     "vocab": "Extend a vocabulary with words of your own.",

@@ -6,6 +6,7 @@ SamplingParams       what a caller asks for one request; None means "as the chec
 GrammarSpec          the schema, regular expression or grammar a reply is held to
 QuantConfig          how weights are quantized
 EngineConfig         how the engine runs: context, attention backend
+ServerConfig         how the server meets its clients: address, keys, limits
 """
 
 from qwenlet.config.engine import ATTENTION_BACKENDS, EngineConfig
@@ -14,6 +15,7 @@ from qwenlet.config.generation import DEFAULT_NEW_TOKENS, JSON_GUIDANCE, Generat
 from qwenlet.config.gguf import config_from_gguf
 from qwenlet.config.model import LOGN_TABLE_LENGTH, MODEL_TYPES, ModelConfig, ModelType, qwen_1_8b
 from qwenlet.config.quant import EMBEDDING_GROUP_SIZE, GROUP_SIZES, QuantConfig
+from qwenlet.config.server import ServerConfig
 
 __all__ = [
     "ATTENTION_BACKENDS",
@@ -30,6 +32,7 @@ __all__ = [
     "ModelType",
     "QuantConfig",
     "SamplingParams",
+    "ServerConfig",
     "config_from_gguf",
     "qwen_1_8b",
     "read_json",

@@ -22,10 +22,11 @@ from qwenlet.engine.intake import check_prompt
 from qwenlet.engine.records import Chunk, Completion, Timings
 from qwenlet.engine.request import Request
 from qwenlet.engine.stats import Stats
-from qwenlet.engine.streams import AsyncStream, Stream
+from qwenlet.engine.streams import AsyncStream, AsyncStreams, Stream
 
 __all__ = [
     "AsyncStream",
+    "AsyncStreams",
     "Chunk",
     "Completion",
     "Engine",

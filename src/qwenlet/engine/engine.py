@@ -30,8 +30,8 @@ from qwenlet.engine.sizing import cache_dtype, context_and_pages
 from qwenlet.engine.speculation import GUESSES, Lookup, Speculation
 from qwenlet.engine.stats import Stats
 from qwenlet.engine.stop import StopTexts, StopTokens
-from qwenlet.engine.streams import AsyncStream, Stream
-from qwenlet.errors import ContextLengthError, EngineError, RequestError
+from qwenlet.engine.streams import AsyncStream, AsyncStreams, Stream
+from qwenlet.errors import ContextLengthError, DeadlineError, EngineError, RequestError
 from qwenlet.grammar import Grammars
 from qwenlet.model import Qwen
 from qwenlet.program import obstacle
@@ -203,6 +203,11 @@ class Engine:
         self.start()
         return AsyncStream(self, request)
 
+    def astreams(self, requests: Sequence[Request]) -> AsyncStreams:
+        """Several requests read together, for the event loop that runs here."""
+        self.start()
+        return AsyncStreams(self, requests)
+
     # ---------------------------------------------------------------------------------------------- life
 
     def start(self) -> None:
@@ -290,7 +295,7 @@ class Engine:
         for request in [*self.scheduler.running, *self.scheduler.waiting]:
             for one in (request, *request.followers):
                 if one.timeout is not None and now - one.submitted_at > one.timeout:
-                    self._replies.give_up(one, EngineError(f"the request did not end within its {one.timeout:.3g} s"))
+                    self._replies.give_up(one, DeadlineError(f"the request did not end within its {one.timeout:.3g} s"))
 
     def _fail(self, work: Sequence[Work], error: Exception) -> None:
         """A step that raised ends its requests, each with the reason; the others go on."""

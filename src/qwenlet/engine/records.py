@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from qwenlet.sampling import TokenLogprob
@@ -68,6 +68,19 @@ class Chunk:
     dropped_turns: int = 0
     cached_tokens: int = 0
     error: str | None = None
+
+    @staticmethod
+    def joined(chunks: Sequence[Chunk]) -> Chunk:
+        """Chunks of one choice that follow each other, as one."""
+        last = chunks[-1]
+        if len(chunks) == 1:
+            return last
+        return replace(
+            last,
+            text="".join(chunk.text for chunk in chunks),
+            token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
+            logprobs=None if last.logprobs is None else tuple(e for chunk in chunks for e in chunk.logprobs or ()),
+        )
 
 
 @dataclass(frozen=True)

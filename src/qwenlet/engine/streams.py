@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import suppress
 from typing import Protocol
 
@@ -99,6 +99,66 @@ class AsyncStream(AsyncIterator[Chunk]):
 
     def __del__(self) -> None:
         self.close()
+
+
+class AsyncStreams:
+    """Several requests of one caller, read together by the event loop where it was made; `close` cancels them.
+
+    What a slow reader left waiting comes as one chunk of each request.
+    """
+
+    def __init__(self, engine: Canceller, requests: Sequence[Request]) -> None:
+        self._engine, self._requests = engine, tuple(requests)
+        self._open = set(range(len(self._requests)))
+        self._ready = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def tell() -> None:
+            with suppress(RuntimeError):  # the loop was closed before its streams
+                loop.call_soon_threadsafe(self._ready.set)
+
+        for request in self._requests:
+            request.on_chunk = tell
+
+    @property
+    def ended(self) -> bool:
+        return not self._open
+
+    async def next(self, seconds: float | None = None) -> list[tuple[int, Chunk]]:
+        """What has come since, as (number of the request, chunk); empty if nothing came within `seconds`.
+
+        A request that failed raises what made it fail.
+        """
+        self._ready.clear()
+        if not (came := self._take()):
+            try:
+                async with asyncio.timeout(seconds):
+                    await self._ready.wait()
+            except TimeoutError:
+                return []
+            came = self._take()
+        return came
+
+    def _take(self) -> list[tuple[int, Chunk]]:
+        came = []
+        for number in sorted(self._open):
+            request, chunks = self._requests[number], []
+            while not request.outbox.empty():
+                chunks.append(request.outbox.get_nowait())
+            if not chunks:
+                continue
+            if chunks[-1].finish_reason is not None:
+                self._open.discard(number)
+                if (failure := _ending(request)) is not None:
+                    raise failure
+            came.append((number, Chunk.joined(chunks)))
+        return came
+
+    def close(self) -> None:
+        """Ends what has not ended; its pages are free within a step."""
+        self._open.clear()
+        for request in self._requests:
+            self._engine.cancel(request)
 
 
 def _ending(request: Request) -> Exception | None:

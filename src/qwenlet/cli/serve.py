@@ -1,0 +1,54 @@
+"""`qwenlet serve`: a model for clients of OpenAI's API."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Annotated, Any
+
+import typer
+
+from qwenlet.cli import console
+from qwenlet.cli.options import EngineFlags, Flags, LoadFlags, expand, new_app
+from qwenlet.config import ServerConfig
+from qwenlet.errors import MissingExtraError
+
+app = new_app()
+_EXTRA = {"fastapi", "starlette", "uvicorn", "httptools", "msgspec"}
+
+
+@app.command()
+@expand
+def serve(
+    model: Annotated[str, typer.Argument(help="A folder, a .gguf file, a name on the hub, or demo.")] = "demo",
+    quiet: Annotated[bool, typer.Option("--quiet", help="No line for each request.")] = False,
+    *,
+    server: Annotated[dict[str, Any], Flags(ServerConfig)],
+    loading: LoadFlags,
+    engine: EngineFlags,
+) -> None:
+    """Serve a model to clients of OpenAI's API.
+
+    It listens on this machine alone unless --host says otherwise, and then asks for a key. SIGTERM or Ctrl-C lets what
+    runs end.
+    """
+    if key := os.environ.get("QWENLET_API_KEY"):
+        server["api_key"] = [*server.get("api_key", ()), key]
+    config = ServerConfig(**server)
+    try:
+        from qwenlet.server import serve as run
+    except ImportError as problem:
+        if problem.name not in _EXTRA:
+            raise
+        raise MissingExtraError(problem.name or "fastapi", "serve", "the server") from problem
+
+    from qwenlet.api import LLM, load  # only now, because it takes seconds
+
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
+    logging.getLogger("qwenlet.server").setLevel(logging.WARNING if quiet else logging.INFO)
+
+    def loaded() -> LLM:
+        with console.Progress() as progress:
+            return load(model, progress=progress.update, **loading, **engine)
+
+    run(model, config, loaded, console.note)

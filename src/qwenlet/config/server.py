@@ -1,0 +1,63 @@
+"""How the server meets its clients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qwenlet.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """How the server meets its clients.
+
+    Attributes:
+        host: address to listen on; other machines reach only those that are not loopback.
+        port: 0 takes any that is free.
+        api_key: clients have to show one of these; QWENLET_API_KEY in the environment holds one that no process list
+            shows.
+        insecure: listen on an address that other machines reach although no key is asked for.
+        served_name: names under which clients ask for the model; its own name if there are none.
+        max_queue: requests that may wait for the engine; more are turned away with 503.
+        max_concurrent: requests of one key, or of one address where there are no keys, at a time; more are turned away
+            with 429.
+        max_body: bytes of a request's body.
+        body_timeout: seconds within which a body has to arrive.
+        request_timeout: seconds within which a request has to end, the time it waits included.
+        drain_timeout: seconds that requests get to end after SIGTERM.
+        idle_timeout: seconds after which a connection without requests is closed.
+        ping_interval: seconds of silence in a stream until a comment shows that the server lives.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: Sequence[str] | None = None
+    insecure: bool = False
+    served_name: Sequence[str] | None = None
+    max_queue: int = 256
+    max_concurrent: int | None = None
+    max_body: int = 8_000_000
+    body_timeout: float = 30.0
+    request_timeout: float = 600.0
+    drain_timeout: float = 30.0
+    idle_timeout: float = 75.0
+    ping_interval: float = 10.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "api_key", tuple(self.api_key or ()))
+        object.__setattr__(self, "served_name", tuple(self.served_name or ()))
+        for key in self.api_key or ():
+            if not key or not key.isascii() or not key.isprintable() or " " in key:
+                raise ConfigError("an api_key is empty or holds more than printable ASCII, which no header can carry")
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port is {self.port}, expected 0 to 65535")
+        for name in ("max_body", "body_timeout", "request_timeout", "drain_timeout", "idle_timeout", "ping_interval"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"{name} is {value}, expected a number above 0")
+        if self.max_queue < 0:
+            raise ConfigError(f"max_queue is {self.max_queue}, expected 0 or more")
+        if self.max_concurrent is not None and self.max_concurrent < 1:
+            raise ConfigError(f"max_concurrent is {self.max_concurrent}, expected 1 or more")

@@ -1,0 +1,20 @@
+"""HTTP: clients of OpenAI's API talk to an LLM.
+
+errors       what is refused, in the shape that clients expect
+service      what all calls share: the model, its names, room for more requests
+gate         every call passes it: ids, keys, limits, bodies, errors, the access log
+fields       a request's fields: honoured, accepted without effect, refused by name
+bodies       a body becomes a request; a client that leaves ends its work
+dialogue     messages and tools become a prompt, a grammar and a reader of the reply
+replies      submits prompts; from the engine's chunks to text, usage, log-probabilities
+events       server-sent events
+chat, completions, models, tokens, operations     one module per family of endpoints
+app          all of them together
+run          sockets, signals, and the order of starting and stopping
+"""
+
+from qwenlet.server.app import build
+from qwenlet.server.run import serve
+from qwenlet.server.service import Service
+
+__all__ = ["Service", "build", "serve"]

@@ -1,0 +1,59 @@
+"""The application: every family of endpoints behind the gate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+import qwenlet
+from qwenlet.errors import QwenletError
+from qwenlet.server import chat, completions, errors, models, operations, tokens
+from qwenlet.server.errors import ApiError
+from qwenlet.server.gate import Gate
+from qwenlet.server.service import Service
+
+FAMILIES = (chat, completions, models, tokens, operations)
+REQUESTS = (chat.ChatRequest, completions.CompletionRequest, tokens.TokenizeRequest, tokens.DetokenizeRequest)
+
+
+def build(service: Service) -> ASGIApp:
+    """ASGI. Answers 503 where a model is needed until `service.open`."""
+    # FastAPI's own pages of docs load scripts from elsewhere
+    app = FastAPI(title="qwenlet", version=qwenlet.__version__, docs_url=None, redoc_url=None)
+    for family in FAMILIES:
+        family.add(app, service)
+
+    async def unknown(request: Request, problem: Exception) -> Response:
+        assert isinstance(problem, HTTPException), "registered for these alone"
+        words = f"{request.method} {request.url.path[:200]}: {problem.detail}"
+        kind = "not_found_error" if problem.status_code == 404 else "invalid_request_error"
+        return errors.response(ApiError(problem.status_code, words, kind, headers=problem.headers))
+
+    async def told(request: Request, problem: Exception) -> Response:
+        error = errors.explained(problem)
+        assert error is not None, "registered for errors that have a reason"
+        return errors.response(error)
+
+    async def failed(request: Request, problem: Exception) -> Response:
+        return errors.response(errors.internal(request.state.request_id))  # the gate logs what it was
+
+    app.add_exception_handler(HTTPException, unknown)
+    app.add_exception_handler(ApiError, told)
+    app.add_exception_handler(QwenletError, told)
+    app.add_exception_handler(Exception, failed)
+    plain = app.openapi
+
+    def document() -> dict[str, Any]:
+        schema = plain()
+        _, components = msgspec.json.schema_components(REQUESTS, ref_template="#/components/schemas/{name}")
+        schema.setdefault("components", {}).setdefault("schemas", {}).update(components)
+        return schema
+
+    app.openapi = document  # type: ignore[method-assign]
+    return Gate(app, service)

@@ -1,0 +1,80 @@
+"""A body becomes a request, and a handler works on it for as long as its client is there."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import msgspec
+from fastapi import FastAPI, Request
+from msgspec import Struct
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import Receive
+
+from qwenlet.server.errors import ApiError
+from qwenlet.server.fields import check_effects
+
+Body = TypeVar("Body", bound=Struct)
+Result = TypeVar("Result")
+_PLACE = re.compile(r" - at `\$\.?(.*?)`$")
+_UNKNOWN = re.compile(r"unknown field `(.*?)`")
+
+
+def decoded(raw: bytes, decoder: msgspec.json.Decoder[Body]) -> Body:
+    """Raises ApiError 400 that names the place, for what is no JSON or not of the decoder's type."""
+    try:
+        return decoder.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as problem:
+        words = str(problem)
+        place = _PLACE.search(words)
+        param = place.group(1) if place else None
+        if unknown := _UNKNOWN.search(words):
+            param = f"{param}.{unknown.group(1)}" if param else unknown.group(1)
+        valid = isinstance(problem, msgspec.ValidationError)
+        raise ApiError(400, words if valid else f"the body is not JSON: {words}", param=param) from None
+
+
+def post(app: FastAPI, path: str, kind: type[Body], handler: Callable[[Body, Request], Awaitable[Response]]) -> None:
+    """Routes POST `path` to `handler`; fields of the body that have no effect are named in `x-qwenlet-ignored`."""
+    decoder = msgspec.json.Decoder(kind)
+
+    async def endpoint(request: Request) -> Response:
+        body = decoded(await request.body(), decoder)
+        without = check_effects(body)
+        response = await while_connected(request.receive, handler(body, request))
+        if without:
+            response.headers["x-qwenlet-ignored"] = ", ".join(without)
+        return response
+
+    schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
+    app.add_api_route(
+        path,
+        endpoint,
+        methods=["POST"],
+        name=path,
+        summary=(kind.__doc__ or "").partition("\n")[0],
+        openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}},
+        response_model=None,
+    )
+
+
+async def while_connected(receive: Receive, work: Awaitable[Result]) -> Result:
+    """What `work` gives; it is cancelled, and ClientDisconnect raised, when the client goes away."""
+    task, watch = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        for each in (task, watch):
+            each.cancel()
+        await asyncio.gather(task, watch, return_exceptions=True)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,89 @@
+"""What clients are told when something is refused or fails: OpenAI's shape, with the status their libraries expect."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+from starlette.responses import Response
+
+from qwenlet.errors import (
+    ContextLengthError,
+    DeadlineError,
+    EngineError,
+    MissingExtraError,
+    QwenletError,
+    RequestError,
+    TokenizerError,
+)
+
+RETRY_SECONDS = 2  # what a client that is turned away is told to wait
+
+
+class ApiError(Exception):
+    """An answer that is no result.
+
+    Args:
+        status: of HTTP.
+        kind: OpenAI's `type`.
+        param: the field that is wrong.
+        code: for programs.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        kind: str = "invalid_request_error",
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.kind = status, message, kind
+        self.param, self.code = param, code
+        self.headers = dict(headers or {})
+
+    @property
+    def body(self) -> dict[str, object]:
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+
+def refused(param: str, why: str) -> ApiError:
+    """A field that can't be served."""
+    return ApiError(400, f"{param} {why}", param=param, code="unsupported_parameter")
+
+
+def busy(message: str) -> ApiError:
+    """The server has no room now."""
+    return ApiError(503, message, "server_error", code="overloaded", headers={"retry-after": str(RETRY_SECONDS)})
+
+
+def explained(problem: Exception) -> ApiError | None:
+    """The answer to an error that has a reason for clients; None where it is the server's own fault."""
+    if isinstance(problem, ApiError):
+        return problem
+    if not isinstance(problem, QwenletError):
+        return None
+    words = problem.message if problem.hint is None else f"{problem.message} ({problem.hint})"
+    if isinstance(problem, ContextLengthError):
+        return ApiError(400, words, param="messages", code="context_length_exceeded")
+    if isinstance(problem, (RequestError, TokenizerError)):
+        return ApiError(400, words)
+    if isinstance(problem, DeadlineError):
+        return ApiError(504, words, "server_error", code="timeout")
+    if isinstance(problem, EngineError):
+        return ApiError(503, words, "server_error", code="engine", headers={"retry-after": str(RETRY_SECONDS)})
+    if isinstance(problem, MissingExtraError):
+        return ApiError(501, words, "server_error", code="missing_extra")
+    return None
+
+
+def internal(request_id: str) -> ApiError:
+    """Nothing of the inside leaves; the log has it under the same id."""
+    return ApiError(500, f"the server failed; its log says why under {request_id}", "server_error")
+
+
+def response(error: ApiError) -> Response:
+    return Response(msgspec.json.encode(error.body), error.status, error.headers, "application/json")

@@ -1,0 +1,58 @@
+"""Server-sent events: written as they come, at the speed of their reader, and ended with their client."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import ExitStack, aclosing, suppress
+from typing import Any
+
+import msgspec
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from qwenlet.server import errors
+from qwenlet.server.bodies import while_connected
+
+logger = logging.getLogger("qwenlet.server")
+
+PING = b": the server is at work\n\n"
+DONE = b"data: [DONE]\n\n"
+_encode = msgspec.json.Encoder().encode
+
+
+def event(data: Any) -> bytes:
+    return b"data: " + _encode(data) + b"\n\n"
+
+
+class EventStream(Response):
+    """`events` are whole events, already encoded; an error becomes the last one. `held` is given back at the end."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes, None], held: ExitStack) -> None:
+        super().__init__()
+        self._events, self._held = events, held
+        del self.headers["content-length"]
+        # a proxy that gathers would hold the reply back
+        self.headers.update({"cache-control": "no-cache", "x-accel-buffering": "no"})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._held, suppress(ClientDisconnect):
+            await while_connected(receive, self._write(scope, send))
+
+    async def _write(self, scope: Scope, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async with aclosing(self._events):
+            try:
+                async for one in self._events:
+                    await send({"type": "http.response.body", "body": one, "more_body": True})
+            except Exception as problem:
+                request_id = scope["state"]["request_id"]
+                error = errors.explained(problem)
+                if error is None:
+                    logger.error("%s failed: %s", request_id, type(problem).__name__)
+                    error = errors.internal(request_id)
+                await send({"type": "http.response.body", "body": event(error.body) + DONE, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})

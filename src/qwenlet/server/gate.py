@@ -1,0 +1,174 @@
+"""What every call passes: a request id, the key, limits, the body's size and time, errors in one shape, the access log.
+
+The log has method, path, status and time, and nothing of what people wrote.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import re
+import secrets
+import time
+from collections import Counter
+from pathlib import Path
+
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from qwenlet.server import errors
+from qwenlet.server.errors import RETRY_SECONDS, ApiError
+from qwenlet.server.service import Service
+
+logger = logging.getLogger("qwenlet.server")
+
+OPEN_PATHS = frozenset(["/health", "/ready"])  # for what watches the server, which has no key
+_GOOD_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+
+
+class Keys:
+    """The keys that are accepted. A check takes the same time whatever is shown and whichever key it is."""
+
+    def __init__(self, keys: tuple[str, ...]) -> None:
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def find(self, shown: bytes) -> int | None:
+        """The number of the key that was shown."""
+        digest, found = hashlib.sha256(shown).digest(), None
+        for number, known in enumerate(self._digests):
+            if hmac.compare_digest(digest, known):
+                found = number
+        return found
+
+
+class Gate:
+    """ASGI around the application."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app, self._service = app, service
+        self._keys = Keys(tuple(service.config.api_key or ()))
+        self._running: Counter[str] = Counter()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began = time.perf_counter()
+        headers = dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"")
+        request_id = given.decode() if _GOOD_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
+        scope.setdefault("state", {})["request_id"] = request_id
+        status, complete = 0, False
+
+        async def answer(message: Message) -> None:
+            nonlocal status, complete
+            complete = message["type"] == "http.response.body" and not message.get("more_body", False)
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                took = f"{(time.perf_counter() - began) * 1e3:.0f}".encode()
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    (b"x-request-id", request_id.encode()),
+                    (b"openai-processing-ms", took),
+                ]
+            await send(message)
+
+        try:
+            await self._admitted(scope, headers, receive, answer)
+        except ClientDisconnect:
+            status = status or 499
+        except Exception as problem:
+            error = errors.explained(problem)
+            if error is None:
+                # the reason stays here: its words could hold a prompt, its place does not
+                logger.error("%s failed: %s", request_id, _place(problem))
+                error = errors.internal(request_id)
+            if status:
+                if complete:
+                    return  # answered by the application's own handler
+                raise  # too late for another answer: the connection is cut
+            await errors.response(error)(scope, receive, answer)
+        finally:
+            took_ms = (time.perf_counter() - began) * 1e3
+            logger.info("%s %s %s %d %.0f ms", request_id, scope["method"], _shown(scope["path"]), status, took_ms)
+
+    async def _admitted(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
+        client = self._client(scope, headers)
+        if scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        limit = self._service.config.max_concurrent
+        if limit is not None and self._running[client] >= limit:
+            raise ApiError(
+                429,
+                f"{limit} requests of this key run already, which is its limit",
+                "rate_limit_error",
+                code="rate_limit_exceeded",
+                headers={"retry-after": str(RETRY_SECONDS)},
+            )
+        self._running[client] += 1
+        try:
+            await self._app(scope, self._bounded(headers, receive), send)
+        finally:
+            self._running[client] -= 1
+            if not self._running[client]:
+                del self._running[client]
+
+    def _client(self, scope: Scope, headers: dict[bytes, bytes]) -> str:
+        """Whose limits count. Raises ApiError 401 without a good key, where one is needed."""
+        if not self._keys or scope["path"] in OPEN_PATHS:
+            return str((scope.get("client") or ("",))[0])
+        kind, _, token = headers.get(b"authorization", b"").partition(b" ")
+        shown = token.strip() if kind.lower() == b"bearer" else headers.get(b"x-api-key", b"")
+        number = self._keys.find(shown)
+        if number is None:
+            seen = "this API key is not known" if shown else "an API key is needed: Authorization: Bearer KEY"
+            raise ApiError(401, seen, "authentication_error", code="invalid_api_key")
+        return f"key {number}"
+
+    def _bounded(self, headers: dict[bytes, bytes], receive: Receive) -> Receive:
+        """`receive`, which raises ApiError for a body that is too large or too slow."""
+        config = self._service.config
+        too_large = ApiError(413, f"the body is larger than {config.max_body} bytes", code="body_too_large")
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length) > config.max_body:
+            raise too_large
+        deadline = time.monotonic() + config.body_timeout
+        seen, complete = 0, False
+
+        async def bounded() -> Message:
+            nonlocal seen, complete
+            if complete:
+                return await receive()
+            try:
+                async with asyncio.timeout(max(deadline - time.monotonic(), 0.0)):
+                    message = await receive()
+            except TimeoutError:
+                words = f"the body did not arrive within {config.body_timeout:g} s"
+                raise ApiError(408, words, code="body_timeout", headers={"connection": "close"}) from None
+            seen += len(message.get("body", b""))
+            if seen > config.max_body:
+                raise too_large
+            complete = not message.get("more_body", False)
+            return message
+
+        return bounded
+
+
+def _shown(path: str) -> str:
+    return "".join(letter if letter.isprintable() else "?" for letter in path[:200])
+
+
+def _place(problem: Exception) -> str:
+    """What kind of error, and where it was raised."""
+    trace = problem.__traceback__
+    places = []
+    while trace is not None:
+        places.append(f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}")
+        trace = trace.tb_next
+    return f"{type(problem).__name__} at {' > '.join(places[-6:])}"

@@ -1,0 +1,127 @@
+"""Sockets, signals, and the order of starting and stopping.
+
+The address is taken first, so that a port in use is known before minutes of loading; the model is loaded while the
+server answers 503 with Retry-After. SIGTERM and Ctrl-C end it: no new connections, and what runs may end within
+`drain_timeout`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+from collections.abc import Callable
+
+import uvicorn
+
+from qwenlet.api import LLM
+from qwenlet.config import ServerConfig
+from qwenlet.errors import ConfigError
+from qwenlet.server.app import build
+from qwenlet.server.service import Service
+
+
+def serve(name: str, config: ServerConfig, load: Callable[[], LLM], say: Callable[[str], None]) -> None:
+    """Serves until a signal comes. `say` tells a person where, and when the model is there.
+
+    Raises:
+        ConfigError: an address that others reach without a key, or one that can't be had.
+        QwenletError: what `load` raises.
+    """
+    check_exposed(config)
+    listening = _listen(config)
+    service = Service(name, config)
+    host, port = listening.getsockname()[:2]
+    say(f"http://{f'[{host}]' if ':' in host else host}:{port}: loading {service.names[0]}")
+    try:
+        asyncio.run(_serve(service, listening, load, say))
+    finally:
+        listening.close()
+
+
+def check_exposed(config: ServerConfig) -> None:
+    """Raises ConfigError for an address that other machines reach, with no key and no word that this is meant."""
+    if config.api_key or config.insecure or _is_loopback(config.host):
+        return
+    raise ConfigError(
+        f"host is {config.host!r}, which other machines reach, and no API key is asked for",
+        hint="set QWENLET_API_KEY or --api-key; or --insecure, if whoever reaches this address may use it",
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _listen(config: ServerConfig) -> socket.socket:
+    try:
+        found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        listening = socket.socket(family, kind, protocol)
+        try:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind(address)
+            listening.listen(1024)
+        except OSError:
+            listening.close()
+            raise
+    except OSError as problem:
+        raise ConfigError(
+            f"can't listen on {config.host} port {config.port}: {problem.strerror}",
+            hint="another --port, or --port 0 for any that is free",
+        ) from None
+    return listening
+
+
+async def _serve(
+    service: Service, listening: socket.socket, load: Callable[[], LLM], say: Callable[[str], None]
+) -> None:
+    config = service.config
+    server = _Server(
+        service,
+        uvicorn.Config(
+            build(service),
+            access_log=False,  # the gate's own has ids, and nothing of what people wrote
+            log_config=None,
+            server_header=False,
+            lifespan="off",
+            ws="none",
+            timeout_keep_alive=int(config.idle_timeout),
+            timeout_graceful_shutdown=int(config.drain_timeout),
+        ),
+    )
+    serving = asyncio.ensure_future(server.serve(sockets=[listening]))
+    loading = asyncio.ensure_future(asyncio.to_thread(load))
+    await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
+    if not loading.done():
+        say("ending: the model is still being loaded")
+    try:
+        llm = await loading
+    except BaseException:
+        server.should_exit = True
+        await serving
+        raise
+    with llm:
+        if not serving.done():
+            llm.engine.start()
+            service.open(llm)
+            say("ready")
+        await serving
+
+
+class _Server(uvicorn.Server):
+    """Tells the service when it ends."""
+
+    def __init__(self, service: Service, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._service = service
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._service.state = "draining"
+        await super().shutdown(sockets)
+        self._captured_signals.clear()  # uvicorn would raise them again, before the model is closed

@@ -1,0 +1,90 @@
+"""What all calls share: the model and its names, and how much room there is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from qwenlet.api import LLM
+from qwenlet.config import ServerConfig
+from qwenlet.server.errors import RETRY_SECONDS, ApiError, busy
+
+State = Literal["loading", "ready", "draining"]
+_STUCK_SECONDS = 120.0  # a step takes seconds; a thread that shows itself no more does not come back
+
+
+class Service:
+    """One model and its clients. All of it belongs to the event loop's thread.
+
+    Attributes:
+        names: under which clients ask for the model; answers carry the first.
+        state: "loading" until `open`.
+    """
+
+    def __init__(self, name: str, config: ServerConfig) -> None:
+        self.config = config
+        # the last part of a path: clients need not learn where files lie
+        self.names: tuple[str, ...] = tuple(config.served_name or ()) or (Path(name).name if _is_path(name) else name,)
+        self.state: State = "loading"
+        self.created = int(time.time())
+        self._llm: LLM | None = None
+        self._outstanding = 0
+
+    def open(self, llm: LLM) -> None:
+        """From now on there is a model."""
+        self._llm, self.state = llm, "ready"
+
+    @property
+    def llm(self) -> LLM:
+        """Raises ApiError 503 while there is none yet."""
+        if self._llm is None:
+            retry = {"retry-after": str(RETRY_SECONDS)}
+            raise ApiError(503, "the model is being loaded", "server_error", code="loading", headers=retry)
+        return self._llm
+
+    def check_model(self, name: str | None) -> None:
+        """Raises ApiError 404 for a model that isn't here; None means the one that is."""
+        if name is not None and name not in self.names:
+            raise ApiError(
+                404,
+                f"the model {name!r:.200} is not loaded; this server has {', '.join(map(repr, self.names))}",
+                "not_found_error",
+                param="model",
+                code="model_not_found",
+            )
+
+    @contextmanager
+    def room(self, requests: int) -> Iterator[None]:
+        """Holds places for so many engine requests. Raises ApiError 503 where the queue is full."""
+        limit = self.llm.options.max_requests + self.config.max_queue
+        if requests > limit:
+            raise ApiError(400, f"the call asks for {requests} replies at once, and {limit} have room", param="n")
+        if self._outstanding + requests > limit:
+            raise busy(f"{self._outstanding} requests run or wait, and {limit} have room")
+        self._outstanding += requests
+        try:
+            yield
+        finally:
+            self._outstanding -= requests
+
+    @property
+    def outstanding(self) -> int:
+        return self._outstanding
+
+    def trouble(self) -> str | None:
+        """Why the engine does not do its work; None if it does, or has nothing to do yet."""
+        if self._llm is None:
+            return None
+        health = self._llm.engine.health
+        if not health.healthy:
+            return health.reason or "the engine was shut down"
+        if self._llm.engine.busy and health.beat_seconds is not None and health.beat_seconds > _STUCK_SECONDS:
+            return f"the engine has not finished a step for {health.beat_seconds:.0f} s"
+        return None
+
+
+def _is_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or Path(name).exists()
