@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -179,3 +180,18 @@ def test_the_native_top_p_keeps_the_smallest_set_that_carries_p(seed: int, p: fl
     slack = 1e-6  # exponentials in float32
     assert carried[count - 1] >= p - slack
     assert count == 1 or carried[count - 2] < p + slack
+
+
+def test_biases_and_banned_tokens() -> None:
+    logits = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    greedy = SamplingParams(temperature=0, top_p=1.0, top_k=0, min_p=0.0, logit_bias={"1": 2.5, 3: -100})
+    assert choose(logits, greedy, None, 0, 0) == 1
+    assert choose(logits, greedy, None, 0, 0, banned=(1, 99)) == 2
+    assert logits.tolist() == [0.0, 1.0, 2.0, 3.0]
+    assert SamplingParams(logit_bias='{"7": 1}').logit_bias == {7: 1}
+
+
+@pytest.mark.parametrize("bias", [{"x": 1}, {1: 101}, {-1: 1}, {1: "a"}, {1: float("nan")}, [1], "[]", {1: True}])
+def test_bad_biases_are_refused(bias: Any) -> None:
+    with pytest.raises(RequestError, match="logit_bias"):
+        SamplingParams(logit_bias=bias)

@@ -1,6 +1,6 @@
 """From logits to a token: small functions, composed in one place.
 
-    penalize -> greedy, or temperature -> top-k -> top-p -> min-p -> draw
+    penalize -> bias -> greedy, or temperature -> top-k -> top-p -> min-p -> draw
 
 Everything looks at one row [V] of float32 logits, so a request's tokens can't depend on its neighbours. Randomness is
 counter-based: a draw is a function of (seed, choice, position) alone, so pausing, batching or resuming can't shift it.
@@ -9,7 +9,7 @@ counter-based: a draw is a function of (seed, choice, position) alone, so pausin
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,6 +63,21 @@ def penalize(logits: Tensor, counts: TokenCounts, params: SamplingParams) -> Ten
         logits = logits - params.presence_penalty * (counts.replied > 0)
     if params.frequency_penalty:
         logits = logits - params.frequency_penalty * counts.replied
+    return logits
+
+
+def bias(logits: Tensor, params: SamplingParams, banned: Collection[int] = ()) -> Tensor:
+    """Adds `params.logit_bias`, and rules `banned` token ids out."""
+    added = params.logit_bias
+    if not added and not banned:
+        return logits
+    assert not isinstance(added, str), "SamplingParams keeps a mapping"
+    logits = logits.clone()
+    if added:
+        ids = torch.tensor(list(added), device=logits.device)
+        logits[ids] += torch.tensor(list(added.values()), dtype=logits.dtype, device=logits.device)
+    if banned:
+        logits[[id for id in banned if id < len(logits)]] = -math.inf
     return logits
 
 
@@ -122,7 +137,14 @@ def draw(logits: Tensor, ids: Tensor | None, u: float) -> int:
     return place if ids is None else int(ids[place])
 
 
-def choose(logits: Tensor, params: SamplingParams, counts: TokenCounts | None, choice: int, position: int) -> int:
+def choose(
+    logits: Tensor,
+    params: SamplingParams,
+    counts: TokenCounts | None,
+    choice: int,
+    position: int,
+    banned: Collection[int] = (),
+) -> int:
     """One token for one row.
 
     Args:
@@ -130,11 +152,13 @@ def choose(logits: Tensor, params: SamplingParams, counts: TokenCounts | None, c
         params: resolved (no None among the sampling fields), with a seed if it draws.
         counts: needed if `needs_counts(params)`.
         position: place of the new token in its row.
+        banned: ids that may not be drawn.
     Raises:
         RequestError: the logits hold NaN or infinity, so no token can be chosen.
     """
     if counts is not None:
         logits = penalize(logits, counts, params)
+    logits = bias(logits, params, banned)
     peak = logits.max()
     if not math.isfinite(peak):  # max passes NaN on
         raise RequestError(

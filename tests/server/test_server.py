@@ -150,7 +150,7 @@ BAD: dict[str, tuple[Any, int, str | None]] = {
     ),
     "a type": ({"messages": [], "max_tokens": "ten"}, 400, "max_tokens"),
     "a range": ({"messages": [], "top_p": 0}, 400, "top_p"),
-    "refused by name": ({"messages": [], "logit_bias": {"1": 2}}, 400, "logit_bias"),
+    "refused by name": ({"messages": [], "audio": {"voice": "x"}}, 400, "audio"),
     "tools": ({"messages": [{"role": "user", "content": "x"}], "tools": [{}]}, 400, "tools"),
     "another model": ({"messages": [], "model": "gpt-7"}, 404, "model"),
     "too long": ({"messages": [{"role": "user", "content": "word " * 9000}]}, 400, "messages"),

@@ -101,6 +101,21 @@ def _schema_text(value: Any) -> str:
         raise RequestError(f"json_schema is not JSON: {error}") from None
 
 
+def _bias(value: Any) -> dict[int, float] | None:
+    """Token ids and what is added to their logits, given as a mapping or as JSON text."""
+    if value is None:
+        return None
+    try:
+        pairs = json.loads(_text("logit_bias", value)) if isinstance(value, str) else value
+        bias = {int(token): amount for token, amount in pairs.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise RequestError(f"logit_bias is {value!r:.200}, expected token ids with a number each") from None
+    for token, amount in bias.items():
+        _number("a token id of logit_bias", token, 0, whole=True, high=math.inf)
+        _number(f"logit_bias of token {token}", amount, -100.0, 100.0)
+    return bias or None
+
+
 def _items(name: str, value: Any) -> tuple[Any, ...]:
     if value is None:
         return ()
@@ -133,7 +148,9 @@ class SamplingParams:
         top_k: keep the k most likely tokens; 0 keeps all.
         min_p: drop tokens less likely than min_p times the most likely one.
         repetition_penalty: above 1 makes every token of prompt and reply less likely (CTRL, arXiv:1909.05858).
+        logit_bias: added to the logits of these token ids, from -100 (never) to 100 (always).
         presence_penalty, frequency_penalty: subtracted from the logit of a token of the reply, once or per occurrence.
+        min_new_tokens: no end token, and no stop token, is drawn before so many tokens. Stop texts still end the reply.
         seed: the same seed gives the same tokens, whatever else the engine runs. None draws one.
         stop: texts that end the reply and are not part of it.
         stop_token_ids: ids that end the reply, beside the checkpoint's own.
@@ -156,6 +173,8 @@ class SamplingParams:
     repetition_penalty: float | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | str | None = None
+    min_new_tokens: int = 0
     seed: int | None = None
     stop: str | Sequence[str] | None = ()
     stop_token_ids: Sequence[int] | None = None
@@ -174,6 +193,7 @@ class SamplingParams:
                 _number(name, value, low, high, **kinds)
 
         check("max_new_tokens", 1, whole=True)
+        check("min_new_tokens", 0, whole=True)
         check("temperature", 0.0)
         check("top_p", 0.0, 1.0, open_low=True)
         check("top_k", 0, whole=True)
@@ -200,6 +220,11 @@ class SamplingParams:
         grammars = {"json_schema": schema, "json_object": self.json_object, "regex": self.regex, "lark": self.lark}
         if len(given := [name for name, value in grammars.items() if value]) > 1:
             raise RequestError(f"{' and '.join(given)} are given, and a reply can be held to one of them")
+        if self.min_new_tokens and any(grammars.values()):
+            raise RequestError(
+                f"min_new_tokens is {self.min_new_tokens}, but a reply that is held to a grammar ends where that does"
+            )
+        object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", ids)
         object.__setattr__(self, "json_schema", schema)

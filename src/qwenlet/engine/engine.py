@@ -10,7 +10,7 @@ import copy
 import secrets
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from qwenlet.cache import PagePool, pages_for
 from qwenlet.config import DEFAULT_NEW_TOKENS, EngineConfig, GenerationDefaults, SamplingParams
 from qwenlet.engine.driver import Driver, Health
-from qwenlet.engine.intake import check_prompt
+from qwenlet.engine.intake import check_ids, check_prompt
 from qwenlet.engine.prefix import PrefixCache
 from qwenlet.engine.records import FinishReason
 from qwenlet.engine.replies import Replies, line
@@ -118,6 +118,12 @@ class Engine:
         room = self.context_length - len(ids)
         if room < (reserved or 1):
             raise ContextLengthError(len(ids), self.context_length, reserved or 1)
+        if isinstance(resolved.logit_bias, Mapping):
+            check_ids("logit_bias", resolved.logit_bias, self.model.config.vocab_size)
+        if resolved.min_new_tokens > (reserved or room):
+            raise RequestError(
+                f"min_new_tokens is {resolved.min_new_tokens}, but {reserved or room} tokens are allowed"
+            )
         if resolved.stop and self.tokenizer is None:
             raise RequestError("stop texts need a tokenizer, and this model has none", hint="use stop_token_ids")
         if resolved.grammar is not None and self._grammars is None:
@@ -152,7 +158,16 @@ class Engine:
             matcher=None if grammar is None else grammar.matcher(),
         )
 
-    def read(self, ids: Sequence[int], alpha: float, first: int, reader: Reader) -> Request:
+    def read(
+        self,
+        ids: Sequence[int],
+        alpha: float,
+        first: int,
+        reader: Reader,
+        *,
+        priority: int = 0,
+        timeout: float | None = None,
+    ) -> Request:
         """Queues ids whose logits from position `first` on `reader` gets, piece by piece, on the model's device."""
         if len(ids) > self.context_length:
             raise ContextLengthError(len(ids), self.context_length, 0)
@@ -164,6 +179,8 @@ class Engine:
             stop_texts=StopTexts(()),
             reader=reader,
             read_from=first,
+            priority=priority,
+            timeout=timeout,
         )
         self._enter(request)
         return request

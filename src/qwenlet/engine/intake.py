@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from qwenlet.errors import RequestError
 
@@ -20,3 +20,10 @@ def check_prompt(prompt: Sequence[int], vocab_size: int) -> tuple[int, ...]:
     if wrong is not None:
         raise RequestError(f"the prompt has token id {wrong}, but this model knows 0 to {vocab_size - 1}")
     return ids
+
+
+def check_ids(name: str, ids: Iterable[int], vocab_size: int) -> None:
+    """Raises RequestError if an id among a request's parameters is not of this vocabulary."""
+    wrong = next((token for token in ids if not 0 <= token < vocab_size), None)
+    if wrong is not None:
+        raise RequestError(f"{name} has token id {wrong}, but this model knows 0 to {vocab_size - 1}")

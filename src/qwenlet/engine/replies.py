@@ -91,7 +91,9 @@ class Replies:
                 except Exception as error:
                     self.give_up(follower, error)
         allowed = logits if request.matcher is None else request.matcher.mask(logits)
-        token = choose(allowed, request.params, request.counts, request.choice, len(request.known))
+        early = request.reply_length < request.params.min_new_tokens
+        banned = request.stop_tokens.ids if early else ()
+        token = choose(allowed, request.params, request.counts, request.choice, len(request.known), banned)
         now = time.perf_counter()
         if request.first_token_at is None:
             request.first_token_at = now

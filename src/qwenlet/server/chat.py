@@ -22,15 +22,15 @@ from qwenlet.server.bodies import post
 from qwenlet.server.dialogue import ChatMessage, Delta, Dialogue, converse
 from qwenlet.server.errors import ApiError
 from qwenlet.server.events import DONE, PING, EventStream, event
-from qwenlet.server.fields import Anything, Count, SamplingFields, ignored, sampling, stop_texts, unsupported
+from qwenlet.server.fields import Anything, Count, SamplingFields, ignored, only, sampling, stop_texts, unsupported
 from qwenlet.server.service import Service
 
 
 class JsonSchema(Struct, kw_only=True, forbid_unknown_fields=True):
-    name: str | None = None
-    description: str | None = None
+    name: Annotated[str | None, ignored("the model is held to the schema, not told of it")] = None
+    description: Annotated[str | None, ignored("the model is held to the schema, not told of it")] = None
     schema: dict[str, Any] | None = None
-    strict: bool | None = None
+    strict: Annotated[bool | None, ignored("a schema always holds")] = None
 
 
 class ResponseFormat(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -70,6 +70,10 @@ class ChatRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True):
     prediction: Annotated[Anything, unsupported("guesses come from the conversation alone")] = UNSET
     web_search_options: Annotated[Anything, unsupported("the server opens no connections")] = UNSET
     chat_template: Annotated[Anything, unsupported("the format is the checkpoint's")] = UNSET
+    echo: Annotated[bool | None, only(False, "a conversation is not given back")] = None
+    moderation: Annotated[Anything, unsupported("nothing moderates")] = UNSET
+    prompt_cache_options: Annotated[Anything, ignored("the cache keeps what has room")] = UNSET
+    json_schema: Annotated[dict[str, Any] | None, Meta(description="llama-server's.")] = None
     functions: Annotated[Anything, unsupported("tools are not built yet")] = UNSET
     function_call: Annotated[Anything, unsupported("tools are not built yet")] = UNSET
 
@@ -114,6 +118,8 @@ def _params(service: Service, body: ChatRequest, dialogue: Dialogue) -> Sampling
         more[dialogue.grammar.kind] = dialogue.grammar.source
     elif (wanted := body.response_format) is not None:
         more |= _format(wanted)
+    elif body.json_schema is not None:
+        more["json_schema"] = body.json_schema
     return sampling(body, **more)
 
 

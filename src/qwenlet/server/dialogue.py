@@ -34,7 +34,7 @@ class ChatMessage(Struct, kw_only=True, forbid_unknown_fields=True):
     name: Annotated[str | None, ignored("Qwen's format has no names")] = None
     refusal: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
-    tool_call_id: str | None = None
+    tool_call_id: Annotated[str | None, ignored("results are read in their order")] = None
     function_call: dict[str, Any] | None = None
     annotations: Annotated[Anything, ignored("they are not part of the text")] = UNSET
     reasoning_content: Annotated[Anything, ignored("earlier thoughts are not repeated to the model")] = UNSET
@@ -120,6 +120,8 @@ def converse(
     """
     if tools and tool_choice != "none":
         raise refused("tools", "are not supported by this version")
+    if not tools and tool_choice not in (None, "none", "auto"):
+        raise ApiError(400, f"tool_choice is {tool_choice!r:.80}, but there are no tools", param="tool_choice")
     if not messages:
         raise ApiError(400, "messages is empty, expected one or more", param="messages")
     plain = [_plain(message, f"messages[{place}]") for place, message in enumerate(messages)]

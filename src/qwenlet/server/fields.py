@@ -6,7 +6,8 @@ docs, the OpenAPI document and the header `x-qwenlet-ignored` are made.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from functools import lru_cache
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import msgspec
@@ -26,14 +27,22 @@ def unsupported(why: str) -> Meta:
     return Meta(description=f"Refused: {why}.", extra={"effect": "refused", "why": why})
 
 
-def effects(request: type[Struct]) -> Iterator[tuple[str, Effect, str]]:
-    """(name, effect, words) of each field."""
+def only(value: object, why: str) -> Meta:
+    """A field that has one value here: that one is honoured, others are refused."""
+    return Meta(description=f"Only {value!r}: {why}.", extra={"effect": "honoured", "why": why, "only": value})
+
+
+@lru_cache(maxsize=64)
+def effects(request: type[Struct]) -> tuple[tuple[str, Effect, str, Meta | None], ...]:
+    """(name, effect, words, annotation) of each field."""
+    found: list[tuple[str, Effect, str, Meta | None]] = []
     hints = get_type_hints(request, include_extras=True)
     for field in msgspec.structs.fields(request):
         meta = _meta(hints[field.name])
         extra = (meta.extra if meta is not None else None) or {}
         words = extra.get("why") or (meta.description if meta is not None else None) or ""
-        yield field.encode_name, extra.get("effect", "honoured"), words
+        found.append((field.encode_name, extra.get("effect", "honoured"), words, meta))
+    return tuple(found)
 
 
 def _meta(hint: Any) -> Meta | None:
@@ -42,15 +51,38 @@ def _meta(hint: Any) -> Meta | None:
 
 
 def check_effects(body: Struct) -> list[str]:
-    """Names of the given fields that have no effect. Raises ApiError for one that is refused; null is not given."""
-    without = []
-    for name, effect, why in effects(type(body)):
-        if effect == "honoured" or getattr(body, name) in (UNSET, None):
+    """Names of the given fields that have no effect, those of nested objects as `messages[].name`.
+
+    Raises ApiError for one that is refused; null is not given.
+    """
+    without: dict[str, None] = {}
+    _check(body, "", "", without)
+    return list(without)
+
+
+def _check(value: Any, place: str, kind: str, without: dict[str, None]) -> None:
+    """`place` says where `value` stands, `kind` the same without numbers."""
+    if isinstance(value, list):
+        if value and isinstance(value[0], (Struct, list)):
+            for number, item in enumerate(value):
+                _check(item, f"{place}[{number}]", f"{kind}[]", without)
+        return
+    if not isinstance(value, Struct):
+        return
+    dot = "." if place else ""
+    for name, effect, why, meta in effects(type(value)):
+        given = getattr(value, name)
+        if given is UNSET or given is None:
             continue
+        here = f"{place}{dot}{name}"
         if effect == "refused":
-            raise refused(name, f"is not supported: {why}")
-        without.append(name)
-    return without
+            raise refused(here, f"is not supported: {why}")
+        if effect == "ignored":
+            without[f"{kind}{dot}{name}"] = None
+        elif meta is not None and "only" in (meta.extra or {}) and given != (meta.extra or {})["only"]:
+            raise refused(here, f"is {given!r:.80}, which is not supported: {why}")
+        else:
+            _check(given, here, f"{kind}{dot}{name}", without)
 
 
 Anything = Any | UnsetType
@@ -80,10 +112,35 @@ class SamplingFields(Struct, kw_only=True, forbid_unknown_fields=True):
     priority: Annotated[int, Meta(ge=-100, le=100, description="Lower goes first.")] | None = None
     return_progress: Annotated[bool | None, Meta(description="Chunks that say how much of the prompt is done.")] = None
     user: Annotated[Anything, ignored("clients are told apart by their keys")] = UNSET
-    logit_bias: Annotated[Anything, unsupported("biases of single tokens are not built yet")] = UNSET
-    echo: Annotated[Anything, unsupported("the prompt is not given back yet")] = UNSET
-    min_tokens: Annotated[Anything, unsupported("a least length is not built yet")] = UNSET
-    prompt_logprobs: Annotated[Anything, unsupported("log-probabilities are of the reply alone")] = UNSET
+    logit_bias: Annotated[dict[str, float] | None, Meta(description="By token id, -100 to 100.")] = None
+    min_tokens: Annotated[int, Meta(ge=0, description="No end token before.")] | None = None
+    guided_json: Annotated[dict[str, Any] | str | None, Meta(description="vLLM's: a JSON schema.")] = None
+    guided_regex: Annotated[str | None, Meta(description="vLLM's: a regular expression.")] = None
+    guided_choice: Annotated[list[str] | None, Meta(description="vLLM's: the reply is one of these.")] = None
+    structured_outputs: StructuredOutputs | None = None
+    skip_special_tokens: Annotated[bool | None, only(True, "control tokens are no text")] = None
+    include_stop_str_in_output: Annotated[bool | None, only(False, "a reply ends before its stop text")] = None
+    length_penalty: Annotated[Anything, ignored("it belongs to beam search")] = UNSET
+    request_id: Annotated[Anything, ignored("the header x-request-id is the one")] = UNSET
+    guided_grammar: Annotated[Anything, unsupported("grammars are JSON schemas and regular expressions")] = UNSET
+    grammar: Annotated[Anything, unsupported("grammars are JSON schemas and regular expressions")] = UNSET
+    prompt_logprobs: Annotated[Anything, unsupported("/v1/completions has echo with logprobs")] = UNSET
+    return_token_ids: Annotated[bool | None, only(False, "replies are text; /tokenize has ids")] = None
+    return_tokens_as_token_ids: Annotated[bool | None, only(False, "tokens are named by their text")] = None
+    truncate_prompt_tokens: Annotated[Anything, unsupported("a prompt is never cut in silence")] = UNSET
+    logprob_token_ids: Annotated[Anything, unsupported("the most likely alternatives are told")] = UNSET
+    cache_salt: Annotated[Anything, unsupported("all clients share one prefix cache")] = UNSET
+
+
+class StructuredOutputs(Struct, kw_only=True, forbid_unknown_fields=True):
+    """vLLM's: what the reply is held to."""
+
+    json: dict[str, Any] | str | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    json_object: bool | None = None
+    grammar: Annotated[Anything, unsupported("grammars are JSON schemas and regular expressions")] = UNSET
+    structural_tag: Annotated[Anything, unsupported("grammars are JSON schemas and regular expressions")] = UNSET
 
 
 class StreamOptions(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -100,8 +157,32 @@ def stop_texts(body: SamplingFields) -> tuple[str, ...]:
     return texts
 
 
+def _token(id: str) -> int:
+    try:
+        return int(id)
+    except ValueError:
+        raise ApiError(400, f"logit_bias has {id!r:.80}, expected token ids", param="logit_bias") from None
+
+
+def held_to(body: SamplingFields) -> dict[str, Any]:
+    """The grammar that vLLM's fields ask for, as SamplingParams names it."""
+    wanted = body.structured_outputs or StructuredOutputs()
+    schema = body.guided_json if wanted.json is None else wanted.json
+    choices = body.guided_choice if wanted.choice is None else wanted.choice
+    regex = body.guided_regex if wanted.regex is None else wanted.regex
+    if choices is not None:
+        if not choices or "" in choices or regex is not None:
+            raise ApiError(
+                400, "a choice needs one or more texts that are not empty, and no regex", param="guided_choice"
+            )
+        regex = "|".join(map(re.escape, choices))
+    given = {"json_schema": schema, "regex": regex, "json_object": wanted.json_object or None}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def sampling(body: SamplingFields, **more: Any) -> SamplingParams:
     """The body's sampling parameters. `more` are fields that families name differently."""
+    rest: dict[str, Any] = {"stop": stop_texts(body), "n": body.n or 1} | held_to(body) | more
     return SamplingParams(
         temperature=body.temperature,
         top_p=body.top_p,
@@ -113,6 +194,7 @@ def sampling(body: SamplingFields, **more: Any) -> SamplingParams:
         seed=None if body.seed is None else body.seed % 2**64,
         stop_token_ids=body.stop_token_ids,
         ignore_eos=bool(body.ignore_eos),
-        n=body.n or 1,
-        **({"stop": stop_texts(body)} | more),
+        logit_bias=None if body.logit_bias is None else {_token(id): each for id, each in body.logit_bias.items()},
+        min_new_tokens=body.min_tokens or 0,
+        **rest,
     )
