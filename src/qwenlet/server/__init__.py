@@ -7,6 +7,7 @@ fields       a request's fields: honoured, accepted without effect, refused by n
 bodies       a body becomes a request; a client that leaves ends its work
 dialogue     messages and tools become a prompt, a grammar and a reader of the reply
 replies      submits prompts; from the engine's chunks to text, usage, log-probabilities
+parsed       ... and to text, thoughts and calls
 events       server-sent events
 chat, completions, models, tokens, operations     one module per family of endpoints
 app          all of them together
