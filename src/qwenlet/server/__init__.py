@@ -9,7 +9,8 @@ dialogue     messages and tools become a prompt, a grammar and a reader of the r
 replies      submits prompts; from the engine's chunks to text, usage, log-probabilities
 parsed       ... and to text, thoughts and calls
 events       server-sent events
-chat, completions, models, tokens, operations     one module per family of endpoints
+items, output     of /v1/responses: what goes in becomes messages, what comes out items and events
+chat, completions, responses, models, tokens, operations     one module per family of endpoints
 app          all of them together
 run          sockets, signals, and the order of starting and stopping
 """

@@ -13,13 +13,20 @@ from starlette.types import ASGIApp
 
 import qwenlet
 from qwenlet.errors import QwenletError
-from qwenlet.server import chat, completions, errors, models, operations, tokens
+from qwenlet.server import chat, completions, errors, models, operations, responses, tokens
 from qwenlet.server.errors import ApiError
 from qwenlet.server.gate import Gate
 from qwenlet.server.service import Service
 
-FAMILIES = (chat, completions, models, tokens, operations)
-REQUESTS = (chat.ChatRequest, completions.CompletionRequest, tokens.TokenizeRequest, tokens.DetokenizeRequest)
+FAMILIES = (chat, completions, responses, models, tokens, operations)
+REQUESTS = (
+    chat.ChatRequest,
+    completions.CompletionRequest,
+    responses.ResponsesRequest,
+    responses.TokensRequest,
+    tokens.TokenizeRequest,
+    tokens.DetokenizeRequest,
+)
 
 
 def build(service: Service) -> ASGIApp:

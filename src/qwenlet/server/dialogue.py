@@ -195,9 +195,15 @@ def asked(
     *,
     add_generation_prompt: bool = True,
     continue_final: bool = False,
+    instructions: str | None = None,
 ) -> Dialogue:
-    """`converse` for messages in the package's own form. Raises RequestError for an order that has no meaning."""
+    """`converse` for messages in the package's own form; `instructions` are a system message before all others.
+
+    Raises RequestError for an order that has no meaning.
+    """
     toolbox, told = toolbox or Toolbox(), list(conversation)
+    if instructions is not None:
+        told.insert(0, ToolMessage("system", instructions))
     if all(message.role != "system" for message in told) and llm.default_system:
         told.insert(0, ToolMessage("system", llm.default_system))
     plain = tools.react_messages(told, toolbox)

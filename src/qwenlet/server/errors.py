@@ -14,6 +14,7 @@ from qwenlet.errors import (
     MissingExtraError,
     QwenletError,
     RequestError,
+    StoreError,
     TokenizerError,
 )
 
@@ -75,6 +76,8 @@ def explained(problem: Exception) -> ApiError | None:
         return ApiError(504, words, "server_error", code="timeout")
     if isinstance(problem, EngineError):
         return ApiError(503, words, "server_error", code="engine", headers={"retry-after": str(RETRY_SECONDS)})
+    if isinstance(problem, StoreError):
+        return ApiError(500, words, "server_error", code="store")
     if isinstance(problem, MissingExtraError):
         return ApiError(501, words, "server_error", code="missing_extra")
     return None
