@@ -14,7 +14,7 @@ from qwenlet.config import ServerConfig
 from qwenlet.errors import MissingExtraError
 
 app = new_app()
-_EXTRA = {"fastapi", "starlette", "uvicorn", "httptools", "msgspec"}
+_EXTRA = {"fastapi", "starlette", "uvicorn", "httptools", "msgspec", "prometheus_client"}
 
 
 @app.command()

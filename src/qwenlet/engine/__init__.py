@@ -9,6 +9,7 @@ scheduler    who runs next, with how many tokens and which pages
 speculation  guesses from the text itself
 runner       lays out rows and pages, calls the model
 stop         end tokens, stop sequences, stop texts
+errands      work between two steps that is no reply
 replies      from logits to tokens, text and chunks
 stats        counters
 engine       the step that ties them together

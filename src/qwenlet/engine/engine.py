@@ -11,6 +11,7 @@ import secrets
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from qwenlet.cache import PagePool, pages_for
 from qwenlet.config import DEFAULT_NEW_TOKENS, EngineConfig, GenerationDefaults, SamplingParams
 from qwenlet.engine.driver import Driver, Health
+from qwenlet.engine.errands import Errands
 from qwenlet.engine.intake import check_ids, check_prompt
 from qwenlet.engine.prefix import PrefixCache
 from qwenlet.engine.records import FinishReason
@@ -82,6 +84,7 @@ class Engine:
         self._replies = Replies(self.scheduler, self.prefix, self.speculation, self._stats)
         self._grammars = None if tokenizer is None else Grammars(tokenizer, model.config.vocab_size, self.stop_ids)
         self._lock = threading.RLock()
+        self._errands = Errands()
         self._in_flight: frozenset[Request] = frozenset()
         self._failures, self._reason = 0, ""
         self._driver = Driver(self)
@@ -193,10 +196,24 @@ class Engine:
             pass
         return torch.cat(parts)
 
+    def embed(self, ids: Sequence[int], alpha: float) -> Future[Tensor]:
+        """Mean of the last hidden states, normed: float32 [C] on the CPU, from a pass of its own between two steps."""
+        if len(ids) > self.context_length:
+            raise ContextLengthError(len(ids), self.context_length, 0)
+        with self._lock:
+            self._check_takes()
+            future = self._errands.add(lambda: self.runner.hidden(ids, alpha).mean(0))
+        self.start()
+        self._driver.wake()
+        return future
+
+    def _check_takes(self) -> None:
+        if self._driver.closed or self._driver.draining:
+            raise EngineError("the engine is shut down, or about to be", hint="load the model again")
+
     def _enter(self, request: Request) -> None:
         with self._lock:
-            if self._driver.closed or self._driver.draining:
-                raise EngineError("the engine is shut down, or about to be", hint="load the model again")
+            self._check_takes()
             self.scheduler.add(request)
         self._driver.wake()
 
@@ -251,6 +268,7 @@ class Engine:
 
     def _end_all(self, reason: FinishReason, error: Exception | None) -> None:
         with self._lock:
+            self._errands.drop(error or EngineError("the engine was shut down", hint="load the model again"))
             while requests := [*self.scheduler.running, *self.scheduler.waiting]:
                 for request in requests:
                     request.failure = request.failure or error
@@ -265,10 +283,11 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        return bool(self.scheduler.running or self.scheduler.waiting)
+        return bool(self.scheduler.running or self.scheduler.waiting or self._errands)
 
     def step(self) -> bool:
-        """Runs the model once; False if there was nothing to run."""
+        """Runs the model once, after an errand if one waits; False if there was nothing to run."""
+        errand = self._errands.run_one()
         began = time.perf_counter()
         with self._lock:
             self._expire(began)
@@ -278,7 +297,7 @@ class Engine:
                 one.request.started_at = one.request.started_at or began
             self._in_flight = frozenset(one.request for one in work)
         if not work:
-            return False
+            return errand
         scheduled = time.perf_counter()
         try:
             logits = self.runner.run(work)
@@ -338,6 +357,7 @@ class Engine:
                 waiting=sum(1 + len(request.followers) for request in self.scheduler.waiting),
                 pages_used=used - cached,
                 pages_cached=cached,
+                asked_tokens=0 if self.prefix is None else self.prefix.asked,
                 cached_tokens=0 if self.prefix is None else self.prefix.found,
                 preemptions=self.scheduler.preemptions,
                 guessed=speculation.drafted,

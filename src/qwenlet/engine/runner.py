@@ -38,6 +38,13 @@ class Runner:
         logits = self._forward(ids, rows, [one.request.pages for one in work], starts, wanted)
         return list(logits.split([one.wanted for one in work]))
 
+    @torch.inference_mode()
+    def hidden(self, ids: Sequence[int], alpha: float) -> Tensor:
+        """Last hidden states, normed: float32 [len(ids), C] on the CPU, by the modules. No page is touched."""
+        rows = Rows.fresh([len(ids)], [alpha], self.device)
+        with attention_backend(self.attention):
+            return self.model.hidden(torch.tensor(list(ids), device=self.device), rows).float().cpu()
+
     def _forward(
         self, ids: Tensor, rows: Rows, tables: Sequence[Sequence[int]], starts: Sequence[int], wanted: Sequence[int]
     ) -> Tensor:

@@ -45,7 +45,8 @@ class Stats:
         running, waiting: requests now.
         pages, pages_used, pages_cached: in all, held by requests, held by the prefix cache alone.
         steps: calls of the model. failed_steps: those that raised.
-        prompt_tokens: of requests that ended or run, as they were admitted; cached_tokens: of them found in the cache.
+        prompt_tokens: of requests that ended or run, as they were admitted; asked_tokens,
+            cached_tokens: looked up in the prefix cache, and found there.
         generated_tokens: of all replies.
         preemptions: times a request gave its pages back and began anew.
         guessed, accepted: tokens proposed by prompt lookup, and those that were right.
@@ -62,6 +63,7 @@ class Stats:
     steps: int = 0
     failed_steps: int = 0
     prompt_tokens: int = 0
+    asked_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
     preemptions: int = 0

@@ -8,9 +8,11 @@ bodies       a body becomes a request; a client that leaves ends its work
 dialogue     messages and tools become a prompt, a grammar and a reader of the reply
 replies      submits prompts; from the engine's chunks to text, usage, log-probabilities
 parsed       ... and to text, thoughts and calls
+prompts      how likely a prompt's own tokens are
 events       server-sent events
 items, output     of /v1/responses: what goes in becomes messages, what comes out items and events
-chat, completions, responses, models, tokens, operations     one module per family of endpoints
+chat, completions, responses, messages, models, embeddings, tokens, operations, metrics     one module per family
+reference    the fields written down, for people
 app          all of them together
 run          sockets, signals, and the order of starting and stopping
 """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -13,19 +12,34 @@ from starlette.types import ASGIApp
 
 import qwenlet
 from qwenlet.errors import QwenletError
-from qwenlet.server import chat, completions, errors, models, operations, responses, tokens
+from qwenlet.server import (
+    chat,
+    completions,
+    embeddings,
+    errors,
+    messages,
+    metrics,
+    models,
+    operations,
+    reference,
+    responses,
+    tokens,
+)
 from qwenlet.server.errors import ApiError
 from qwenlet.server.gate import Gate
 from qwenlet.server.service import Service
 
-FAMILIES = (chat, completions, responses, models, tokens, operations)
+FAMILIES = (chat, completions, responses, messages, models, embeddings, tokens, operations, metrics)
 REQUESTS = (
-    chat.ChatRequest,
-    completions.CompletionRequest,
-    responses.ResponsesRequest,
-    responses.TokensRequest,
-    tokens.TokenizeRequest,
-    tokens.DetokenizeRequest,
+    ("/v1/chat/completions", chat.ChatRequest),
+    ("/v1/completions", completions.CompletionRequest),
+    ("/v1/responses", responses.ResponsesRequest),
+    ("/v1/responses/input_tokens", responses.TokensRequest),
+    ("/v1/messages", messages.MessagesRequest),
+    ("/v1/messages/count_tokens", messages.CountRequest),
+    ("/v1/embeddings", embeddings.EmbeddingRequest),
+    ("/tokenize", tokens.TokenizeRequest),
+    ("/detokenize", tokens.DetokenizeRequest),
 )
 
 
@@ -35,20 +49,22 @@ def build(service: Service) -> ASGIApp:
     app = FastAPI(title="qwenlet", version=qwenlet.__version__, docs_url=None, redoc_url=None)
     for family in FAMILIES:
         family.add(app, service)
+    reference.add(app, REQUESTS)
 
     async def unknown(request: Request, problem: Exception) -> Response:
         assert isinstance(problem, HTTPException), "registered for these alone"
         words = f"{request.method} {request.url.path[:200]}: {problem.detail}"
         kind = "not_found_error" if problem.status_code == 404 else "invalid_request_error"
-        return errors.response(ApiError(problem.status_code, words, kind, headers=problem.headers))
+        return errors.response(ApiError(problem.status_code, words, kind, headers=problem.headers), request.url.path)
 
     async def told(request: Request, problem: Exception) -> Response:
         error = errors.explained(problem)
         assert error is not None, "registered for errors that have a reason"
-        return errors.response(error)
+        return errors.response(error, request.url.path)
 
     async def failed(request: Request, problem: Exception) -> Response:
-        return errors.response(errors.internal(request.state.request_id))  # the gate logs what it was
+        error = errors.internal(request.state.request_id)  # the gate logs what it was
+        return errors.response(error, request.url.path)
 
     app.add_exception_handler(HTTPException, unknown)
     app.add_exception_handler(ApiError, told)
@@ -58,8 +74,7 @@ def build(service: Service) -> ASGIApp:
 
     def document() -> dict[str, Any]:
         schema = plain()
-        _, components = msgspec.json.schema_components(REQUESTS, ref_template="#/components/schemas/{name}")
-        schema.setdefault("components", {}).setdefault("schemas", {}).update(components)
+        reference.document(schema, REQUESTS)
         return schema
 
     app.openapi = document  # type: ignore[method-assign]

@@ -14,7 +14,8 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive
 
-from qwenlet.server.errors import ApiError
+from qwenlet.errors import ContextLengthError
+from qwenlet.server.errors import ApiError, explained
 from qwenlet.server.fields import check_effects
 
 Body = TypeVar("Body", bound=Struct)
@@ -37,14 +38,31 @@ def decoded(raw: bytes, decoder: msgspec.json.Decoder[Body]) -> Body:
         raise ApiError(400, words if valid else f"the body is not JSON: {words}", param=param) from None
 
 
-def post(app: FastAPI, path: str, kind: type[Body], handler: Callable[[Body, Request], Awaitable[Response]]) -> None:
-    """Routes POST `path` to `handler`; fields of the body that have no effect are named in `x-qwenlet-ignored`."""
+def post(
+    app: FastAPI,
+    path: str,
+    kind: type[Body],
+    handler: Callable[[Body, Request], Awaitable[Response]],
+    *,
+    prompt: str | None = None,
+) -> None:
+    """Routes POST `path` to `handler`; fields of the body that have no effect are named in `x-qwenlet-ignored`.
+
+    `prompt` is the field to blame for a prompt that does not fit the context.
+    """
     decoder = msgspec.json.Decoder(kind)
 
     async def endpoint(request: Request) -> Response:
-        body = decoded(await request.body(), decoder)
-        without = check_effects(body)
-        response = await while_connected(request.receive, handler(body, request))
+        raw = await request.body()
+        body = decoded(raw, decoder)
+        without = [*check_effects(body), *_unknown(raw, kind)]
+        try:
+            response = await while_connected(request.receive, handler(body, request))
+        except ContextLengthError as problem:
+            error = explained(problem)
+            assert error is not None, "this error has a reason for clients"
+            error.param = prompt
+            raise error from None
         if without:
             response.headers["x-qwenlet-ignored"] = ", ".join(without)
         return response
@@ -59,6 +77,14 @@ def post(app: FastAPI, path: str, kind: type[Body], handler: Callable[[Body, Req
         openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}},
         response_model=None,
     )
+
+
+def _unknown(raw: bytes, kind: type[Struct]) -> list[str]:
+    """Fields that a request which may hold any does not know; as much as a header can carry."""
+    if kind.__struct_config__.forbid_unknown_fields:
+        return []
+    names = msgspec.json.decode(raw).keys() - set(kind.__struct_encode_fields__)
+    return sorted(name[:40] for name in names if name.isascii() and name.isprintable())[:20]
 
 
 async def while_connected(receive: Receive, work: Awaitable[Result]) -> Result:

@@ -92,7 +92,7 @@ def add(app: FastAPI, service: Service) -> None:
             done = await parsed.whole(service, dialogue, requests)
             return Response(msgspec.json.encode(_whole(service, body, dialogue, done)), media_type="application/json")
 
-    post(app, "/v1/chat/completions", ChatRequest, complete)
+    post(app, "/v1/chat/completions", ChatRequest, complete, prompt="messages")
 
 
 def _dialogue(service: Service, body: ChatRequest) -> Dialogue:

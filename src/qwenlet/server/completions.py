@@ -6,6 +6,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import msgspec
@@ -14,16 +15,17 @@ from msgspec import UNSET, Meta
 from starlette.responses import Response
 
 from qwenlet.api import LLM
-from qwenlet.engine import Chunk, Completion
+from qwenlet.engine import Chunk, Completion, check_prompt
 from qwenlet.engine.request import Request as EngineRequest
 from qwenlet.sampling import TokenLogprob
 from qwenlet.server import replies
 from qwenlet.server.bodies import post
 from qwenlet.server.errors import ApiError
 from qwenlet.server.events import DONE, PING, EventStream, event
-from qwenlet.server.fields import Anything, Count, SamplingFields, sampling, unsupported
+from qwenlet.server.fields import Anything, SamplingFields, sampling, unsupported
+from qwenlet.server.prompts import prompt_logprobs
 from qwenlet.server.service import Service
-from qwenlet.tokenizer import Tokenizer
+from qwenlet.tokenizer import StreamDecoder, Tokenizer
 
 DEFAULT_TOKENS = 16  # OpenAI's
 
@@ -34,35 +36,92 @@ class CompletionRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True
     prompt: Annotated[
         str | list[str | int | list[int]], Meta(description="A text, token ids, or a list of either, not mixed.")
     ]
-    max_tokens: Count | None = None
+    max_tokens: Annotated[int, Meta(ge=0, description="16 if left out; 0 with echo alone.")] | None = None
+    echo: Annotated[bool | None, Meta(description="The prompt leads the text, and its tokens the logprobs.")] = None
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     suffix: Annotated[Anything, unsupported("the model was not taught to fill gaps")] = UNSET
-    best_of: Annotated[Anything, unsupported("choosing among more replies is not built yet")] = UNSET
+    best_of: Annotated[int, Meta(ge=1, le=128, description="So many are written, the likeliest n are told.")] | None = (
+        None
+    )
+
+
+@dataclass(frozen=True)
+class Echo:
+    """What leads a reply: the prompt's text, and its tokens with their log-probabilities where those are asked for.
+
+    The first token's log-probability is null: nothing predicts it.
+    """
+
+    text: str
+    ids: Sequence[int]
+    entries: Sequence[TokenLogprob] | None
 
 
 def add(app: FastAPI, service: Service) -> None:
     async def complete(body: CompletionRequest, request: Request) -> Response:
         service.check_model(body.model)
         prompts = await asyncio.to_thread(prompt_ids, service.llm, body.prompt)
-        params = sampling(body, max_new_tokens=body.max_tokens or DEFAULT_TOKENS, logprobs=body.logprobs)
-        with replies.held(service, params.n * len(prompts)) as held:
+        limit = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
+        if not limit and (not body.echo or body.stream):
+            raise ApiError(400, "max_tokens is 0, which needs echo, and no stream", param="max_tokens")
+        n, written = body.n or 1, max(body.best_of or 1, body.n or 1)
+        if body.best_of is not None and (body.best_of < n or body.stream):
+            raise ApiError(400, f"best_of is {body.best_of}, expected n or more, and no stream", param="best_of")
+        ranks = written > n
+        logprobs = 0 if ranks and body.logprobs is None else body.logprobs
+        params = sampling(body, max_new_tokens=limit or 1, logprobs=logprobs, n=written)
+        with replies.held(service, written * len(prompts)) as held:
+            for ids in prompts:
+                check_prompt(ids, service.llm.config.vocab_size)
+            echoes = await _echoes(service, body, prompts)
+            if not limit:
+                return _json(_echoed(service, echoes, n))
             requests = await replies.submit(service, prompts, params, held, priority=body.priority or 0)
             if body.stream:
-                return EventStream(_stream(service, body, params.n, requests), held.pop_all())
+                return EventStream(_stream(service, body, n, requests, echoes), held.pop_all())
             done = await replies.completions(service, requests)
-            return Response(msgspec.json.encode(_whole(service, params.n, done)), media_type="application/json")
+            chosen = [one for at in range(0, len(done), written) for one in _best(done[at : at + written], n)]
+            told = [replace(one, logprobs=None) for one in chosen] if body.logprobs is None else chosen
+            return _json(_whole(service, n, told, echoes) | {"usage": replies.usage(done, written)})
 
-    post(app, "/v1/completions", CompletionRequest, complete)
+    post(app, "/v1/completions", CompletionRequest, complete, prompt="prompt")
 
 
-def prompt_ids(llm: LLM, prompt: str | list[Any]) -> list[list[int]]:
+def _json(answer: dict[str, Any]) -> Response:
+    return Response(msgspec.json.encode(answer), media_type="application/json")
+
+
+def _best(done: Sequence[Completion], n: int) -> Sequence[Completion]:
+    """The n of them with the highest log-probability per token, as OpenAI ranks them."""
+    if n == len(done):
+        return done
+
+    def mean(one: Completion) -> float:
+        entries = one.logprobs or ()
+        return sum(each.logprob for each in entries) / max(len(entries), 1)
+
+    return sorted(done, key=mean, reverse=True)[:n]
+
+
+async def _echoes(service: Service, body: CompletionRequest, prompts: Sequence[Sequence[int]]) -> list[Echo | None]:
+    """Of each prompt what leads its replies; None where no echo is asked for."""
+    if not body.echo:
+        return [None] * len(prompts)
+    found: list[Any] = [None] * len(prompts)
+    if body.logprobs is not None:
+        found = await prompt_logprobs(service, prompts, body.logprobs, priority=body.priority or 0)
+    decode = service.llm.tokenizer.decode
+    return [Echo(decode(ids), ids, entries) for ids, entries in zip(prompts, found, strict=True)]
+
+
+def prompt_ids(llm: LLM, prompt: str | list[Any], name: str = "prompt") -> list[list[int]]:
     """Token ids of each prompt. Raises ApiError 400 for an empty or mixed list."""
     if isinstance(prompt, str):
         return [llm.tokenizer.encode(prompt, allowed_special=set())]
     kinds = {type(one) for one in prompt}
     if len(kinds) != 1:
         seen = "empty" if not kinds else "a list of mixed kinds"
-        raise ApiError(400, f"prompt is {seen}, expected texts, token ids or lists of token ids", param="prompt")
+        raise ApiError(400, f"{name} is {seen}, expected texts, token ids or lists of token ids", param=name)
     if kinds == {int}:
         return [list(prompt)]
     if kinds == {str}:
@@ -80,48 +139,112 @@ def _head(service: Service) -> dict[str, Any]:
     }
 
 
-def _whole(service: Service, n: int, done: Sequence[Completion]) -> dict[str, Any]:
-    choices = [
-        {
-            "index": number,
-            "text": one.text,
-            "logprobs": _logprobs(service.llm.tokenizer, one.logprobs, 0),
-            "finish_reason": replies.finish_reason(one),
-        }
-        for number, one in enumerate(done)
-    ]
-    return _head(service) | {
-        "choices": choices,
-        "usage": replies.usage(done, n),
-        "timings": replies.timings(done[0]),
-    }
+def _whole(service: Service, n: int, done: Sequence[Completion], echoes: Sequence[Echo | None]) -> dict[str, Any]:
+    choices = []
+    for number, one in enumerate(done):
+        echo, lists = echoes[number // n], TokenLists(service.llm.tokenizer)
+        lead = "" if echo is None else lists.lead(echo)
+        told = None if one.logprobs is None else lists.told(one.logprobs)
+        reason = replies.finish_reason(one)
+        choices.append({"index": number, "text": lead + one.text, "logprobs": told, "finish_reason": reason})
+    return _head(service) | {"choices": choices, "timings": replies.timings(done[0])}
 
 
-def _logprobs(tokenizer: Tokenizer, entries: Sequence[TokenLogprob] | None, offset: int) -> dict[str, Any] | None:
-    """OpenAI's four lists. `offset`: characters of the reply before these tokens."""
-    if entries is None:
-        return None
-    tokens = [tokenizer.decode([each.token_id]) for each in entries]
-    offsets = []
-    for token in tokens:
-        offsets.append(offset)
-        offset += len(token)
-    return {
-        "tokens": tokens,
-        "token_logprobs": [each.logprob for each in entries],
-        "top_logprobs": [{tokenizer.decode([id]): logprob for id, logprob in each.top} for each in entries],
-        "text_offset": offsets,
-    }
+def _echoed(service: Service, echoes: Sequence[Echo | None], n: int) -> dict[str, Any]:
+    """The answer where nothing was to be written."""
+    choices: list[dict[str, Any]] = []
+    prompt_tokens = 0
+    for echo in echoes:
+        assert echo is not None, "nothing to be written needs echo"
+        prompt_tokens += len(echo.ids)
+        for _ in range(n):
+            lists = TokenLists(service.llm.tokenizer)
+            text = lists.lead(echo)
+            told = None if echo.entries is None else lists.told(())
+            choices.append({"index": len(choices), "text": text, "logprobs": told, "finish_reason": "length"})
+    usage = {"prompt_tokens": prompt_tokens, "completion_tokens": 0, "total_tokens": prompt_tokens}
+    return _head(service) | {"choices": choices, "usage": usage}
+
+
+class TokenLists:
+    """OpenAI's four lists of one choice, told piece by piece."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = StreamDecoder(tokenizer)
+        self._offset = 0
+        self._lists: dict[str, list[Any]] = {}
+        self._clear()
+
+    def _clear(self) -> None:
+        self._lists = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+
+    def lead(self, echo: Echo) -> str:
+        """Puts the prompt's tokens before all others; gives its text."""
+        if echo.entries is None:
+            self._offset = len(echo.text)
+            return echo.text
+        # a prompt's control tokens are part of its text
+        self._decoder = StreamDecoder(self._tokenizer, skip_special_tokens=False)
+        self._add(echo.ids[0], None)
+        for entry in echo.entries:
+            self._add(entry.token_id, entry)
+        self._offset, self._decoder = len(echo.text), StreamDecoder(self._tokenizer)
+        return echo.text
+
+    def told(self, entries: Sequence[TokenLogprob]) -> dict[str, list[Any]]:
+        """The lists of what came since they were told last."""
+        for entry in entries:
+            self._add(entry.token_id, entry)
+        lists = self._lists
+        self._clear()
+        return lists
+
+    def _add(self, id: int, entry: TokenLogprob | None) -> None:
+        lists = self._lists
+        lists["tokens"].append(self._name(id))
+        lists["text_offset"].append(self._offset)
+        self._offset += len(self._decoder.push(id))
+        lists["token_logprobs"].append(None if entry is None else entry.logprob)
+        if entry is None:
+            lists["top_logprobs"].append(None)
+            return
+        top: dict[str, float] = {}
+        for each, logprob in (*entry.top, (id, entry.logprob)):  # the likeliest first, the token itself as well
+            top.setdefault(self._name(each), logprob)
+        lists["top_logprobs"].append(top)
+
+    def _name(self, id: int) -> str:
+        """A token's text; that of half a character says which bytes it is, so that no two are alike."""
+        raw = self._tokenizer.token_bytes(id)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
 async def _stream(
-    service: Service, body: CompletionRequest, n: int, requests: Sequence[EngineRequest]
+    service: Service, body: CompletionRequest, n: int, requests: Sequence[EngineRequest], echoes: Sequence[Echo | None]
 ) -> AsyncGenerator[bytes, None]:
     head, options = _head(service), body.stream_options
     counted = options is not None and bool(options.include_usage)
     always = options is not None and bool(options.continuous_usage_stats)
     last: dict[int, Chunk] = {}
-    written = [0] * len(requests)
+    lists = [TokenLists(service.llm.tokenizer) for _ in requests]
+
+    def chunk(
+        number: int, text: str, entries: Sequence[TokenLogprob] | None, one: Chunk | None = None
+    ) -> dict[str, Any]:
+        told = None if entries is None or body.logprobs is None else lists[number].told(entries)
+        reason = None if one is None else replies.finish_reason(one)
+        data = head | {"choices": [{"index": number, "text": text, "logprobs": told, "finish_reason": reason}]}
+        if counted:
+            data["usage"] = replies.usage([one], 1) if always and one is not None else None
+        return data
+
+    for number in range(len(requests)):
+        if (echo := echoes[number // n]) is not None:
+            yield event(chunk(number, lists[number].lead(echo), ()))
     async for batch in replies.batches(service, requests):
         if not batch:
             yield PING
@@ -130,16 +253,7 @@ async def _stream(
             waiting = body.return_progress and not one.completion_tokens
             if not (one.text or one.logprobs or one.finish_reason or waiting):
                 continue
-            choice = {
-                "index": number,
-                "text": one.text,
-                "logprobs": _logprobs(service.llm.tokenizer, one.logprobs, written[number]),
-                "finish_reason": replies.finish_reason(one),
-            }
-            written[number] += len(one.text)
-            data = head | {"choices": [choice]}
-            if counted:
-                data["usage"] = replies.usage([one], 1) if always else None
+            data = chunk(number, one.text, one.logprobs, one)
             if waiting:
                 data["prompt_progress"] = replies.progress(one)
             if one.finish_reason is not None:

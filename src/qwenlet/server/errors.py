@@ -69,7 +69,7 @@ def explained(problem: Exception) -> ApiError | None:
         return None
     words = problem.message if problem.hint is None else f"{problem.message} ({problem.hint})"
     if isinstance(problem, ContextLengthError):
-        return ApiError(400, words, param="messages", code="context_length_exceeded")
+        return ApiError(400, words, code="context_length_exceeded")
     if isinstance(problem, (RequestError, TokenizerError)):
         return ApiError(400, words)
     if isinstance(problem, DeadlineError):
@@ -88,5 +88,26 @@ def internal(request_id: str) -> ApiError:
     return ApiError(500, f"the server failed; its log says why under {request_id}", "server_error")
 
 
-def response(error: ApiError) -> Response:
-    return Response(msgspec.json.encode(error.body), error.status, error.headers, "application/json")
+_ANTHROPIC = {
+    "invalid_request_error": "invalid_request_error",
+    "authentication_error": "authentication_error",
+    "not_found_error": "not_found_error",
+    "rate_limit_error": "rate_limit_error",
+}
+
+
+def anthropic(error: ApiError) -> dict[str, object]:
+    """The body as Anthropic's clients expect it."""
+    kind = _ANTHROPIC.get(error.kind, "overloaded_error" if error.status == 503 else "api_error")
+    told = {"type": kind, "message": error.message, "param": error.param, "code": error.code}
+    return {"type": "error", "error": told}
+
+
+def response(error: ApiError, path: str = "") -> Response:
+    """`path`: of the call, whose protocol decides the shape."""
+    body = error.body
+    if path.startswith("/v1/messages"):
+        body = anthropic(error)
+    elif path.startswith("/api/"):  # Ollama's
+        body = {"error": error.message}
+    return Response(msgspec.json.encode(body), error.status, error.headers, "application/json")

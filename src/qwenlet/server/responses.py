@@ -118,8 +118,8 @@ def add(app: FastAPI, service: Service) -> None:
         dialogue = await _dialogue(service, body, items_of(body.input), toolbox)
         return _json({"object": "response.input_tokens", "input_tokens": len(dialogue.ids)})
 
-    post(app, "/v1/responses", ResponsesRequest, respond)
-    post(app, "/v1/responses/input_tokens", TokensRequest, tokens)
+    post(app, "/v1/responses", ResponsesRequest, respond, prompt="input")
+    post(app, "/v1/responses/input_tokens", TokensRequest, tokens, prompt="input")
 
     @app.get("/v1/responses/{id}", response_model=None)
     async def read(id: str) -> Response:

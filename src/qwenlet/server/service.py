@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ class Service:
     Attributes:
         names: under which clients ask for the model; answers carry the first.
         state: "loading" until `open`.
+        answers: how many went out, by status; 499 is a client that left before.
     """
 
     def __init__(self, name: str, config: ServerConfig) -> None:
@@ -36,6 +38,7 @@ class Service:
         self._outstanding = 0
         self._store: Store | None = None
         self._opening = threading.Lock()
+        self.answers: Counter[int] = Counter()
 
     def open(self, llm: LLM) -> None:
         """From now on there is a model."""

@@ -1,0 +1,46 @@
+"""How likely a prompt's own tokens are: what `echo` with `logprobs` tells."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from qwenlet.engine.request import Request
+from qwenlet.sampling import TokenLogprob, token_logprob
+from qwenlet.server.replies import reading
+from qwenlet.server.service import Service
+
+
+async def prompt_logprobs(
+    service: Service, prompts: Sequence[Sequence[int]], alternatives: int, *, priority: int = 0
+) -> list[list[TokenLogprob]]:
+    """Of each prompt, the log-probability of every token but the first, which nothing predicts.
+
+    A reply's pass finds the prompt's keys and values stored by this one.
+    """
+    engine, config = service.llm.engine, service.llm.config
+    found: list[list[TokenLogprob]] = [[] for _ in prompts]
+    requests: list[Request] = []
+    try:
+        for ids, entries in zip(prompts, found, strict=True):
+            read = _reader(ids, entries, alternatives)
+            timeout = service.config.request_timeout
+            alpha = config.ntk_alpha(len(ids))
+            requests.append(engine.read(ids, alpha, 0, read, priority=priority, timeout=timeout))
+        with reading(service, requests) as streams:
+            while not streams.ended:
+                await streams.next()
+    finally:
+        for request in requests:
+            engine.cancel(request)
+    return found
+
+
+def _reader(ids: Sequence[int], entries: list[TokenLogprob], alternatives: int) -> Callable[[int, Tensor], None]:
+    def read(position: int, logits: Tensor) -> None:
+        for place, row in enumerate(logits, position + 1):
+            if place == len(entries) + 1 < len(ids):  # a request that began anew is read again
+                entries.append(token_logprob(row, ids[place], alternatives))
+
+    return read

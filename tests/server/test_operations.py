@@ -1,0 +1,111 @@
+"""Metrics, embeddings, documents: what stands around the replies."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import struct
+import time
+from typing import Any
+
+import pytest
+
+from server.conftest import Server
+
+
+def metric(server: Server, name: str, **labels: str) -> float:
+    """The value of one series; 0 where it does not show yet."""
+    for line in server.call("GET", "/metrics").raw.decode().splitlines():
+        if match := re.fullmatch(rf"{re.escape(name)}(?:{{(.*)}})? (\S+)", line):
+            shown = dict(re.findall(r'(\w+)="(.*?)"', match.group(1) or ""))
+            if labels.items() <= shown.items():
+                return float(match.group(2))
+    return 0.0
+
+
+def test_metrics_count(server: Server) -> None:
+    before = metric(server, "vllm:generation_tokens_total")
+    finished = metric(server, "vllm:request_success_total", finished_reason="length")
+    server.chat(max_tokens=5, ignore_eos=True)
+    assert metric(server, "vllm:generation_tokens_total") == before + 5
+    assert metric(server, "vllm:request_success_total", finished_reason="length") == finished + 1
+    page = server.call("GET", "/metrics")
+    assert page.headers["content-type"].startswith("text/plain")
+    text = page.raw.decode()
+    for name in ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc",
+                 "vllm:prefix_cache_hits_total", "vllm:prompt_tokens_total",
+                 "vllm:time_to_first_token_seconds_bucket", "vllm:inter_token_latency_seconds_sum"):  # fmt: skip
+        assert f"\n{name}{{" in text, name
+    count = metric(server, "vllm:time_to_first_token_seconds_count")
+    assert metric(server, "vllm:time_to_first_token_seconds_bucket", le="+Inf") == count > 0
+    assert metric(server, "qwenlet:http_responses_total", code="200") > 0
+
+
+def test_a_client_that_leaves_is_cancelled_within_a_step(server: Server) -> None:
+    cancelled = metric(server, "vllm:request_success_total", finished_reason="abort")
+    connection = server.connect()
+    body = {"prompt": "Count.", "max_tokens": 1500, "ignore_eos": True, "stream": True}
+    connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
+    response = connection.getresponse()
+    response.readline()
+    assert metric(server, "vllm:num_requests_running") == 1
+    response.close()
+    connection.close()
+    written, deadline = metric(server, "vllm:generation_tokens_total"), time.monotonic() + 5
+    while metric(server, "vllm:num_requests_running"):
+        assert time.monotonic() < deadline
+    assert metric(server, "vllm:generation_tokens_total") - written < 20
+    assert metric(server, "vllm:request_success_total", finished_reason="abort") == cancelled + 1
+    assert metric(server, "vllm:kv_cache_usage_perc") == 0.0
+
+
+def embed(server: Server, given: Any, **fields: Any) -> list[Any]:
+    answer = server.call("POST", "/v1/embeddings", {"input": given} | fields)
+    assert answer.status == 200, answer.raw
+    assert "mean-pooled" in answer.headers["x-qwenlet-embedding"]
+    return [each["embedding"] for each in answer.json["data"]]
+
+
+def test_embeddings(server: Server) -> None:
+    texts = ["The cat sleeps on the sofa.", "A kitten naps on the couch.", "Interest rates rose by two percent."]
+    vectors = embed(server, texts)
+    (alone,) = embed(server, texts[0])
+    assert alone == vectors[0]
+
+    def alike(a: list[float], b: list[float]) -> float:
+        dot = sum(x * y for x, y in zip(a, b, strict=True))
+        return dot / (sum(x * x for x in a) * sum(y * y for y in b)) ** 0.5
+
+    assert alike(vectors[0], vectors[1]) > alike(vectors[0], vectors[2])
+    (packed,) = embed(server, texts[0], encoding_format="base64")
+    assert list(struct.unpack(f"<{len(alone)}f", base64.b64decode(packed))) == pytest.approx(alone)
+    ids = server.call("POST", "/tokenize", {"prompt": texts[0]}).json["tokens"]
+    assert embed(server, [ids, ids]) == [alone, alone]
+    assert len(embed(server, "word " * 700, dimensions=len(alone))[0]) == len(alone)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"input": "a", "dimensions": 7}, "dimensions"),
+        ({"input": []}, "input"),
+        ({"input": ""}, None),
+        ({"input": [10**9]}, None),
+        ({"input": "a", "encoding_format": "int8"}, "encoding_format"),
+        ({"input": "word " * 9000}, "input"),
+    ],
+)
+def test_bad_embeddings(server: Server, body: Any, param: str | None) -> None:
+    answer = server.call("POST", "/v1/embeddings", body)
+    assert (answer.status, answer.error["param"]) == (400, param), answer.raw
+
+
+def test_documents_load_nothing_from_elsewhere(server: Server) -> None:
+    page = server.call("GET", "/docs").raw.decode()
+    assert "messages[].name" in page
+    assert "http://" not in page
+    assert "https://" not in page
+    schema = server.call("GET", "/openapi.json").json
+    assert {"/v1/chat/completions", "/v1/embeddings", "/metrics"} <= set(schema["paths"])
+    assert "ChatRequest" in schema["components"]["schemas"]
