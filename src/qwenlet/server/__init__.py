@@ -11,7 +11,8 @@ parsed       ... and to text, thoughts and calls
 prompts      how likely a prompt's own tokens are
 events       server-sent events
 items, output     of /v1/responses: what goes in becomes messages, what comes out items and events
-chat, completions, responses, messages, models, embeddings, tokens, operations, metrics     one module per family
+chat, completions, responses, messages, ollama, models, embeddings, tokens, operations, metrics     one module
+             per family of endpoints
 reference    the fields written down, for people
 app          all of them together
 run          sockets, signals, and the order of starting and stopping

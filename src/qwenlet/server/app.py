@@ -20,6 +20,7 @@ from qwenlet.server import (
     messages,
     metrics,
     models,
+    ollama,
     operations,
     reference,
     responses,
@@ -29,7 +30,7 @@ from qwenlet.server.errors import ApiError
 from qwenlet.server.gate import Gate
 from qwenlet.server.service import Service
 
-FAMILIES = (chat, completions, responses, messages, models, embeddings, tokens, operations, metrics)
+FAMILIES = (chat, completions, responses, messages, ollama, models, embeddings, tokens, operations, metrics)
 REQUESTS = (
     ("/v1/chat/completions", chat.ChatRequest),
     ("/v1/completions", completions.CompletionRequest),
@@ -37,6 +38,9 @@ REQUESTS = (
     ("/v1/responses/input_tokens", responses.TokensRequest),
     ("/v1/messages", messages.MessagesRequest),
     ("/v1/messages/count_tokens", messages.CountRequest),
+    ("/api/chat", ollama.OllamaChatRequest),
+    ("/api/generate", ollama.OllamaGenerateRequest),
+    ("/api/show", ollama.OllamaShowRequest),
     ("/v1/embeddings", embeddings.EmbeddingRequest),
     ("/tokenize", tokens.TokenizeRequest),
     ("/detokenize", tokens.DetokenizeRequest),

@@ -23,6 +23,7 @@ from qwenlet.server.dialogue import Delta, Dialogue, asked, toolbox_of
 from qwenlet.server.errors import ApiError, anthropic, refused
 from qwenlet.server.events import EventStream, named_event
 from qwenlet.server.fields import Anything, Count, ignored
+from qwenlet.server.parsed import arguments_object
 from qwenlet.server.service import Service
 from qwenlet.tools import Call, ToolMessage
 
@@ -214,7 +215,7 @@ class Writing:
 
     def message(self) -> dict[str, Any]:
         blocks = [
-            {k: v for k, v in block.items() if k != "written"} | ({"input": _input(block["written"])})
+            {k: v for k, v in block.items() if k != "written"} | ({"input": arguments_object(block["written"])})
             if block["type"] == "tool_use"
             else dict(block)
             for block in self._blocks
@@ -275,15 +276,6 @@ def _event(kind: str, **fields: Any) -> bytes:
 
 def _failed(error: ApiError) -> bytes:
     return named_event("error", anthropic(error))
-
-
-def _input(written: str) -> dict[str, Any]:
-    """A call's arguments; what is no object, because a small model slipped, stands under `arguments`."""
-    try:
-        value = json.loads(written)
-    except (ValueError, RecursionError):
-        value = written
-    return value if isinstance(value, dict) else {"arguments": value}
 
 
 def _usage(chunk: Chunk) -> dict[str, int]:

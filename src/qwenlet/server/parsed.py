@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import Any
 
 from qwenlet.engine import Chunk, Completion
 from qwenlet.engine.request import Request
@@ -80,3 +82,12 @@ def _joined(each: Sequence[Step]) -> Parsed:
     )
     completion = Completion.from_chunks([step.chunk for step in each])
     return Parsed(text, thought, calls, each[-1].finish or "stop", completion)
+
+
+def arguments_object(written: str) -> dict[str, Any]:
+    """A call's arguments; what is no object, because a small model slipped, stands under `arguments`."""
+    try:
+        value = json.loads(written)
+    except (ValueError, RecursionError):
+        value = written
+    return value if isinstance(value, dict) else {"arguments": value}
