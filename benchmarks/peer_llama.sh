@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes DIR for versus_llama.py and versus_batched.py: llama.cpp built for this machine (from the source inside
+# Makes DIR for versus_llama.py, versus_batched.py and versus_server.py: llama.cpp built for this machine (from the source inside
 # llama-cpp-python's sdist), a full-size Qwen-1.8B of random weights, and the same weights as GGUF. Needs cmake, a
 # compiler, 11 GB of disk, 20 minutes.
 set -eu
@@ -9,7 +9,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 mkdir -p "$dir"
 cd "$dir"
 [ -d model ] || "$python" -m qwenlet random model --like qwen-1.8b --seed 0
-tools="llama-bench llama-batched-bench llama-perplexity llama-quantize"
+tools="llama-bench llama-batched-bench llama-perplexity llama-quantize llama-server"
 missing=
 for tool in $tools; do [ -x "$tool" ] || missing=$tool; done
 if [ -n "$missing" ]; then
@@ -19,7 +19,7 @@ if [ -n "$missing" ]; then
     mv source.part source
   }
   cmake -S source/llama_cpp_python-*/vendor/llama.cpp -B build -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON \
-    -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TOOLS=ON
+    -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_SERVER=ON -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TOOLS=ON
   cmake --build build -j "$(nproc)" --target $tools
   for tool in $tools; do ln -sf "build/bin/$tool" "$tool"; done
 fi

@@ -146,7 +146,7 @@ BAD: dict[str, tuple[Any, int, str | None]] = {
     "an image": (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
         400,
-        "messages[0].content[0].type",
+        "messages[0].content[0].image_url",
     ),
     "a type": ({"messages": [], "max_tokens": "ten"}, 400, "max_tokens"),
     "a range": ({"messages": [], "top_p": 0}, 400, "top_p"),

@@ -15,7 +15,7 @@ from qwenlet.config.generation import DEFAULT_NEW_TOKENS, JSON_GUIDANCE, Generat
 from qwenlet.config.gguf import config_from_gguf
 from qwenlet.config.model import LOGN_TABLE_LENGTH, MODEL_TYPES, ModelConfig, ModelType, qwen_1_8b
 from qwenlet.config.quant import EMBEDDING_GROUP_SIZE, GROUP_SIZES, QuantConfig
-from qwenlet.config.server import ServerConfig
+from qwenlet.config.server import ServerConfig, is_loopback
 
 __all__ = [
     "ATTENTION_BACKENDS",
@@ -34,6 +34,7 @@ __all__ = [
     "SamplingParams",
     "ServerConfig",
     "config_from_gguf",
+    "is_loopback",
     "qwen_1_8b",
     "read_json",
 ]

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import ipaddress
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qwenlet.errors import ConfigError
+
+TIMEOUTS = ("body", "request", "drain", "write", "idle")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches the address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,10 +36,15 @@ class ServerConfig:
         max_queue: requests that may wait for the engine; more are turned away with 503.
         max_concurrent: requests of one key, or of one address where there are no keys, at a time; more are turned away
             with 429.
+        max_per_minute: requests of one key, or of one address, in a minute; more are turned away with 429.
+        cors_origin: web pages of these origins may call the server from a browser, "*" those of any.
+        allowed_host: names, beside this machine's own, under which the server is asked for; any where it listens on an
+            address that other machines reach and none is given.
         max_body: bytes of a request's body.
         body_timeout: seconds within which a body has to arrive.
         request_timeout: seconds within which a request has to end, the time it waits included.
         drain_timeout: seconds that requests get to end after SIGTERM.
+        write_timeout: seconds that a client may take to read what was sent, until its request is ended.
         idle_timeout: seconds after which a connection without requests is closed.
         ping_interval: seconds of silence in a stream until a comment shows that the server lives.
     """
@@ -38,26 +56,32 @@ class ServerConfig:
     served_name: Sequence[str] | None = None
     max_queue: int = 256
     max_concurrent: int | None = None
+    max_per_minute: int | None = None
+    cors_origin: Sequence[str] | None = None
+    allowed_host: Sequence[str] | None = None
     max_body: int = 8_000_000
     body_timeout: float = 30.0
     request_timeout: float = 600.0
     drain_timeout: float = 30.0
+    write_timeout: float = 60.0
     idle_timeout: float = 75.0
     ping_interval: float = 10.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "api_key", tuple(self.api_key or ()))
-        object.__setattr__(self, "served_name", tuple(self.served_name or ()))
+        for name in ("served_name", "cors_origin", "allowed_host"):
+            object.__setattr__(self, name, tuple(getattr(self, name) or ()))
         for key in self.api_key or ():
             if not key or not key.isascii() or not key.isprintable() or " " in key:
                 raise ConfigError("an api_key is empty or holds more than printable ASCII, which no header can carry")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port is {self.port}, expected 0 to 65535")
-        for name in ("max_body", "body_timeout", "request_timeout", "drain_timeout", "idle_timeout", "ping_interval"):
+        for name in ("max_body", *(f"{each}_timeout" for each in TIMEOUTS), "ping_interval"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"{name} is {value}, expected a number above 0")
         if self.max_queue < 0:
             raise ConfigError(f"max_queue is {self.max_queue}, expected 0 or more")
-        if self.max_concurrent is not None and self.max_concurrent < 1:
-            raise ConfigError(f"max_concurrent is {self.max_concurrent}, expected 1 or more")
+        for name in ("max_concurrent", "max_per_minute"):
+            if (limit := getattr(self, name)) is not None and limit < 1:
+                raise ConfigError(f"{name} is {limit}, expected 1 or more")

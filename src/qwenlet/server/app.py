@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
@@ -82,4 +83,14 @@ def build(service: Service) -> ASGIApp:
         return schema
 
     app.openapi = document  # type: ignore[method-assign]
-    return Gate(app, service)
+    gate = Gate(app, service)
+    if not service.config.cors_origin:
+        return gate
+    # outside the gate: a browser asks without a key whether it may ask
+    return CORSMiddleware(
+        gate,
+        allow_origins=list(service.config.cors_origin),
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=["x-request-id", "x-qwenlet-ignored", "retry-after"],
+    )

@@ -12,14 +12,16 @@ import logging
 import re
 import secrets
 import time
-from collections import Counter
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from qwenlet.config import is_loopback
 from qwenlet.server import errors
-from qwenlet.server.errors import RETRY_SECONDS, ApiError
+from qwenlet.server.errors import ApiError
+from qwenlet.server.limits import Limits
 from qwenlet.server.service import Service
 
 logger = logging.getLogger("qwenlet.server")
@@ -52,7 +54,7 @@ class Gate:
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app, self._service = app, service
         self._keys = Keys(tuple(service.config.api_key or ()))
-        self._running: Counter[str] = Counter()
+        self._limits = Limits(service.config)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -76,7 +78,12 @@ class Gate:
                     (b"x-request-id", request_id.encode()),
                     (b"openai-processing-ms", took),
                 ]
-            await send(message)
+            try:
+                async with asyncio.timeout(self._service.config.write_timeout):
+                    await send(message)
+            except TimeoutError:
+                logger.warning("%s is not read by its client", request_id)
+                raise ClientDisconnect from None
 
         try:
             await self._admitted(scope, headers, receive, answer)
@@ -99,26 +106,34 @@ class Gate:
             logger.info("%s %s %s %d %.0f ms", request_id, scope["method"], _shown(scope["path"]), status, took_ms)
 
     async def _admitted(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
+        self._check_host(headers)
         client = self._client(scope, headers)
         if scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        limit = self._service.config.max_concurrent
-        if limit is not None and self._running[client] >= limit:
-            raise ApiError(
-                429,
-                f"{limit} requests of this key run already, which is its limit",
-                "rate_limit_error",
-                code="rate_limit_exceeded",
-                headers={"retry-after": str(RETRY_SECONDS)},
-            )
-        self._running[client] += 1
+        left = self._limits.take(client)
+
+        async def answer(message: Message) -> None:
+            if left and message["type"] == "http.response.start":
+                more = [(name.encode(), value.encode()) for name, value in left.items()]
+                message["headers"] = [*message.get("headers", ()), *more]
+            await send(message)
+
+        with self._limits.running(client):
+            await self._app(scope, self._bounded(headers, receive), answer)
+
+    def _check_host(self, headers: dict[bytes, bytes]) -> None:
+        """A page of another site may have its own name point here, to be let in as if it were this machine's."""
+        config = self._service.config
+        if b"host" not in headers or not (is_loopback(config.host) or config.allowed_host):
+            return
         try:
-            await self._app(scope, self._bounded(headers, receive), send)
-        finally:
-            self._running[client] -= 1
-            if not self._running[client]:
-                del self._running[client]
+            name = urlsplit(f"//{headers[b'host'].decode('latin-1')}").hostname or ""
+        except ValueError:
+            name = ""
+        if not is_loopback(name) and name not in (config.allowed_host or ()):
+            words = f"this server is not known as {name!r:.100}; --allowed-host tells it its names"
+            raise ApiError(403, words, "permission_error", code="host_not_allowed")
 
     def _client(self, scope: Scope, headers: dict[bytes, bytes]) -> str:
         """Whose limits count. Raises ApiError 401 without a good key, where one is needed."""

@@ -8,14 +8,13 @@ server answers 503 with Retry-After. SIGTERM and Ctrl-C end it: no new connectio
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import socket
 from collections.abc import Callable
 
 import uvicorn
 
 from qwenlet.api import LLM
-from qwenlet.config import ServerConfig
+from qwenlet.config import ServerConfig, is_loopback
 from qwenlet.errors import ConfigError
 from qwenlet.server.app import build
 from qwenlet.server.service import Service
@@ -41,21 +40,12 @@ def serve(name: str, config: ServerConfig, load: Callable[[], LLM], say: Callabl
 
 def check_exposed(config: ServerConfig) -> None:
     """Raises ConfigError for an address that other machines reach, with no key and no word that this is meant."""
-    if config.api_key or config.insecure or _is_loopback(config.host):
+    if config.api_key or config.insecure or is_loopback(config.host):
         return
     raise ConfigError(
         f"host is {config.host!r}, which other machines reach, and no API key is asked for",
         hint="set QWENLET_API_KEY or --api-key; or --insecure, if whoever reaches this address may use it",
     )
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _listen(config: ServerConfig) -> socket.socket:

@@ -1,0 +1,144 @@
+"""Clients that ask for too much, too slowly, or from elsewhere: each is told, and none hurts the others."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.types import Message, Receive, Scope, Send
+
+from qwenlet.config import ServerConfig
+from qwenlet.server.gate import Gate
+from qwenlet.server.service import Service
+from server.conftest import Server, running
+
+LONG = {"prompt": "a", "max_tokens": 1500, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def narrow(demo_gguf: Path) -> Iterator[Server]:
+    """One seat, no queue, little patience."""
+    options = "--quiet --max-requests 1 --max-queue 0 --request-timeout 2 --body-timeout 1 --ping-interval 0.02"
+    more = "--cors-origin https://chat.example --allowed-host box.example"
+    with running(demo_gguf, *options.split(), *more.split()) as one:
+        yield one
+
+
+def test_a_full_queue_says_when_to_come_back(narrow: Server) -> None:
+    answers: list[Any] = []
+    asking = threading.Thread(target=lambda: answers.append(narrow.call("POST", "/v1/completions", LONG)))
+    asking.start()
+    deadline = time.monotonic() + 2
+    seated = b'vllm:num_requests_running{engine="0",model_name="demo"} 1'
+    while seated not in narrow.call("GET", "/metrics").raw:
+        assert time.monotonic() < deadline
+    turned = narrow.call("POST", "/v1/completions", LONG)
+    asking.join()
+    assert turned.status == 503
+    assert turned.error["code"] == "overloaded"
+    assert int(turned.headers["retry-after"]) >= 1
+    # the first did not end within its two seconds
+    assert answers[0].status == 504
+    assert answers[0].error["code"] == "timeout"
+
+
+def test_a_streams_deadline_is_its_last_event(narrow: Server) -> None:
+    events = narrow.call("POST", "/v1/completions", LONG | {"stream": True}).events
+    assert "error" not in events[0]
+    assert events[-1]["error"]["code"] == "timeout"
+
+
+def test_a_long_prompt_is_not_silence(narrow: Server) -> None:
+    body = {"prompt": [7, 8, 9, 10] * 300, "max_tokens": 1, "stream": True}
+    raw = narrow.call("POST", "/v1/completions", body).raw
+    assert raw.startswith(b": ")
+    assert b"\n\n: " in raw
+    assert raw.endswith(b"data: [DONE]\n\n")
+
+
+def half(server: Server, *, stay: bool) -> bytes:
+    """What comes back for a body that ends in its middle."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n\r\n"
+        connection.sendall(head.encode() + b'{"prompt": "a')
+        if not stay:
+            connection.shutdown(socket.SHUT_WR)
+        return connection.recv(65536)
+
+
+def test_bodies_cut_in_the_middle(narrow: Server) -> None:
+    assert half(narrow, stay=True).startswith(b"HTTP/1.1 408")
+    half(narrow, stay=False)
+    assert narrow.call("POST", "/v1/completions", {"prompt": "a", "max_tokens": 1}).status == 200
+
+
+def test_names_of_the_server(narrow: Server) -> None:
+    for good in ("localhost", f"127.0.0.1:{narrow.port}", "[::1]:80", "box.example"):
+        assert narrow.call("GET", "/v1/models", host=good).status == 200, good
+    for bad in ("evil.example", "127.0.0.1.evil.example", "[", ""):
+        answer = narrow.call("GET", "/v1/models", host=bad)
+        assert answer.status == 403, bad
+        assert answer.error["code"] == "host_not_allowed"
+
+
+def test_pages_of_a_named_origin_may_ask(narrow: Server, server: Server) -> None:
+    asks = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+    good = narrow.call("OPTIONS", "/v1/chat/completions", origin="https://chat.example", **asks)
+    assert good.status == 200
+    assert good.headers["access-control-allow-origin"] == "https://chat.example"
+    bad = narrow.call("OPTIONS", "/v1/chat/completions", origin="https://evil.example", **asks)
+    assert bad.status == 400
+    off = server.call("GET", "/v1/models", origin="https://chat.example")
+    assert "access-control-allow-origin" not in off.headers
+
+
+def test_rates_are_counted_by_key(demo_gguf: Path) -> None:
+    options = "--quiet --api-key sk-one --api-key sk-two --max-per-minute 3"
+    with running(demo_gguf, *options.split()) as one:
+        body = {"prompt": "a", "max_tokens": 1}
+        answers = [one.call("POST", "/v1/completions", body, authorization="Bearer sk-one") for _ in range(4)]
+        assert [answer.status for answer in answers] == [200, 200, 200, 429]
+        assert [answer.headers["x-ratelimit-remaining-requests"] for answer in answers] == ["2", "1", "0", "0"]
+        assert answers[0].headers["x-ratelimit-limit-requests"] == "3"
+        assert answers[0].headers["x-ratelimit-reset-requests"].endswith("s")
+        assert answers[3].error["type"] == "rate_limit_error"
+        assert 1 <= int(answers[3].headers["retry-after"]) <= 20
+        assert one.call("POST", "/v1/completions", body, authorization="Bearer sk-two").status == 200
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", '"NaN"'])
+@pytest.mark.parametrize("field", ["temperature", "top_p", "presence_penalty", "seed"])
+def test_numbers_that_are_none(server: Server, field: str, number: str) -> None:
+    raw = json.dumps({"prompt": "a"})[:-1] + f', "{field}": {number}}}'
+    assert server.call("POST", "/v1/completions", raw.encode()).status == 400
+
+
+def test_a_client_that_does_not_read_is_let_go() -> None:
+    """The application writes, and the client takes nothing: its request ends, and what it held is free."""
+    ended = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"x", "more_body": True})
+        finally:
+            ended.append(True)
+
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    gate = Gate(app, Service("demo", ServerConfig(write_timeout=0.05)))
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": [], "client": ("127.0.0.1", 1)}
+    asyncio.run(asyncio.wait_for(gate(scope, receive, send), timeout=5))
+    assert ended == [True]
