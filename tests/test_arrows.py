@@ -23,6 +23,7 @@ LADDER: list[list[str]] = [
     ["tokenizer_bytelevel", "tokenizer_export"],
     ["tokenizer"],
     ["chat", "vocabulary", "ops"],
+    ["tools", "store"],
     ["cache", "grammar", "linear", "sampling"],
     ["model"],
     ["checkpoint", "hub", "program"],
@@ -36,7 +37,7 @@ LADDER: list[list[str]] = [
 ]
 RUNG = {room: height for height, rooms in enumerate(LADDER) for room in rooms}
 NO_TORCH = ["errors", "config", "gguf_header", "plan", "pretokenizer", "tokenizer_formats", "tokenizer_bytelevel",
-            "tokenizer_export", "tokenizer", "chat", "vocabulary", "hub", "cli"]  # fmt: skip
+            "tokenizer_export", "tokenizer", "chat", "tools", "store", "vocabulary", "hub", "cli"]  # fmt: skip
 
 
 def room_of(module: str) -> str:

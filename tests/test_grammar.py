@@ -498,3 +498,28 @@ def test_warnings_of_the_library_are_logged(
     schema = {"x-guidance": {"lenient": True}, "type": "array", "uniqueItems": True}
     smol.compile(json_schema=schema)
     assert "uniqueItems" in caplog.text
+
+
+# ---------------------------------------------------------------------------------------------------------------- Lark
+
+
+def test_a_lark_grammar_with_a_schema_in_it(smol: Model):
+    source = 'start: "Answer: " answer\nanswer: %json {"type": "integer", "minimum": 0, "maximum": 99}\n'
+    for seed in range(5):
+        text = smol.tokenizer.decode(draw(smol, smol.matcher(lark=source), seed))
+        assert re.fullmatch(r"Answer: \d{1,2}", text)
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("start: (", "the lark does not compile"),
+        ("begin: /a/", "the lark does not compile"),
+        ("start: %json {", "the lark does not compile"),
+        ('start: %json {"multipleOf": 9973} %json {"multipleOf": 9967}', "multipleOf"),
+        ("start: /a/ // " + "x" * MAX_SOURCE, "characters"),
+    ],
+)
+def test_a_lark_grammar_that_is_wrong_or_too_costly(smol: Model, source: str, said: str):
+    with pytest.raises(RequestError, match=said):
+        smol.compile(lark=source)

@@ -12,6 +12,7 @@
     │   └── DiskSpaceError                   ... because they would not fit
     ├── RequestError          (ValueError)   a prompt or a sampling parameter that can't be served
     │   └── ContextLengthError               prompt + reply don't fit the context (counts inside)
+    ├── StoreError                           conversations that can't be kept or found
     ├── EngineError                          the engine was shut down, or a step failed
     │   └── DeadlineError                    a request did not end within its time
     └── MissingExtraError     (ImportError)  an optional dependency is not installed
@@ -88,6 +89,10 @@ class ContextLengthError(RequestError):
         self.prompt_tokens = prompt_tokens
         self.context_length = context_length
         self.max_new_tokens = max_new_tokens
+
+
+class StoreError(QwenletError):
+    """The file of conversations and responses can't be used, or does not have what was asked for."""
 
 
 class EngineError(QwenletError):

@@ -1,4 +1,4 @@
-"""Replies held to a grammar: a JSON schema or a regular expression becomes a mask on logits.
+"""Replies held to a grammar: a JSON schema, a regular expression or a Lark grammar becomes a mask on logits.
 
     Grammars   one per model: tells llguidance the vocabulary, compiles specs
     Grammar    a compiled spec
@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwenlet.config import GrammarSpec
+from qwenlet.config import JSON_GUIDANCE, GrammarSpec
 from qwenlet.errors import MissingExtraError, RequestError, TokenizerError
 from qwenlet.tokenizer import Tokenizer
 
@@ -45,8 +45,6 @@ MAX_SOURCE = 65_536  # characters
 MAX_MULTIPLE = 10_000  # least common multiple of all multipleOf, each without the zeros at its ends
 MAX_PATTERN_PROPERTIES = 64
 
-# White space between the parts of JSON is bounded, or a model that loops on blanks never comes back.
-_JSON_DEFAULTS = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,40}"}
 # A text that the grammar forces may be long, and is cut into tokens again at each of them: its beginning is enough.
 _FORCED_CHARACTERS = 1024
 
@@ -242,12 +240,20 @@ def _grammar_source(llguidance: ModuleType, spec: GrammarSpec) -> str:
     if spec.kind == "regex":
         return str(llguidance.LLMatcher.grammar_from_regex(spec.source))
     try:
+        if spec.kind == "lark":
+            _check_costs(_embedded_schemas(spec.source))
+            return str(llguidance.LLMatcher.grammar_from_lark(spec.source))
         _check_costs(json.loads(spec.source))
-        return str(llguidance.LLMatcher.grammar_from_json_schema(spec.source, defaults=_JSON_DEFAULTS))
+        return str(llguidance.LLMatcher.grammar_from_json_schema(spec.source, defaults=JSON_GUIDANCE))
     except RequestError:
         raise
     except (ValueError, RecursionError) as error:
-        raise RequestError(f"the json_schema does not compile: {error}") from None
+        raise RequestError(f"the {spec.kind} does not compile: {error}") from None
+
+
+def _embedded_schemas(lark: str) -> list[Any]:
+    """The JSON schemas in a Lark grammar, each behind %json. Raises ValueError for one that is not JSON."""
+    return [json.JSONDecoder().raw_decode(rest.lstrip())[0] for rest in lark.split("%json")[1:]]
 
 
 def _check_costs(schema: Any) -> None:

@@ -91,6 +91,8 @@ def running(model: Path, *options: str) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
-def server(demo_gguf: Path) -> Iterator[Server]:
-    with running(demo_gguf, "--quiet") as one:
-        yield one
+def server(demo_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("QWENLET_DATA", str(tmp_path_factory.mktemp("data")))
+        with running(demo_gguf, "--quiet") as one:
+            yield one

@@ -3,7 +3,7 @@
 ModelConfig          what the weights are: shapes and maths
 GenerationDefaults   what the checkpoint's generation_config.json asks for
 SamplingParams       what a caller asks for one request; None means "as the checkpoint says"
-GrammarSpec          the schema or regular expression a reply is held to
+GrammarSpec          the schema, regular expression or grammar a reply is held to
 QuantConfig          how weights are quantized
 EngineConfig         how the engine runs: context, attention backend
 ServerConfig         how the server meets its clients: address, keys, limits
@@ -11,7 +11,7 @@ ServerConfig         how the server meets its clients: address, keys, limits
 
 from qwenlet.config.engine import ATTENTION_BACKENDS, EngineConfig
 from qwenlet.config.fields import read_json
-from qwenlet.config.generation import DEFAULT_NEW_TOKENS, GenerationDefaults, GrammarSpec, SamplingParams
+from qwenlet.config.generation import DEFAULT_NEW_TOKENS, JSON_GUIDANCE, GenerationDefaults, GrammarSpec, SamplingParams
 from qwenlet.config.gguf import OWN_PREFIX, config_from_gguf
 from qwenlet.config.model import DYNAMIC_ROPE, LOGN_TABLE_LENGTH, MODEL_TYPES, ModelConfig, ModelType, qwen_1_8b
 from qwenlet.config.quant import EMBEDDING_GROUP_SIZE, GROUP_SIZES, QuantConfig
@@ -23,6 +23,7 @@ __all__ = [
     "DYNAMIC_ROPE",
     "EMBEDDING_GROUP_SIZE",
     "GROUP_SIZES",
+    "JSON_GUIDANCE",
     "LOGN_TABLE_LENGTH",
     "MODEL_TYPES",
     "OWN_PREFIX",

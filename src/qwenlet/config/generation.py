@@ -15,6 +15,10 @@ from qwenlet.errors import ConfigError, RequestError
 # A checkpoint that names no reply length gets this one, cut to what the context has room for.
 DEFAULT_NEW_TOKENS = 512
 
+# What llguidance is told about every JSON schema: white space between the parts of JSON is bounded, or a model that
+# loops on blanks never comes back.
+JSON_GUIDANCE = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,40}"}
+
 
 @dataclass(frozen=True)
 class GenerationDefaults:
@@ -155,10 +159,10 @@ class GrammarSpec:
 
     Attributes:
         kind: what `source` is.
-        source: a JSON schema as JSON text, or a regular expression.
+        source: a JSON schema as JSON text, a regular expression, or a grammar in llguidance's dialect of Lark.
     """
 
-    kind: Literal["json_schema", "regex"]
+    kind: Literal["json_schema", "regex", "lark"]
     source: str
 
 
@@ -185,6 +189,7 @@ class SamplingParams:
         json_object: the reply is a JSON object, whatever is in it.
         regex: the reply as a whole matches this regular expression, in the syntax of Rust's crate regex; there is no
             look-around, and \\d is any digit of Unicode.
+        lark: the reply as a whole is a text of this grammar, in llguidance's dialect of Lark.
         logprobs: give the log-probability of each token, and of so many most likely alternatives.
         n: so many replies, each with its own randomness.
     """
@@ -206,6 +211,7 @@ class SamplingParams:
     json_schema: Mapping[str, Any] | str | None = None
     json_object: bool = False
     regex: str | None = None
+    lark: str | None = None
     logprobs: int | None = None
     n: int = 1
 
@@ -236,10 +242,11 @@ class SamplingParams:
         for name in ("ignore_eos", "json_object"):
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} is {getattr(self, name)!r}, expected True or False")
-        if self.regex is not None:
-            _text("regex", self.regex)
+        for name in ("regex", "lark"):
+            if getattr(self, name) is not None:
+                _text(name, getattr(self, name))
         schema = None if self.json_schema is None else _schema_text(self.json_schema)
-        grammars = {"json_schema": schema, "json_object": self.json_object, "regex": self.regex}
+        grammars = {"json_schema": schema, "json_object": self.json_object, "regex": self.regex, "lark": self.lark}
         if len(given := [name for name, value in grammars.items() if value]) > 1:
             raise RequestError(f"{' and '.join(given)} are given, and a reply can be held to one of them")
         if self.min_new_tokens and any(grammars.values()):
@@ -256,6 +263,8 @@ class SamplingParams:
         """What the reply is held to, or None where it is free."""
         if self.regex is not None:
             return GrammarSpec("regex", self.regex)
+        if self.lark is not None:
+            return GrammarSpec("lark", self.lark)
         schema = '{"type": "object"}' if self.json_object else self.json_schema
         assert schema is None or isinstance(schema, str), "a schema is kept as text"
         return None if schema is None else GrammarSpec("json_schema", schema)

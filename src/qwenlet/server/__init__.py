@@ -8,9 +8,12 @@ fields       a request's fields: honoured, accepted without effect, refused by n
 bodies       a body becomes a request; a client that leaves ends its work
 dialogue     messages and tools become a prompt, a grammar and a reader of the reply
 replies      submits prompts; from the engine's chunks to text, usage, log-probabilities
+parsed       ... and to text, thoughts and calls
 prompts      how likely a prompt's own tokens are
 events       server-sent events
-chat, completions, models, embeddings, tokens, operations, metrics     one module per family of endpoints
+items, output     of /v1/responses: what goes in becomes messages, what comes out items and events
+chat, completions, responses, messages, ollama, models, embeddings, tokens, operations, metrics     one module
+             per family of endpoints
 reference    the fields written down, for people
 app          all of them together
 run          sockets, signals, and the order of starting and stopping

@@ -13,15 +13,35 @@ from starlette.types import ASGIApp
 
 import qwenlet
 from qwenlet.errors import QwenletError
-from qwenlet.server import chat, completions, embeddings, errors, metrics, models, operations, reference, tokens
+from qwenlet.server import (
+    chat,
+    completions,
+    embeddings,
+    errors,
+    messages,
+    metrics,
+    models,
+    ollama,
+    operations,
+    reference,
+    responses,
+    tokens,
+)
 from qwenlet.server.errors import ApiError
 from qwenlet.server.gate import Gate
 from qwenlet.server.service import Service
 
-FAMILIES = (chat, completions, models, embeddings, tokens, operations, metrics)
+FAMILIES = (chat, completions, responses, messages, ollama, models, embeddings, tokens, operations, metrics)
 REQUESTS = (
     ("/v1/chat/completions", chat.ChatRequest),
     ("/v1/completions", completions.CompletionRequest),
+    ("/v1/responses", responses.ResponsesRequest),
+    ("/v1/responses/input_tokens", responses.TokensRequest),
+    ("/v1/messages", messages.MessagesRequest),
+    ("/v1/messages/count_tokens", messages.CountRequest),
+    ("/api/chat", ollama.OllamaChatRequest),
+    ("/api/generate", ollama.OllamaGenerateRequest),
+    ("/api/show", ollama.OllamaShowRequest),
     ("/v1/embeddings", embeddings.EmbeddingRequest),
     ("/tokenize", tokens.TokenizeRequest),
     ("/detokenize", tokens.DetokenizeRequest),
@@ -40,15 +60,16 @@ def build(service: Service) -> ASGIApp:
         assert isinstance(problem, HTTPException), "registered for these alone"
         words = f"{request.method} {request.url.path[:200]}: {problem.detail}"
         kind = "not_found_error" if problem.status_code == 404 else "invalid_request_error"
-        return errors.response(ApiError(problem.status_code, words, kind, headers=problem.headers))
+        return errors.response(ApiError(problem.status_code, words, kind, headers=problem.headers), request.url.path)
 
     async def told(request: Request, problem: Exception) -> Response:
         error = errors.explained(problem)
         assert error is not None, "registered for errors that have a reason"
-        return errors.response(error)
+        return errors.response(error, request.url.path)
 
     async def failed(request: Request, problem: Exception) -> Response:
-        return errors.response(errors.internal(request.state.request_id))  # the gate logs what it was
+        error = errors.internal(request.state.request_id)  # the gate logs what it was
+        return errors.response(error, request.url.path)
 
     app.add_exception_handler(HTTPException, unknown)
     app.add_exception_handler(ApiError, told)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 from fastapi import FastAPI, Request
@@ -53,8 +53,9 @@ def post(
     decoder = msgspec.json.Decoder(kind)
 
     async def endpoint(request: Request) -> Response:
-        body = decoded(await request.body(), decoder)
-        without = check_effects(body)
+        raw = await request.body()
+        body = decoded(raw, decoder)
+        without = [*check_effects(body), *_unknown(msgspec.json.decode(raw), kind, body)]
         try:
             response = await while_connected(request.receive, handler(body, request))
         except ContextLengthError as problem:
@@ -76,6 +77,18 @@ def post(
         openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}},
         response_model=None,
     )
+
+
+def _unknown(given: Any, kind: type[Struct], body: Struct, place: str = "") -> list[str]:
+    """Fields that a request which may hold any does not know; as many as a header can carry."""
+    if kind.__struct_config__.forbid_unknown_fields:
+        return []
+    names = sorted(given.keys() - set(kind.__struct_encode_fields__))
+    found = [place + name[:40] for name in names if name.isascii() and name.isprintable()]
+    for name in kind.__struct_fields__:
+        if isinstance(nested := getattr(body, name), Struct):
+            found += _unknown(given[name], type(nested), nested, f"{place}{name}.")
+    return found[:20]
 
 
 async def while_connected(receive: Receive, work: Awaitable[Result]) -> Result:

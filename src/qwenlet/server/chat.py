@@ -6,6 +6,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -17,12 +18,13 @@ from starlette.responses import Response
 from qwenlet.config import SamplingParams
 from qwenlet.engine import Chunk, Completion
 from qwenlet.engine.request import Request as EngineRequest
-from qwenlet.server import replies
+from qwenlet.server import parsed, replies
 from qwenlet.server.bodies import post
-from qwenlet.server.dialogue import ChatMessage, Delta, Dialogue, converse
-from qwenlet.server.errors import ApiError
+from qwenlet.server.dialogue import ChatMessage, Delta, Dialogue, converse, toolbox_of
+from qwenlet.server.errors import ApiError, refused
 from qwenlet.server.events import DONE, PING, EventStream, event
 from qwenlet.server.fields import Anything, Count, SamplingFields, ignored, only, sampling, stop_texts, unsupported
+from qwenlet.server.parsed import Parsed
 from qwenlet.server.service import Service
 
 
@@ -55,7 +57,7 @@ class ChatRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True):
     timings_per_token: bool | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: Any = None
-    parallel_tool_calls: Annotated[Anything, ignored("no call is made without tools")] = UNSET
+    parallel_tool_calls: Annotated[bool | None, Meta(description="Left out: one call, as the model was taught.")] = None
     store: Annotated[Anything, ignored("nothing is kept here")] = UNSET
     metadata: Annotated[Anything, ignored("nothing is kept here")] = UNSET
     service_tier: Annotated[Anything, ignored("there is one")] = UNSET
@@ -74,8 +76,8 @@ class ChatRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True):
     moderation: Annotated[Anything, unsupported("nothing moderates")] = UNSET
     prompt_cache_options: Annotated[Anything, ignored("the cache keeps what has room")] = UNSET
     json_schema: Annotated[dict[str, Any] | None, Meta(description="llama-server's.")] = None
-    functions: Annotated[Anything, unsupported("tools are not built yet")] = UNSET
-    function_call: Annotated[Anything, unsupported("tools are not built yet")] = UNSET
+    functions: Annotated[list[dict[str, Any]] | None, Meta(description="The old name of `tools`.")] = None
+    function_call: Annotated[Any, Meta(description="The old name of `tool_choice`.")] = None
 
 
 def add(app: FastAPI, service: Service) -> None:
@@ -87,7 +89,7 @@ def add(app: FastAPI, service: Service) -> None:
             requests = await replies.submit(service, [dialogue.ids], params, held, priority=body.priority or 0)
             if body.stream:
                 return EventStream(_stream(service, body, dialogue, requests), held.pop_all())
-            done = await replies.completions(service, requests)
+            done = await parsed.whole(service, dialogue, requests)
             return Response(msgspec.json.encode(_whole(service, body, dialogue, done)), media_type="application/json")
 
     post(app, "/v1/chat/completions", ChatRequest, complete, prompt="messages")
@@ -99,8 +101,7 @@ def _dialogue(service: Service, body: ChatRequest) -> Dialogue:
     return converse(
         service.llm,
         body.messages,
-        body.tools,
-        body.tool_choice,
+        toolbox_of(body.tools, body.tool_choice, body.parallel_tool_calls, body.functions, body.function_call),
         add_generation_prompt=body.add_generation_prompt is not False,
         continue_final=bool(body.continue_final_message),
     )
@@ -120,7 +121,15 @@ def _params(service: Service, body: ChatRequest, dialogue: Dialogue) -> Sampling
         more |= _format(wanted)
     elif body.json_schema is not None:
         more["json_schema"] = body.json_schema
+    check_format(dialogue, more, "response_format")
     return sampling(body, **more)
+
+
+def check_format(dialogue: Dialogue, more: dict[str, Any], param: str) -> None:
+    """Raises ApiError for a format that would keep a reply from the calls it may make."""
+    if dialogue.may_call and {"json_schema", "json_object"} & more.keys():
+        words = "holds the reply to a format, in which no tool can be called; use tool_choice none or required"
+        raise refused(param, words)
 
 
 def _format(wanted: ResponseFormat) -> dict[str, Any]:
@@ -150,21 +159,54 @@ def _head(service: Service, kind: str) -> dict[str, Any]:
     }
 
 
-def _whole(service: Service, body: ChatRequest, dialogue: Dialogue, done: Sequence[Completion]) -> dict[str, Any]:
-    choices = []
-    for number, one in enumerate(done):
-        reader = dialogue.reader()
-        text = reader.push(one.text).text + reader.finish().text
-        choices.append(
-            {
-                "index": number,
-                "message": {"role": "assistant", "content": text, "refusal": None},
-                "logprobs": _logprobs(service, body, one),
-                "finish_reason": replies.finish_reason(one),
-            }
-        )
+def _whole(service: Service, body: ChatRequest, dialogue: Dialogue, done: Sequence[Parsed]) -> dict[str, Any]:
+    choices = [
+        {
+            "index": number,
+            "message": _message(one, body.functions is not None),
+            "logprobs": _logprobs(service, body, one.completion),
+            "finish_reason": _reason(one.finish, body),
+        }
+        for number, one in enumerate(done)
+    ]
+    told = [one.completion for one in done]
     answer = _head(service, "chat.completion")
-    return answer | {"choices": choices, "usage": replies.usage(done, len(done)), "timings": replies.timings(done[0])}
+    return answer | {"choices": choices, "usage": replies.usage(told, len(told)), "timings": replies.timings(told[0])}
+
+
+def _message(one: Parsed, legacy: bool) -> dict[str, Any]:
+    content = None if one.calls and not one.text else one.text
+    message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+    if one.thought:
+        message["reasoning_content"] = one.thought
+    calls = [{"name": call.name, "arguments": call.arguments} for call in one.calls]
+    if calls and legacy:
+        message["function_call"] = calls[0]
+    elif calls:
+        named = zip(one.calls, calls, strict=True)
+        message["tool_calls"] = [{"id": call.id, "type": "function", "function": told} for call, told in named]
+    return message
+
+
+def _reason(finish: str | None, body: ChatRequest) -> str | None:
+    return "function_call" if finish == "tool_calls" and body.functions is not None else finish
+
+
+def _fields(delta: Delta, legacy: bool) -> list[dict[str, Any]]:
+    """A stream's deltas: thoughts, text, and each piece of a call."""
+    found: list[dict[str, Any]] = []
+    if delta.thought:
+        found.append({"reasoning_content": delta.thought})
+    if delta.text:
+        found.append({"content": delta.text})
+    for call in delta.calls:
+        function = {"arguments": call.arguments} if call.name is None else {"name": call.name, "arguments": ""}
+        if legacy:
+            found.append({"function_call": function})
+            continue
+        head = {} if call.name is None else {"id": call.id, "type": "function"}
+        found.append({"tool_calls": [{"index": call.index, **head, "function": function}]})
+    return found
 
 
 def _logprobs(service: Service, body: ChatRequest, one: Chunk | Completion) -> dict[str, Any] | None:
@@ -177,7 +219,6 @@ async def _stream(
     head, options = _head(service, "chat.completion.chunk"), body.stream_options
     counted = options is not None and bool(options.include_usage)
     always = options is not None and bool(options.continuous_usage_stats)
-    readers = [dialogue.reader() for _ in requests]
     last: dict[int, Chunk] = {}
 
     def chunk(number: int, delta: dict[str, Any], one: Chunk | None = None, reason: str | None = None) -> bytes:
@@ -193,23 +234,22 @@ async def _stream(
         return event(data)
 
     for number in range(len(requests)):
-        yield chunk(number, {"role": "assistant", "content": ""})
-    async for batch in replies.batches(service, requests):
-        if not batch:
-            yield PING
-        for number, one in batch:
-            last[number] = one
-            reader = readers[number]
-            delta = reader.push(one.text)
-            if one.finish_reason is not None:
-                rest = reader.finish()
-                delta = Delta(delta.text + rest.text, delta.calls + rest.calls)
-            waiting = body.return_progress and not one.completion_tokens
-            if delta.text or waiting or (one.logprobs and body.logprobs):
-                yield chunk(number, {"content": delta.text} if delta.text else {}, one)
-            if one.finish_reason is not None:
-                reason = "tool_calls" if reader.called else replies.finish_reason(one)
-                yield chunk(number, {}, replace(one, logprobs=()), reason)
+        yield chunk(number, {"role": "assistant", "content": None if dialogue.grammar else ""})
+    async with aclosing(parsed.steps(service, dialogue, requests)) as stepped:
+        async for batch in stepped:
+            if not batch:
+                yield PING
+            for step in batch:
+                number, one = step.number, step.chunk
+                last[number] = one
+                waiting = body.return_progress and not one.completion_tokens
+                fields = _fields(step.delta, body.functions is not None)
+                if not fields and (waiting or (one.logprobs and body.logprobs)):
+                    fields = [{}]
+                for place, delta in enumerate(fields):
+                    yield chunk(number, delta, replace(one, logprobs=()) if place else one)
+                if step.finish is not None:
+                    yield chunk(number, {}, replace(one, logprobs=()), _reason(step.finish, body))
     if counted:
         yield event(head | {"choices": [], "usage": replies.usage(last.values(), len(requests))})
     yield DONE

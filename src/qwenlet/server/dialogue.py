@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol
 
-from msgspec import UNSET, Struct
+from msgspec import UNSET, Meta, Struct
 
-from qwenlet import chat
+from qwenlet import chat, tools
 from qwenlet.api import LLM
 from qwenlet.config import GrammarSpec
+from qwenlet.errors import RequestError
 from qwenlet.server.errors import ApiError, refused
 from qwenlet.server.fields import Anything, ignored, unsupported
+from qwenlet.tools import Toolbox, ToolMessage
 
 
 class Part(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -34,10 +36,10 @@ class ChatMessage(Struct, kw_only=True, forbid_unknown_fields=True):
     name: Annotated[str | None, ignored("Qwen's format has no names")] = None
     refusal: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
-    tool_call_id: Annotated[str | None, ignored("results are read in their order")] = None
+    tool_call_id: str | None = None
     function_call: dict[str, Any] | None = None
     annotations: Annotated[Anything, ignored("they are not part of the text")] = UNSET
-    reasoning_content: Annotated[Anything, ignored("earlier thoughts are not repeated to the model")] = UNSET
+    reasoning_content: Annotated[str | None, Meta(description="Repeated to the model with the calls it led to.")] = None
     audio: Annotated[Anything, unsupported("the model reads text alone")] = UNSET
 
 
@@ -56,7 +58,27 @@ class Delta:
     """What was added to a reply."""
 
     text: str = ""
+    thought: str = ""
     calls: tuple[CallDelta, ...] = ()
+
+    def __add__(self, other: Delta) -> Delta:
+        return Delta(self.text + other.text, self.thought + other.thought, self.calls + other.calls)
+
+    @classmethod
+    def of(cls, events: Iterable[tools.Event]) -> Delta:
+        text, thought = "", ""
+        calls: list[CallDelta] = []
+        for event in events:
+            match event:
+                case tools.Text():
+                    text += event.text
+                case tools.Thought():
+                    thought += event.text
+                case tools.CallBegun():
+                    calls.append(CallDelta(event.index, "", event.id, event.name))
+                case tools.Arguments():
+                    calls.append(CallDelta(event.index, event.text))
+        return cls(text, thought, tuple(calls))
 
 
 class ReplyReader(Protocol):
@@ -64,8 +86,8 @@ class ReplyReader(Protocol):
 
     def push(self, text: str) -> Delta: ...
 
-    def finish(self) -> Delta:
-        """What was held back, at the end."""
+    def finish(self, *, cut: bool = False) -> Delta:
+        """What was held back, at the end; `cut`: the reply ended for want of tokens."""
         ...
 
     @property
@@ -73,17 +95,43 @@ class ReplyReader(Protocol):
         """Whether the reply holds a tool call."""
         ...
 
+    @property
+    def done(self) -> bool:
+        """Whether nothing more of the reply is wanted."""
+        ...
+
 
 class PlainReader:
     """A reply that is text."""
 
-    called = False
+    called = done = False
 
     def push(self, text: str) -> Delta:
         return Delta(text)
 
-    def finish(self) -> Delta:
+    def finish(self, *, cut: bool = False) -> Delta:
         return Delta()
+
+
+class ReactReader:
+    """A reply that may think and call tools."""
+
+    def __init__(self, toolbox: Toolbox, thinking: bool) -> None:
+        self._parser = tools.ReplyParser(toolbox, thinking=thinking)
+
+    def push(self, text: str) -> Delta:
+        return Delta.of(self._parser.push(text))
+
+    def finish(self, *, cut: bool = False) -> Delta:
+        return Delta.of(self._parser.finish(cut=cut))
+
+    @property
+    def called(self) -> bool:
+        return bool(self._parser.calls)
+
+    @property
+    def done(self) -> bool:
+        return self._parser.done
 
 
 @dataclass(frozen=True)
@@ -95,19 +143,35 @@ class Dialogue:
         grammar: what the reply is held to because a call is forced; None leaves that to the request.
         stop: texts that end the reply beside the client's own.
         reader: makes a reader for each choice.
+        may_call: tools are offered, and the reply decides.
     """
 
     ids: list[int]
     grammar: GrammarSpec | None = None
     stop: tuple[str, ...] = ()
     reader: Callable[[], ReplyReader] = PlainReader
+    may_call: bool = False
+
+
+def toolbox_of(
+    declared: Any = None, choice: Any = None, parallel: Any = None, functions: Any = None, function_call: Any = None
+) -> Toolbox:
+    """The tools of a request's fields. Raises ApiError 400 that names the field."""
+    try:
+        return Toolbox.of(declared, choice, parallel, functions, function_call)
+    except RequestError as problem:
+        named = ("tool_choice", "parallel_tool_calls")
+        old = "functions" if functions is not None else "tools"
+        param = next((name for name in named if problem.message.startswith(name)), old)
+        if functions is not None and param == "tool_choice":
+            param = "function_call"
+        raise ApiError(400, problem.message, param=param) from None
 
 
 def converse(
     llm: LLM,
     messages: Sequence[ChatMessage],
-    tools: Sequence[dict[str, Any]] | None = None,
-    tool_choice: Any = None,
+    toolbox: Toolbox | None = None,
     *,
     add_generation_prompt: bool = True,
     continue_final: bool = False,
@@ -118,28 +182,56 @@ def converse(
         ApiError: a role, a part or a field that can't be served, by its place.
         RequestError: messages in an order that has no meaning.
     """
-    if tools and tool_choice != "none":
-        raise refused("tools", "are not supported by this version")
-    if not tools and tool_choice not in (None, "none", "auto"):
-        raise ApiError(400, f"tool_choice is {tool_choice!r:.80}, but there are no tools", param="tool_choice")
     if not messages:
         raise ApiError(400, "messages is empty, expected one or more", param="messages")
-    plain = [_plain(message, f"messages[{place}]") for place, message in enumerate(messages)]
-    if all(message.role != "system" for message in plain) and llm.default_system:
-        plain.insert(0, chat.Message("system", llm.default_system))
-    return Dialogue(chat.render(llm.tokenizer, plain, add_generation_prompt, continue_final=continue_final))
+    told = [_told(message, f"messages[{place}]") for place, message in enumerate(messages)]
+    return asked(llm, told, toolbox, add_generation_prompt=add_generation_prompt, continue_final=continue_final)
 
 
-def _plain(message: ChatMessage, place: str) -> chat.Message:
+def asked(
+    llm: LLM,
+    conversation: Sequence[ToolMessage],
+    toolbox: Toolbox | None = None,
+    *,
+    add_generation_prompt: bool = True,
+    continue_final: bool = False,
+    instructions: str | None = None,
+) -> Dialogue:
+    """`converse` for messages in the package's own form; `instructions` are a system message before all others.
+
+    Raises RequestError for an order that has no meaning.
+    """
+    toolbox, told = toolbox or Toolbox(), list(conversation)
+    if instructions is not None:
+        told.insert(0, ToolMessage("system", instructions))
+    if all(message.role != "system" for message in told) and llm.default_system:
+        told.insert(0, ToolMessage("system", llm.default_system))
+    plain = tools.react_messages(told, toolbox)
+    ids = chat.render(llm.tokenizer, plain, add_generation_prompt, continue_final=continue_final)
+    thinking = tools.continues_thought(plain)
+    if not toolbox and not thinking:
+        return Dialogue(ids)
+    forced = tools.forced_reply(toolbox, thinking=thinking)
+    return Dialogue(
+        ids,
+        None if forced is None else GrammarSpec("lark", forced),
+        (tools.STOP_TEXT,),
+        lambda: ReactReader(toolbox, thinking),
+        may_call=bool(toolbox) and forced is None,
+    )
+
+
+def _told(message: ChatMessage, place: str) -> ToolMessage:
     role = {"developer": "system", "function": "tool"}.get(message.role, message.role)
     if role not in chat.ROLES:
         known = ", ".join([*chat.ROLES, "developer", "function"])
         raise ApiError(400, f"{place}.role is {message.role!r:.80}; known are {known}", param=f"{place}.role")
-    if message.audio is not UNSET and message.audio is not None:
-        raise refused(f"{place}.audio", "is not supported: the model reads text alone")
-    if message.tool_calls or message.function_call:
-        raise refused(f"{place}.tool_calls", "are not supported by this version")
-    return chat.Message(role, _text(message, place))
+    fields: dict[str, Any] = {"tool_calls": message.tool_calls, "function_call": message.function_call}
+    fields |= {"tool_call_id": message.tool_call_id, "reasoning_content": message.reasoning_content}
+    try:
+        return ToolMessage.of({"role": role, "content": _text(message, place)} | fields)
+    except RequestError as problem:
+        raise ApiError(400, f"{place}: {problem.message}", param=place) from None
 
 
 def _text(message: ChatMessage, place: str) -> str:

@@ -14,6 +14,7 @@ from qwenlet.errors import (
     MissingExtraError,
     QwenletError,
     RequestError,
+    StoreError,
     TokenizerError,
 )
 
@@ -75,6 +76,8 @@ def explained(problem: Exception) -> ApiError | None:
         return ApiError(504, words, "server_error", code="timeout")
     if isinstance(problem, EngineError):
         return ApiError(503, words, "server_error", code="engine", headers={"retry-after": str(RETRY_SECONDS)})
+    if isinstance(problem, StoreError):
+        return ApiError(500, words, "server_error", code="store")
     if isinstance(problem, MissingExtraError):
         return ApiError(501, words, "server_error", code="missing_extra")
     return None
@@ -85,5 +88,26 @@ def internal(request_id: str) -> ApiError:
     return ApiError(500, f"the server failed; its log says why under {request_id}", "server_error")
 
 
-def response(error: ApiError) -> Response:
-    return Response(msgspec.json.encode(error.body), error.status, error.headers, "application/json")
+_ANTHROPIC = {
+    "invalid_request_error": "invalid_request_error",
+    "authentication_error": "authentication_error",
+    "not_found_error": "not_found_error",
+    "rate_limit_error": "rate_limit_error",
+}
+
+
+def anthropic(error: ApiError) -> dict[str, object]:
+    """The body as Anthropic's clients expect it."""
+    kind = _ANTHROPIC.get(error.kind, "overloaded_error" if error.status == 503 else "api_error")
+    told = {"type": kind, "message": error.message, "param": error.param, "code": error.code}
+    return {"type": "error", "error": told}
+
+
+def response(error: ApiError, path: str = "") -> Response:
+    """`path`: of the call, whose protocol decides the shape."""
+    body = error.body
+    if path.startswith("/v1/messages"):
+        body = anthropic(error)
+    elif path.startswith("/api/"):  # Ollama's
+        body = {"error": error.message}
+    return Response(msgspec.json.encode(body), error.status, error.headers, "application/json")

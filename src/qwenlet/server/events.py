@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import ExitStack, aclosing, suppress
 from typing import Any
 
@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from qwenlet.server import errors
 from qwenlet.server.bodies import while_connected
+from qwenlet.server.errors import ApiError
 
 logger = logging.getLogger("qwenlet.server")
 
@@ -26,14 +27,27 @@ def event(data: Any) -> bytes:
     return b"data: " + _encode(data) + b"\n\n"
 
 
+def named_event(name: str, data: Any) -> bytes:
+    return b"event: " + name.encode() + b"\ndata: " + _encode(data) + b"\n\n"
+
+
+def _failed(error: ApiError) -> bytes:
+    return event(error.body) + DONE
+
+
 class EventStream(Response):
-    """`events` are whole events, already encoded; an error becomes the last one. `held` is given back at the end."""
+    """`events` are whole events, already encoded; `held` is given back at the end.
+
+    An error becomes the last event, in the words of `failed`.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], held: ExitStack) -> None:
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], held: ExitStack, failed: Callable[[ApiError], bytes] = _failed
+    ) -> None:
         super().__init__()
-        self._events, self._held = events, held
+        self._events, self._held, self._failed = events, held, failed
         del self.headers["content-length"]
         # a proxy that gathers would hold the reply back
         self.headers.update({"cache-control": "no-cache", "x-accel-buffering": "no"})
@@ -54,5 +68,5 @@ class EventStream(Response):
                 if error is None:
                     logger.error("%s failed: %s", request_id, type(problem).__name__)
                     error = errors.internal(request_id)
-                await send({"type": "http.response.body", "body": event(error.body) + DONE, "more_body": True})
+                await send({"type": "http.response.body", "body": self._failed(error), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

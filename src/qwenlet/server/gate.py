@@ -99,7 +99,7 @@ class Gate:
                 if complete:
                     return  # answered by the application's own handler
                 raise  # too late for another answer: the connection is cut
-            await errors.response(error)(scope, receive, answer)
+            await errors.response(error, scope["path"])(scope, receive, answer)
         finally:
             self._service.answers[status] += 1
             took_ms = (time.perf_counter() - began) * 1e3

@@ -16,7 +16,8 @@ from qwenlet.server.fields import effects
 HEADINGS = {"honoured": "Honoured", "ignored": "Accepted without effect", "refused": "Refused"}
 LEAD = (
     "Every field of a request is honoured, or accepted without effect and then named in the answer's header "
-    "x-qwenlet-ignored, or refused with status 400 and its name. Fields that are not listed are refused."
+    "x-qwenlet-ignored, or refused with status 400 and its name. Fields that are not listed are refused; on "
+    "/v1/messages and /api they are named in the header."
 )
 
 Requests = Sequence[tuple[str, type[Struct]]]

@@ -102,6 +102,7 @@ async def _serve(
             service.open(llm)
             say("ready")
         await serving
+    service.close()
 
 
 class _Server(uvicorn.Server):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -12,13 +13,14 @@ from typing import Literal
 from qwenlet.api import LLM
 from qwenlet.config import ServerConfig
 from qwenlet.server.errors import RETRY_SECONDS, ApiError, busy
+from qwenlet.store import Store
 
 State = Literal["loading", "ready", "draining"]
 _STUCK_SECONDS = 120.0  # a step takes seconds; a thread that shows itself no more does not come back
 
 
 class Service:
-    """One model and its clients. All of it belongs to the event loop's thread.
+    """One model and its clients. All of it but `store` belongs to the event loop's thread.
 
     Attributes:
         names: under which clients ask for the model; answers carry the first.
@@ -34,6 +36,8 @@ class Service:
         self.created = int(time.time())
         self._llm: LLM | None = None
         self._outstanding = 0
+        self._store: Store | None = None
+        self._opening = threading.Lock()
         self.answers: Counter[int] = Counter()
 
     def open(self, llm: LLM) -> None:
@@ -47,6 +51,20 @@ class Service:
             retry = {"retry-after": str(RETRY_SECONDS)}
             raise ApiError(503, "the model is being loaded", "server_error", code="loading", headers=retry)
         return self._llm
+
+    @property
+    def store(self) -> Store:
+        """What is kept between calls; for threads beside the event loop. Raises StoreError."""
+        with self._opening:
+            if self._store is None:
+                self._store = Store.open()
+            return self._store
+
+    def close(self) -> None:
+        with self._opening:
+            if self._store is not None:
+                self._store.close()
+                self._store = None
 
     def check_model(self, name: str | None) -> None:
         """Raises ApiError 404 for a model that isn't here; None means the one that is."""

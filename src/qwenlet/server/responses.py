@@ -1,0 +1,338 @@
+"""POST /v1/responses and what belongs to it: the response kept, read, deleted, and continued.
+
+Input items become messages in `items`; replies become output items and events in `output`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from fastapi import FastAPI, Request
+from msgspec import UNSET, Meta, Struct
+from starlette.responses import Response
+
+from qwenlet.config import SamplingParams
+from qwenlet.engine.request import Request as EngineRequest
+from qwenlet.server import parsed, replies
+from qwenlet.server.bodies import post
+from qwenlet.server.dialogue import Dialogue, asked, toolbox_of
+from qwenlet.server.errors import ApiError, refused
+from qwenlet.server.events import PING, EventStream, named_event
+from qwenlet.server.fields import Anything, Count, ignored, only, unsupported
+from qwenlet.server.items import conversation, items_of
+from qwenlet.server.output import Output, usage
+from qwenlet.server.service import Service
+from qwenlet.store import Store, StoredResponse
+from qwenlet.tools import Toolbox
+
+Result = TypeVar("Result")
+MAX_CHAIN = 1000  # responses that may lead to one
+_LOGPROBS = "message.output_text.logprobs"
+
+
+class TextFormat(Struct, kw_only=True, forbid_unknown_fields=True):
+    """text, json_object or json_schema, flat."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    schema: dict[str, Any] | None = None
+    name: Annotated[str | None, ignored("the model is held to the schema, not told of it")] = None
+    description: Annotated[str | None, ignored("the model is held to the schema, not told of it")] = None
+    strict: Annotated[bool | None, ignored("a schema always holds")] = None
+
+
+class TextSettings(Struct, kw_only=True, forbid_unknown_fields=True):
+    format: TextFormat | None = None
+    verbosity: Annotated[Anything, ignored("the model was not taught it")] = UNSET
+
+
+class TokensRequest(Struct, kw_only=True, forbid_unknown_fields=True):
+    """The number of tokens of a response's input."""
+
+    input: str | list[dict[str, Any]] | None = None
+    model: str | None = None
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    text: TextSettings | None = None
+    truncation: Annotated[str | None, only("disabled", "a prompt is never cut in silence")] = None
+    reasoning: Annotated[Anything, ignored("the model does not think first")] = UNSET
+    conversation: Annotated[Anything, unsupported("previous_response_id continues a response")] = UNSET
+
+
+class ResponsesRequest(TokensRequest, kw_only=True, forbid_unknown_fields=True):
+    """A response to items."""
+
+    max_output_tokens: Count | None = None
+    temperature: Annotated[float, Meta(ge=0, le=100, description="0 is greedy.")] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    stream: bool | None = None
+    store: Annotated[bool | None, Meta(description="Left out: it is kept.")] = None
+    metadata: dict[str, str] | None = None
+    include: Annotated[list[str] | None, Meta(description=f"{_LOGPROBS} is honoured.")] = None
+    background: Annotated[bool | None, only(False, "a response lives as long as its client listens")] = None
+    stream_options: Annotated[Anything, ignored("events are as long as their text")] = UNSET
+    max_tool_calls: Annotated[Anything, ignored("it counts built-in tools, and there are none")] = UNSET
+    user: Annotated[Anything, ignored("clients are told apart by their keys")] = UNSET
+    safety_identifier: Annotated[Anything, ignored("clients are told apart by their keys")] = UNSET
+    service_tier: Annotated[Anything, ignored("there is one")] = UNSET
+    prompt_cache_key: Annotated[Anything, ignored("prompts that begin alike are found without")] = UNSET
+    prompt_cache_retention: Annotated[Anything, ignored("the cache keeps what has room")] = UNSET
+    prompt_cache_options: Annotated[Anything, ignored("the cache keeps what has room")] = UNSET
+    client_metadata: Annotated[Anything, ignored("nothing is known of it")] = UNSET
+    context_management: Annotated[Anything, unsupported("a prompt is never cut in silence")] = UNSET
+    moderation: Annotated[Anything, unsupported("nothing moderates")] = UNSET
+    prompt: Annotated[Anything, unsupported("there are no stored prompts")] = UNSET
+
+
+def add(app: FastAPI, service: Service) -> None:
+    async def respond(body: ResponsesRequest, request: Request) -> Response:
+        service.check_model(body.model)
+        toolbox = toolbox_of(body.tools, body.tool_choice, body.parallel_tool_calls)
+        items = items_of(body.input)
+        dialogue = await _dialogue(service, body, items, toolbox)
+        params = _params(body, dialogue)
+        with replies.held(service, 1) as held:
+            requests = await replies.submit(service, [dialogue.ids], params, held)
+            running = Running(service, body, toolbox, items, params.logprobs is not None)
+            if body.stream:
+                return EventStream(_stream(running, dialogue, requests), held.pop_all(), running.failed)
+            async with aclosing(parsed.steps(service, dialogue, requests)) as stepped:
+                async for batch in stepped:
+                    for step in batch:
+                        running.take(step)
+            await running.keep()
+            return _json(running.body)
+
+    async def tokens(body: TokensRequest, request: Request) -> Response:
+        service.check_model(body.model)
+        toolbox = toolbox_of(body.tools, body.tool_choice, body.parallel_tool_calls)
+        dialogue = await _dialogue(service, body, items_of(body.input), toolbox)
+        return _json({"object": "response.input_tokens", "input_tokens": len(dialogue.ids)})
+
+    post(app, "/v1/responses", ResponsesRequest, respond, prompt="input")
+    post(app, "/v1/responses/input_tokens", TokensRequest, tokens, prompt="input")
+
+    @app.get("/v1/responses/{id}", response_model=None)
+    async def read(id: str) -> Response:
+        """A response that was kept."""
+        return _json((await _found(service, id)).body)
+
+    @app.delete("/v1/responses/{id}", response_model=None)
+    async def delete(id: str) -> Response:
+        """Keeps a response no longer."""
+        if not await kept(service, lambda store: store.delete_response(id)):
+            raise _missing(id)
+        return _json({"id": id, "object": "response", "deleted": True})
+
+    @app.post("/v1/responses/{id}/cancel", response_model=None)
+    async def cancel(id: str) -> Response:
+        """Ends a background response; there are none."""
+        await _found(service, id)
+        raise ApiError(400, f"the response {id} does not run in the background, so it can't be cancelled", param="id")
+
+    @app.get("/v1/responses/{id}/input_items", response_model=None)
+    async def input_items(
+        id: str, limit: int = 20, order: str = "desc", after: str | None = None, include: str | None = None
+    ) -> Response:
+        """What a response was asked, page by page."""
+        if not 1 <= limit <= 100 or order not in ("asc", "desc"):
+            raise ApiError(400, f"limit is {limit} and order {order!r:.20}, expected 1 to 100, and asc or desc")
+        items = list((await _found(service, id)).input)
+        items = items if order == "asc" else items[::-1]
+        if after is not None:
+            places = [place for place, item in enumerate(items) if item.get("id") == after]
+            if not places:
+                raise ApiError(400, f"after is {after!r:.80}, which is none of the items", param="after")
+            items = items[places[0] + 1 :]
+        page = items[:limit]
+        ends = {"first_id": page[0].get("id") if page else None, "last_id": page[-1].get("id") if page else None}
+        return _json({"object": "list", "data": page, **ends, "has_more": len(items) > limit})
+
+
+def _json(answer: Any) -> Response:
+    return Response(msgspec.json.encode(answer), media_type="application/json")
+
+
+async def kept(service: Service, work: Callable[[Store], Result]) -> Result:
+    """What `work` gives, off the event loop."""
+    return await asyncio.to_thread(lambda: work(service.store))
+
+
+def _missing(id: str) -> ApiError:
+    return ApiError(404, f"there is no response {id!r:.80}", "not_found_error", param="id", code="response_not_found")
+
+
+async def _found(service: Service, id: str) -> StoredResponse:
+    found = await kept(service, lambda store: store.response(id))
+    if found is None:
+        raise _missing(id)
+    return found
+
+
+async def _dialogue(service: Service, body: TokensRequest, items: list[dict[str, Any]], toolbox: Toolbox) -> Dialogue:
+    earlier: list[Any] = []
+    if body.previous_response_id is not None:
+        earlier = await kept(service, lambda store: _chain(store, body.previous_response_id))
+
+    def built() -> Dialogue:
+        told = conversation(earlier, "previous_response_id") + conversation(items, "input")
+        return asked(service.llm, told, toolbox, instructions=body.instructions)
+
+    return await asyncio.to_thread(built)
+
+
+def _chain(store: Store, id: str | None) -> list[Any]:
+    """Input and output items of the responses that led here, the oldest first; without their instructions."""
+    turns: list[list[Any]] = []
+    while id is not None:
+        found = store.response(id)
+        if found is None or len(turns) >= MAX_CHAIN:
+            why = "is not kept here" if found is None else f"has more than {MAX_CHAIN} before it"
+            code = "previous_response_not_found"
+            raise ApiError(400, f"the response {id!r:.80} {why}", param="previous_response_id", code=code)
+        turns.append([*found.input, *found.body["output"]])
+        id = found.previous
+    return [item for turn in reversed(turns) for item in turn]
+
+
+def _params(body: ResponsesRequest, dialogue: Dialogue) -> SamplingParams:
+    wanted = body.text.format if body.text is not None else None
+    held: dict[str, Any] = {}
+    if dialogue.grammar is not None:
+        held[dialogue.grammar.kind] = dialogue.grammar.source
+    elif wanted is not None and wanted.type != "text":
+        if wanted.type == "json_schema" and wanted.schema is None:
+            raise ApiError(400, "text.format has no schema", param="text.format.schema")
+        if dialogue.may_call:
+            words = "holds the reply to a format, in which no tool can be called; use tool_choice none or required"
+            raise refused("text.format", words)
+        held = {"json_object": True} if wanted.schema is None else {"json_schema": wanted.schema}
+    asked_for = body.top_logprobs is not None or _LOGPROBS in (body.include or ())
+    return SamplingParams(
+        max_new_tokens=body.max_output_tokens,
+        temperature=body.temperature,
+        top_p=body.top_p,
+        logprobs=(body.top_logprobs or 0) if asked_for else None,
+        stop=dialogue.stop,
+        **held,
+    )
+
+
+class Running:
+    """One response while it is made.
+
+    Attributes:
+        body: its object, as it stands.
+    """
+
+    def __init__(
+        self, service: Service, body: ResponsesRequest, toolbox: Toolbox, items: list[dict[str, Any]], logprobs: bool
+    ) -> None:
+        self.service, self._items, self._store = service, items, body.store is not False
+        self._previous = body.previous_response_id
+        self._output = Output(service.llm.tokenizer, logprobs)
+        self._number = 0
+        self.body = _object(service, body, toolbox)
+
+    def event(self, kind: str, **fields: Any) -> bytes:
+        number, self._number = self._number, self._number + 1
+        return named_event(kind, {"type": kind, "sequence_number": number, **fields})
+
+    def take(self, step: parsed.Step) -> list[bytes]:
+        """The events of one step, which is taken into `body`."""
+        events = self._output.take(step)
+        self.body["output"] = self._output.items
+        if step.finish is not None:
+            cut = step.finish == "length"
+            self.body["status"] = "incomplete" if cut else "completed"
+            self.body["incomplete_details"] = {"reason": "max_output_tokens"} if cut else None
+            self.body["completed_at"] = None if cut else int(time.time())
+            self.body["usage"] = usage(step.chunk)
+        return [self.event(kind, **fields) for kind, fields in events]
+
+    async def keep(self) -> None:
+        if self._store:
+            id, body, items, previous = self.body["id"], self.body, tuple(self._items), self._previous
+            await kept(self.service, lambda store: store.save_response(id, body, items, previous))
+
+    def failed(self, error: ApiError) -> bytes:
+        """The last events of a response that could not be made."""
+        told = {"code": error.code or error.kind, "message": error.message}
+        self.body |= {"status": "failed", "error": told}
+        return self.event("error", **told, param=error.param) + self.event("response.failed", response=self.body)
+
+
+async def _stream(running: Running, dialogue: Dialogue, requests: list[EngineRequest]) -> AsyncGenerator[bytes, None]:
+    yield running.event("response.created", response=running.body)
+    yield running.event("response.in_progress", response=running.body)
+    async with aclosing(parsed.steps(running.service, dialogue, requests)) as stepped:
+        async for batch in stepped:
+            if not batch:
+                yield PING
+            for step in batch:
+                for one in running.take(step):
+                    yield one
+    await running.keep()
+    yield running.event(f"response.{running.body['status']}", response=running.body)
+
+
+def _object(service: Service, body: ResponsesRequest, toolbox: Toolbox) -> dict[str, Any]:
+    """A response before its first token: what was asked, told back."""
+    wanted = body.text.format if body.text is not None else None
+    told: dict[str, Any] = {"type": "text" if wanted is None else wanted.type}
+    if wanted is not None and wanted.type == "json_schema":
+        told |= {"name": wanted.name or "schema", "schema": wanted.schema, "strict": True}
+    tools = [
+        {
+            "type": "function",
+            "name": tool.name,
+            "description": tool.description,
+            "parameters": dict(tool.parameters),
+            "strict": tool.strict,
+        }
+        for tool in toolbox.tools
+    ]
+    defaults = service.llm.defaults
+    return {
+        "id": f"resp_{secrets.token_hex(24)}",
+        "object": "response",
+        "created_at": int(time.time()),
+        "completed_at": None,
+        "status": "in_progress",
+        "background": False,
+        "error": None,
+        "incomplete_details": None,
+        "instructions": body.instructions,
+        "max_output_tokens": body.max_output_tokens,
+        "max_tool_calls": None,
+        "model": service.names[0],
+        "output": [],
+        "parallel_tool_calls": bool(body.parallel_tool_calls),
+        "previous_response_id": body.previous_response_id,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "reasoning": {"effort": None, "summary": None},
+        "service_tier": "default",
+        "store": body.store is not False,
+        "temperature": defaults.temperature if body.temperature is None else body.temperature,
+        "text": {"format": told},
+        "tool_choice": "auto" if body.tool_choice is None else body.tool_choice,
+        "tools": tools,
+        "top_logprobs": body.top_logprobs or 0,
+        "top_p": defaults.top_p if body.top_p is None else body.top_p,
+        "truncation": "disabled",
+        "usage": None,
+        "user": None,
+        "safety_identifier": None,
+        "prompt_cache_key": None,
+        "metadata": body.metadata or {},
+    }
