@@ -54,8 +54,7 @@ def read_gguf(metadata: Mapping[str, Any], source: str) -> Vocabulary:
         special_tokens=by_type[_UNKNOWN] | by_type[_CONTROL],
         added_tokens=by_type[_USER_DEFINED],
         pre_tokenizer=_gguf_pre_tokenizer(metadata, source),
-        # names for the padding rows of an embedding are no tokens
-        size=max((id + 1 for id, kind in enumerate(types) if kind != _UNUSED), default=0),
+        size=len(tokens),
         source=source,
         bos_id=_gguf_id(metadata, "bos", len(tokens), source),
         eos_id=_gguf_id(metadata, "eos", len(tokens), source),

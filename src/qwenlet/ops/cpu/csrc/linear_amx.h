@@ -196,8 +196,8 @@ void amx_bf16(const TileWeight& w, const Inputs& x, int64_t rows, int64_t begin,
     if (tile < end) amx_bf16_tiles<1>(w, x, rows, tile, y, stride, add, shape);
 }
 
-// Four-bit products of fewer rows are quicker without: above all in groups of 32, which fill half of a register.
-constexpr int64_t kAmxLeastRows = 5, kAmxRowsOfShortGroups = 33;
+// Four-bit products of fewer rows are as quick or quicker without: above all in groups of 32, half of a register deep.
+constexpr int64_t kAmxLeastRows = kBlockRows, kAmxRowsOfShortGroups = 33;
 
 void linear_tiles_amx(const TileWeight& w, const Inputs& x, int64_t rows, int64_t begin, int64_t end, float* y,
                       int64_t stride, bool add, char* scratch) {
