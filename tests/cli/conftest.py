@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 
+import qwenlet
 from cli.fake import FakeApi
 from qwenlet.cli import main
 
@@ -35,6 +36,7 @@ class Stdin(io.TextIOWrapper):
 def api(monkeypatch: pytest.MonkeyPatch) -> FakeApi:
     fake = FakeApi()
     monkeypatch.setitem(sys.modules, "qwenlet.api", fake)
+    monkeypatch.setattr(qwenlet, "api", fake, raising=False)  # an earlier test may have imported the real one
     return fake
 
 
