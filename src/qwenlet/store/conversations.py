@@ -221,7 +221,8 @@ def _adopt(db: sqlite3.Connection, tree: Tree) -> Conversation:
 
 
 def _conversation(row: tuple[Any, ...]) -> Conversation:
-    return Conversation(*row[:-1], settings=json.loads(row[-1]))
+    id, title, model, current, created, updated, settings = row
+    return Conversation(id, title, model, current, created, updated, json.loads(settings))
 
 
 def _conversation_row(one: Conversation) -> tuple[Any, ...]:
@@ -229,7 +230,8 @@ def _conversation_row(one: Conversation) -> tuple[Any, ...]:
 
 
 def _message(row: tuple[Any, ...]) -> StoredMessage:
-    return StoredMessage(*row[:-1], extra=json.loads(row[-1]))
+    id, conversation, parent, role, content, created, extra = row
+    return StoredMessage(id, conversation, parent, role, content, created, json.loads(extra))
 
 
 def _message_row(one: StoredMessage) -> tuple[Any, ...]:
