@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+ROLES = ("system", "user", "assistant", "tool")
 # fields of a message that a model is told, beside role and content; named as OpenAI's clients name them
 TOLD = ("tool_calls", "tool_call_id", "reasoning_content")
 
@@ -69,6 +70,18 @@ class Tree:
             path.append(known[current])
             current = known[current].parent
         return path[::-1]
+
+    def told(self, default_system: str = "") -> list[dict[str, Any]]:
+        """What a model is told of the current branch, as OpenAI's clients send it.
+
+        Args:
+            default_system: the system prompt where the conversation has none of its own; "" for none.
+        """
+        messages = [message.as_told() for message in self.path]
+        system = self.conversation.settings.get("system", default_system)
+        if system and all(message["role"] != "system" for message in messages):
+            messages.insert(0, {"role": "system", "content": system})
+        return messages
 
 
 @dataclass(frozen=True)
