@@ -12,6 +12,7 @@ from qwenlet.errors import (
     DeadlineError,
     EngineError,
     MissingExtraError,
+    NotStoredError,
     QwenletError,
     RequestError,
     StoreError,
@@ -76,6 +77,8 @@ def explained(problem: Exception) -> ApiError | None:
         return ApiError(504, words, "server_error", code="timeout")
     if isinstance(problem, EngineError):
         return ApiError(503, words, "server_error", code="engine", headers={"retry-after": str(RETRY_SECONDS)})
+    if isinstance(problem, NotStoredError):
+        return ApiError(404, words, "not_found_error", code="not_found")
     if isinstance(problem, StoreError):
         return ApiError(500, words, "server_error", code="store")
     if isinstance(problem, MissingExtraError):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from qwenlet.api import LLM
-from qwenlet.config import ServerConfig
+from qwenlet.config import ServerConfig, is_loopback
 from qwenlet.server.errors import RETRY_SECONDS, ApiError, busy
 from qwenlet.store import Store
 
@@ -51,6 +51,13 @@ class Service:
             retry = {"retry-after": str(RETRY_SECONDS)}
             raise ApiError(503, "the model is being loaded", "server_error", code="loading", headers=retry)
         return self._llm
+
+    @property
+    def keeps_history(self) -> bool:
+        """Whether the page's conversations are kept: they are one person's, so whoever calls has to be that person."""
+        config = self.config
+        alone = is_loopback(config.host) and not config.allowed_host
+        return config.history and len(config.api_key or ()) <= 1 and (bool(config.api_key) or alone)
 
     @property
     def store(self) -> Store:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from qwenlet.errors import StoreError
+from qwenlet.errors import NotStoredError, StoreError
 from qwenlet.store.database import Database, as_json
 from qwenlet.store.records import Conversation, Found, StoredMessage, Tree
 
@@ -132,7 +132,7 @@ class Conversations(Database):
     def message(self, id: str) -> StoredMessage:
         rows = self._read(f"SELECT {_MESSAGE} FROM messages WHERE id = ?", id)
         if not rows:
-            raise StoreError(f"there is no message {id!r}")
+            raise NotStoredError(f"there is no message {id!r}")
         return _message(rows[0])
 
     def messages(self, conversation: str) -> list[StoredMessage]:
@@ -238,8 +238,8 @@ def _message_row(one: StoredMessage) -> tuple[Any, ...]:
     return (one.id, one.conversation, one.parent, one.role, one.content, one.created, as_json(one.extra))
 
 
-def _no_conversation(id: str) -> StoreError:
-    return StoreError(f"there is no conversation {id!r}")
+def _no_conversation(id: str) -> NotStoredError:
+    return NotStoredError(f"there is no conversation {id!r}")
 
 
 def _like(word: str) -> str:
