@@ -25,7 +25,7 @@ def chat(tmp_path):
     children = []
 
     def start(*arguments: str) -> pexpect.spawn:
-        environment = os.environ | {"XDG_DATA_HOME": str(tmp_path), "NO_COLOR": "1", "TERM": "dumb"}
+        environment = os.environ | {"QWENLET_DATA": str(tmp_path / "qwenlet"), "NO_COLOR": "1", "TERM": "dumb"}
         child = pexpect.spawn(
             sys.executable,
             ["-m", "cli.fake", "chat", *arguments],

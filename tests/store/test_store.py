@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenlet.errors import StoreError
+from qwenlet.errors import NotStoredError, StoreError
 from qwenlet.store import SCHEMA_VERSION, Conversation, Store, data_dir, database, title_of
 
 
@@ -164,6 +164,18 @@ def test_an_excerpt_is_one_line_around_the_word(store: Store):
     store.append(talk.id, "user", "x" * 100 + "\nHail\tand snow\n" + "y" * 100)
     (hit,) = store.search("hail")
     assert hit.excerpt == "…" + "x" * 39 + " Hail and snow " + "y" * 26 + "…"
+
+
+def test_a_conversation_is_found_by_the_beginning_of_its_id(store: Store):
+    one, two = store.new_conversation("a"), store.new_conversation("b")
+    assert store.find(one.id) == store.find(one.short_id) == one
+    with store._write() as db:
+        db.execute("UPDATE conversations SET id = 'conv_' || substr(?, 6, 4) || 'xyz' WHERE id = ?", (one.id, two.id))
+    with pytest.raises(StoreError, match="several conversations"):
+        store.find(one.short_id[:4])
+    for wrong in ("", "conv_", "zz", "%", "_"):
+        with pytest.raises(NotStoredError, match="there is no conversation"):
+            store.find(wrong)
 
 
 def test_a_message_stays_in_its_own_conversation(store: Store):

@@ -5,18 +5,20 @@ Plain text only: Markdown is not laid out.
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from qwenlet.cli import console
 
 if TYPE_CHECKING:
     from qwenlet.engine import Chunk
+    from qwenlet.engine.records import Timings
 
 # a prompt that takes longer than this to read gets a progress bar
 PREFILL_PATIENCE_S = 1.0
@@ -55,8 +57,8 @@ def stop_on_interrupt() -> Iterator[_Stop]:
         signal.signal(signal.SIGINT, before)
 
 
-def show(chunks: Iterator[Chunk], out: TextIO) -> Reply:
-    """Writes the text of `chunks` to `out` as it comes, with a line break at the end.
+def show(chunks: Iterator[Chunk], out: TextIO | None) -> Reply:
+    """Writes the text of `chunks` to `out`, if there is one, as it comes, with a line break at the end.
 
     Control characters are left out where `out` is a terminal. Ctrl-C ends the reply with what there is of it, and
     closing the iterator tells the engine; errors pass through after the line is ended.
@@ -71,8 +73,9 @@ def show(chunks: Iterator[Chunk], out: TextIO) -> Reply:
                     last = chunk
                     if chunk.text:
                         progress.close()
-                        out.write(clean(chunk.text))
-                        out.flush()
+                        if out is not None:
+                            out.write(clean(chunk.text))
+                            out.flush()
                         parts.append(chunk.text)
                     elif chunk.prompt_done < chunk.prompt_tokens:
                         progress.update(chunk.prompt_done, chunk.prompt_tokens, "reading the prompt")
@@ -82,11 +85,17 @@ def show(chunks: Iterator[Chunk], out: TextIO) -> Reply:
             pass  # the second Ctrl-C: what there is of the reply is kept all the same
         finally:
             getattr(chunks, "close", lambda: None)()
-            if parts and not parts[-1].endswith("\n"):
+            if out is not None and parts and not parts[-1].endswith("\n"):
                 out.write("\n")
                 out.flush()
     finished = last.finish_reason if last is not None else None
     return Reply("".join(parts), finished or "cancelled", last)
+
+
+def timings(of: Timings) -> dict[str, Any]:
+    """Timings with their rates, for JSON."""
+    rates = ("prefill_tokens_per_second", "decode_tokens_per_second")
+    return dataclasses.asdict(of) | {rate: getattr(of, rate) for rate in rates}
 
 
 def stats_line(chunk: Chunk) -> str:

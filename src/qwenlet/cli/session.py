@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qwenlet.cli import console
 from qwenlet.cli.conversation import Conversation, Exchange, State
+from qwenlet.cli.keeper import Keeper
 from qwenlet.cli.reply import Reply, show, stats_line
 from qwenlet.config import SamplingParams
-from qwenlet.errors import RequestError
+from qwenlet.errors import RequestError, StoreError
 
 if TYPE_CHECKING:
     from qwenlet.api import LLM
@@ -21,19 +23,28 @@ class Session:
     """What the commands act on.
 
     Attributes:
+        keeper: stores the conversation; None: it is not kept.
         stats: show counts and speed after each reply.
         multiline: Enter starts a new line instead of sending.
         last: the last chunk of the last reply.
+        unanswered: the last question, if it brought no reply.
         finished: set by /exit.
+        edit: lets the user change a text and returns it; None where nobody can.
     """
 
-    def __init__(self, llm: LLM, conversation: Conversation, *, stats: bool = False) -> None:
+    def __init__(
+        self, llm: LLM, conversation: Conversation, *, keeper: Keeper | None = None, stats: bool = False
+    ) -> None:
         self.llm = llm
         self.conversation = conversation
+        self.keeper = keeper
         self.stats = stats
+        self.quiet = False
         self.multiline = False
         self.last: Chunk | None = None
+        self.unanswered: str | None = None
         self.finished = False
+        self.edit: Callable[[str], str] | None = None
 
     @property
     def model_line(self) -> str:
@@ -42,16 +53,13 @@ class Session:
         dtype = str(llm.dtype).removeprefix("torch.")
         return f"{llm.name}: {dtype} on {llm.device}, context of {llm.context_length} tokens"
 
-    def ask(self, question: str) -> Reply:
-        """Shows the reply to `question` and keeps both; a question that got no reply at all is not kept.
+    def ask(self, question: str, *, quiet: bool = False) -> Reply:
+        """Shows the reply to `question`, unless `quiet`; one that brings no text is not part of the conversation.
 
         Raises QwenletError as the model does; the conversation is unchanged then.
         """
-        state = self.conversation.state
-        reply = self._reply(state, question, state.params)
-        if reply.text:
-            self.conversation.add(Exchange(question, reply.text, reply.finish_reason))
-        return reply
+        self.quiet = quiet
+        return self._ask(self.conversation.state, question, "the last exchange")
 
     def regenerate(self, seed: int | None = None) -> Reply:
         """Replaces the last reply by another one, drawn with `seed`, or with a fresh seed even if one is fixed.
@@ -65,20 +73,68 @@ class Session:
         params = replace(state.params, seed=seed)
         if params.resolve(self.llm.defaults).temperature == 0:
             console.note("temperature is 0, so the reply will be the same: /set temperature 0.7 lets it vary")
-        reply = self._reply(replace(state, exchanges=tuple(earlier)), last.user, params)
+        before = replace(state, exchanges=tuple(earlier))
+        return self._ask(before, last.user, "the new reply", params, last.question_id)
+
+    def retry(self, seed: int | None = None) -> Reply:
+        """Asks the last question again: the one without a reply, or else as `regenerate`."""
+        if self.unanswered is None:
+            return self.regenerate(seed)
+        state = self.conversation.state
+        return self._ask(state, self.unanswered, "the last exchange", replace(state.params, seed=seed))
+
+    def revise(self, number: int, question: str) -> Reply:
+        """Asks another question in the place of the `number`-th; what followed it stays stored, on its own branch."""
+        state = self.conversation.state
+        before = replace(state, exchanges=state.exchanges[: number - 1])
+        return self._ask(before, question, f"the edit of question {number}")
+
+    def keep(self) -> None:
+        """Brings the store to where the conversation is. Where that fails the words are shown, and it goes on."""
+        if self.keeper is not None:
+            try:
+                self.conversation.state = self.keeper.follow(self.conversation.state)
+            except StoreError as problem:
+                _not_kept(problem)
+
+    def _ask(
+        self,
+        before: State,
+        question: str,
+        what: str,
+        params: SamplingParams | None = None,
+        question_id: str | None = None,
+    ) -> Reply:
+        """Asks after `before`; a reply makes that the conversation, which an undo of `what` takes back."""
+        self.unanswered = question
+        if self.keeper is not None and question_id is None:
+            try:
+                before, question_id = self.keeper.ask(before, question)
+                if self.conversation.state.talk is None:  # so that an undo stays in this conversation
+                    self.conversation.state = replace(self.conversation.state, talk=before.talk)
+            except StoreError as problem:
+                _not_kept(problem)
+        reply = self._reply(before, question, params or before.params)
         if reply.text:
-            exchange = Exchange(last.user, reply.text, reply.finish_reason)
-            self.conversation.change("the new reply", replace(state, exchanges=(*earlier, exchange)))
+            self.unanswered = None
+            exchange = Exchange(question, reply.text, reply.finish_reason, question_id=question_id)
+            self.conversation.change(what, replace(before, exchanges=(*before.exchanges, exchange)))
         return reply
 
     def _reply(self, state: State, question: str, params: SamplingParams) -> Reply:
-        reply = show(self.llm.reply(state.messages(question), params), sys.stdout)
+        reply = show(self.llm.reply(state.messages(question), params), None if self.quiet else sys.stdout)
         self.last = chunk = reply.last
         if chunk is not None and chunk.dropped_turns:
             console.note(f"the context is full: the model did not see the {_turns(chunk.dropped_turns)}")
         if chunk is not None and self.stats:
             console.note(stats_line(chunk))
         return reply
+
+
+def _not_kept(problem: StoreError) -> None:
+    console.note(f"this conversation is not kept: {problem.message}")
+    if problem.hint:
+        console.note(f"  {problem.hint}")
 
 
 def _turns(count: int) -> str:

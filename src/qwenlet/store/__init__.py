@@ -14,10 +14,11 @@ read it.
 database        the file: opened, brought up to date, its troubles in words
 conversations   trees of messages, and the search
 responses       what /v1/responses keeps
+interchange     out as JSON and Markdown, in from these and from other programs' files
 """
 
 from qwenlet.store.conversations import Conversations, title_of
-from qwenlet.store.database import SCHEMA_VERSION, data_dir
+from qwenlet.store.database import SCHEMA_VERSION, data_dir, is_off
 from qwenlet.store.records import Conversation, Found, StoredMessage, StoredResponse, Tree
 from qwenlet.store.responses import Responses
 
@@ -30,6 +31,7 @@ __all__ = [
     "StoredResponse",
     "Tree",
     "data_dir",
+    "is_off",
     "title_of",
 ]
 

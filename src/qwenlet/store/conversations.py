@@ -18,6 +18,7 @@ _SEARCHABLE = 3  # characters that the index of trigrams needs; shorter words ar
 _TITLE = 60  # characters of a title that is made of a question
 _AROUND = 40  # characters that an excerpt shows on either side of a word
 
+_KIND = "conv_"
 _CONVERSATION = "id, title, model, current, created, updated, settings"
 _MESSAGE = "id, conversation, parent, role, content, created, extra"
 _ADD_CONVERSATION = f"INSERT INTO conversations ({_CONVERSATION}) VALUES (?, ?, ?, ?, ?, ?, ?)"
@@ -32,7 +33,7 @@ class Conversations(Database):
     ) -> Conversation:
         """An empty conversation; without a title the first question becomes it."""
         now = time.time()
-        made = Conversation(_new_id("conv"), title, model, None, now, now, dict(settings or {}))
+        made = Conversation(_new_id(_KIND), title, model, None, now, now, dict(settings or {}))
         with self._write() as db:
             db.execute(_ADD_CONVERSATION, _conversation_row(made))
         return made
@@ -50,6 +51,21 @@ class Conversations(Database):
         rows = self._read(f"SELECT {_CONVERSATION} FROM conversations WHERE id = ?", id)
         if not rows:
             raise _no_conversation(id)
+        return _conversation(rows[0])
+
+    def find(self, start: str) -> Conversation:
+        """The conversation whose id begins so, with or without what all ids begin with. Raises StoreError for none or
+        several."""
+        start = start.removeprefix(_KIND)
+        rows = self._read(
+            f"SELECT {_CONVERSATION} FROM conversations WHERE substr(id, 1, ?) = ? ORDER BY updated DESC LIMIT 2",
+            len(_KIND + start),
+            _KIND + start,
+        )
+        if not rows or not start:
+            raise _no_conversation(start)
+        if len(rows) > 1:
+            raise StoreError(f"several conversations have an id that begins with {start!r}", hint="give more of it")
         return _conversation(rows[0])
 
     def tree(self, id: str) -> Tree:
@@ -132,7 +148,7 @@ class Conversations(Database):
     def message(self, id: str) -> StoredMessage:
         rows = self._read(f"SELECT {_MESSAGE} FROM messages WHERE id = ?", id)
         if not rows:
-            raise NotStoredError(f"there is no message {id!r}")
+            raise NotStoredError(f"there is no message {id!r:.80}")
         return _message(rows[0])
 
     def messages(self, conversation: str) -> list[StoredMessage]:
@@ -187,7 +203,7 @@ class Conversations(Database):
         extra: Mapping[str, Any] | None,
     ) -> StoredMessage:
         talk = self.conversation(conversation)
-        made = StoredMessage(_new_id("msg"), conversation, parent, role, content, time.time(), dict(extra or {}))
+        made = StoredMessage(_new_id("msg_"), conversation, parent, role, content, time.time(), dict(extra or {}))
         db.execute(_ADD_MESSAGE, _message_row(made))
         title = talk.title or (title_of(content) if role == "user" else "")
         db.execute(
@@ -209,9 +225,9 @@ def title_of(question: str) -> str:
 
 def _adopt(db: sqlite3.Connection, tree: Tree) -> Conversation:
     talk = tree.conversation
-    ids = {message.id: _new_id("msg") for message in tree.messages}
+    ids = {message.id: _new_id("msg_") for message in tree.messages}
     current = None if talk.current is None else ids[talk.current]
-    made = replace(talk, id=_new_id("conv"), current=current)
+    made = replace(talk, id=_new_id(_KIND), current=current)
     db.execute(_ADD_CONVERSATION, _conversation_row(made))
     for message in tree.messages:
         parent = None if message.parent is None else ids[message.parent]
@@ -239,7 +255,7 @@ def _message_row(one: StoredMessage) -> tuple[Any, ...]:
 
 
 def _no_conversation(id: str) -> NotStoredError:
-    return NotStoredError(f"there is no conversation {id!r}")
+    return NotStoredError(f"there is no conversation {id!r:.80}")
 
 
 def _like(word: str) -> str:
@@ -259,4 +275,4 @@ def _excerpt(content: str, words: list[str]) -> str:
 
 
 def _new_id(kind: str) -> str:
-    return f"{kind}_{secrets.token_hex(12)}"
+    return f"{kind}{secrets.token_hex(12)}"

@@ -66,6 +66,11 @@ def data_dir() -> Path:
     return Path(named).expanduser() if named else platformdirs.user_data_path("qwenlet", appauthor=False)
 
 
+def is_off() -> bool:
+    """Whether QWENLET_NO_HISTORY asks that no conversation be kept; empty and 0 don't."""
+    return os.environ.get("QWENLET_NO_HISTORY", "0") not in ("", "0")
+
+
 class Database:
     """An open file. Methods raise StoreError where it can't be read or written; any thread may use it."""
 

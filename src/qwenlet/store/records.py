@@ -27,6 +27,11 @@ class Conversation:
     updated: float
     settings: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def short_id(self) -> str:
+        """The beginning of the id, for people; `Store.find` takes it."""
+        return self.id.partition("_")[2][:8]
+
 
 @dataclass(frozen=True)
 class StoredMessage:
