@@ -45,8 +45,8 @@ export class Kept implements History {
   search(words: string): Promise<Found[]> {
     return call(`${API}/search?text=${encodeURIComponent(words)}`);
   }
-  create(model: string, settings: Settings): Promise<Conversation> {
-    return call(`${API}/conversations`, { body: { model, settings } });
+  create(_model: string, settings: Settings): Promise<Conversation> {
+    return call(`${API}/conversations`, { body: { settings } });
   }
   async change(id: string, change: Change): Promise<void> {
     await call(`${API}/conversations/${id}`, { body: change });

@@ -49,6 +49,9 @@ def chat(
     ] = None,
     load: Annotated[Path | None, typer.Option(help="Go on with a conversation out of a file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The answer as one JSON object.")] = False,
+    web: Annotated[
+        bool, typer.Option("--web", help="Talk in the browser instead, by a page that this machine alone serves.")
+    ] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Show counts and speed after each reply.")] = False,
     no_history: Annotated[
         bool, typer.Option("--no-history", help="Keep neither the conversation nor the lines that are typed.")
@@ -64,6 +67,16 @@ def chat(
     conversation begin with a slash: /help lists them. Conversations are kept for --continue and qwenlet history;
     --no-history, or QWENLET_NO_HISTORY=1 in the environment, keeps nothing.
     """
+    if web:
+        given: dict[str, Any] = {
+            "--prompt": prompt,
+            "--system": system,
+            "--attach": attach,
+            "--continue": go_on,
+            "--resume": resume,
+        }
+        given |= {"--load": load, "--json": as_json, "--stats": stats, **{f"--{name}": True for name in sampling}}
+        return _browse(model or DEMO, given, loading, engine, history=not no_history)
     question = _question(prompt, attach or [])
     if question is None and not console.is_terminal(sys.stdout):
         raise RequestError("a conversation needs a terminal, and stdout is none", hint="ask one question with --prompt")
@@ -100,6 +113,17 @@ def chat(
             _converse(session, keep_lines=not hidden)
         else:
             _answer(session, question, as_json=as_json)
+
+
+def _browse(
+    model: str, given: dict[str, Any], loading: dict[str, Any], engine: dict[str, Any], *, history: bool
+) -> None:
+    without = [name.replace("_", "-") for name, value in given.items() if value]
+    if without:
+        raise typer.BadParameter(f"the page has its own {', '.join(without)}: leave it out", param_hint="--web")
+    from qwenlet.cli import web
+
+    web.talk(model, loading, engine, history=history)
 
 
 def _opened(stack: ExitStack, *, needed: bool) -> Store | None:

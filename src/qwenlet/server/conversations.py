@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -30,7 +31,6 @@ Role = Literal["system", "user", "assistant", "tool"]
 
 
 class NewConversation(Struct, kw_only=True, forbid_unknown_fields=True):
-    model: str = ""
     title: Title = ""
     settings: dict[str, Any] = msgspec.field(default_factory=dict)
 
@@ -125,7 +125,10 @@ def add(app: FastAPI, service: Service) -> None:
 
     async def created(request: Request) -> Response:
         body = await _body(request, NewConversation)
-        made = await kept(service, lambda store: store.new_conversation(body.title, body.model, body.settings))
+        # as the command line would load it, for `qwenlet chat --continue`
+        path = Path(service.llm.name)
+        model = str(path.resolve()) if path.exists() else service.llm.name
+        made = await kept(service, lambda store: store.new_conversation(body.title, model, body.settings))
         return _json(asdict(made))
 
     async def read(request: Request) -> Response:

@@ -13,7 +13,7 @@ from typing import Literal
 from qwenlet.api import LLM
 from qwenlet.config import ServerConfig, is_loopback
 from qwenlet.server.errors import RETRY_SECONDS, ApiError, busy
-from qwenlet.store import Store
+from qwenlet.store import Store, is_off
 
 State = Literal["loading", "ready", "draining"]
 _STUCK_SECONDS = 120.0  # a step takes seconds; a thread that shows itself no more does not come back
@@ -57,7 +57,7 @@ class Service:
         """Whether the page's conversations are kept: they are one person's, so whoever calls has to be that person."""
         config = self.config
         alone = is_loopback(config.host) and not config.allowed_host
-        return config.history and len(config.api_key or ()) <= 1 and (bool(config.api_key) or alone)
+        return config.history and not is_off() and len(config.api_key or ()) <= 1 and (bool(config.api_key) or alone)
 
     @property
     def store(self) -> Store:
