@@ -224,8 +224,9 @@ class Engine:
                 return
             if request in self._in_flight:
                 request.cancelled = True
-            else:
-                self._replies.finish(request, "cancelled")
+                return
+            self._replies.finish(request, "cancelled")
+            self._replies.tell()
 
     def stream(self, request: Request) -> Stream:
         """The request's chunks; the engine's thread runs from now on."""
@@ -237,10 +238,10 @@ class Engine:
         self.start()
         return AsyncStream(self, request)
 
-    def astreams(self, requests: Sequence[Request]) -> AsyncStreams:
-        """Several requests read together, for the event loop that runs here."""
+    def astreams(self, requests: Sequence[Request], patience: float | None = None) -> AsyncStreams:
+        """Several requests read together, for the event loop that runs here; `patience` as AsyncStreams has it."""
         self.start()
-        return AsyncStreams(self, requests)
+        return AsyncStreams(self, requests, patience)
 
     # ---------------------------------------------------------------------------------------------- life
 
@@ -273,6 +274,7 @@ class Engine:
                 for request in requests:
                     request.failure = request.failure or error
                     self._replies.finish(request, reason, error=None if error is None else line(error))
+            self._replies.tell()
 
     # ---------------------------------------------------------------------------------------------- the step
 
@@ -296,6 +298,8 @@ class Engine:
             for one in work:
                 one.request.started_at = one.request.started_at or began
             self._in_flight = frozenset(one.request for one in work)
+            # of the step before, and only now: woken loops hold this thread's Python up, but not the model
+            self._replies.tell()
         if not work:
             return errand
         scheduled = time.perf_counter()

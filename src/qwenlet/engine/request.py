@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from qwenlet.config import SamplingParams
+from qwenlet.engine.bell import Listener
 from qwenlet.engine.records import Chunk, FinishReason, Timings
 from qwenlet.engine.speculation import Lookup
 from qwenlet.engine.stop import StopTexts, StopTokens
@@ -43,7 +44,7 @@ class Request:
         cached: tokens of the prompt whose keys and values were found.
         indexed: full pages that the prefix cache knows.
         drafted: guesses among the tokens of the step that runs.
-        on_chunk: told when a chunk was put into the outbox.
+        listener: told when chunks were put into the outbox.
     """
 
     prompt: tuple[int, ...]
@@ -74,7 +75,7 @@ class Request:
     finish_reason: FinishReason | None = None
     failure: Exception | None = None
     outbox: SimpleQueue[Chunk] = field(default_factory=SimpleQueue)
-    on_chunk: Callable[[], None] | None = None
+    listener: Listener | None = None
 
     arrival: int = field(default_factory=lambda: next(_arrivals))
     submitted_at: float = field(default_factory=time.perf_counter)

@@ -22,6 +22,7 @@ from qwenlet.config import is_loopback
 from qwenlet.server import errors
 from qwenlet.server.errors import ApiError
 from qwenlet.server.limits import Limits
+from qwenlet.server.patience import Patience
 from qwenlet.server.service import Service
 
 logger = logging.getLogger("qwenlet.server")
@@ -66,6 +67,7 @@ class Gate:
         request_id = given.decode() if _GOOD_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
         scope.setdefault("state", {})["request_id"] = request_id
         status, complete = 0, False
+        patience = Patience(self._service.config.write_timeout)
 
         async def answer(message: Message) -> None:
             nonlocal status, complete
@@ -78,12 +80,7 @@ class Gate:
                     (b"x-request-id", request_id.encode()),
                     (b"openai-processing-ms", took),
                 ]
-            try:
-                async with asyncio.timeout(self._service.config.write_timeout):
-                    await send(message)
-            except TimeoutError:
-                logger.warning("%s is not read by its client", request_id)
-                raise ClientDisconnect from None
+            await patience.write(send(message))
 
         try:
             await self._admitted(scope, headers, receive, answer)
@@ -101,6 +98,9 @@ class Gate:
                 raise  # too late for another answer: the connection is cut
             await errors.response(error, scope["path"])(scope, receive, answer)
         finally:
+            patience.close()
+            if patience.lost:
+                logger.warning("%s is not read by its client", request_id)
             self._service.answers[status] += 1
             took_ms = (time.perf_counter() - began) * 1e3
             logger.info("%s %s %s %d %.0f ms", request_id, scope["method"], _shown(scope["path"]), status, took_ms)

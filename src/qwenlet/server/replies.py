@@ -56,7 +56,7 @@ async def submit(
 @contextmanager
 def reading(service: Service, requests: Sequence[Request]) -> Iterator[AsyncStreams]:
     """The requests' streams; what has not ended at the block's end is cancelled."""
-    streams = service.llm.engine.astreams(requests)
+    streams = service.llm.engine.astreams(requests, service.config.ping_interval)
     try:
         yield streams
     finally:
@@ -67,7 +67,7 @@ async def batches(service: Service, requests: Sequence[Request]) -> AsyncGenerat
     """Chunks as they come; an empty batch where nothing came for a while."""
     with reading(service, requests) as streams:
         while not streams.ended:
-            yield await streams.next(service.config.ping_interval)
+            yield await streams.next()
 
 
 async def completions(service: Service, requests: Sequence[Request]) -> list[Completion]:
