@@ -113,6 +113,20 @@ def test_rates_are_counted_by_key(demo_gguf: Path) -> None:
         assert one.call("POST", "/v1/completions", body, authorization="Bearer sk-two").status == 200
 
 
+def test_tokens_are_counted_by_key(demo_gguf: Path) -> None:
+    options = "--quiet --api-key sk-one --api-key sk-two --max-tokens-per-minute 60"
+    with running(demo_gguf, *options.split()) as one:
+        body = {"prompt": [7] * 40, "max_tokens": 30, "ignore_eos": True}
+        first = one.call("POST", "/v1/completions", body, authorization="Bearer sk-one")
+        assert (first.status, first.headers["x-ratelimit-limit-tokens"]) == (200, "60")
+        assert first.headers["x-ratelimit-remaining-tokens"] == "0"  # 70 were used: some are owed
+        turned = one.call("POST", "/v1/completions", body, authorization="Bearer sk-one")
+        assert (turned.status, turned.error["code"]) == (429, "rate_limit_exceeded")
+        assert 1 <= int(turned.headers["retry-after"]) <= 12
+        other = one.call("POST", "/v1/embeddings", {"input": [7] * 20}, authorization="Bearer sk-two")
+        assert (other.status, other.headers["x-ratelimit-remaining-tokens"]) == (200, "40")
+
+
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", '"NaN"'])
 @pytest.mark.parametrize("field", ["temperature", "top_p", "presence_penalty", "seed"])
 def test_numbers_that_are_none(server: Server, field: str, number: str) -> None:

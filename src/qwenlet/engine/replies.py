@@ -67,8 +67,8 @@ class Replies:
 
     def _read(self, request: Request, work: Work, logits: Tensor) -> None:
         assert request.reader is not None, "only readers come here"
-        if work.wanted:
-            request.reader(request.stored + len(work.tokens) - work.wanted, logits)
+        if len(logits):  # or hidden states
+            request.reader(request.stored + len(work.tokens) - len(logits), logits)
         self._stored(request, len(work.tokens))
         if request.stored == len(request.known):
             self.finish(request, "length")

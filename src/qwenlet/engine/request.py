@@ -22,7 +22,7 @@ from qwenlet.tokenizer import StreamDecoder
 if TYPE_CHECKING:
     from qwenlet.grammar import Matcher
 
-# takes float32 logits [n, V] of the positions from the first number on
+# takes float32 logits [n, V], or hidden states [n, C], of the positions from the first number on
 Reader = Callable[[int, Tensor], None]
 
 _arrivals = itertools.count()
@@ -41,6 +41,7 @@ class Request:
         timeout: seconds from submission within which the request has to end; None: any time.
         followers: other choices of the same prompt, which take over its pages when it is stored.
         reader, read_from: gets the logits of positions from `read_from` on; such a request has no reply.
+        reads_hidden: the reader gets hidden states instead.
         cached: tokens of the prompt whose keys and values were found.
         indexed: full pages that the prefix cache knows.
         drafted: guesses among the tokens of the step that runs.
@@ -59,6 +60,7 @@ class Request:
     timeout: float | None = None
     reader: Reader | None = None
     read_from: int = 0
+    reads_hidden: bool = False
     counts: TokenCounts | None = None
     matcher: Matcher | None = None
     lookup: Lookup | None = None
