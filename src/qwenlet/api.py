@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Literal, overload
@@ -193,6 +194,7 @@ class LLM:
         config: shapes and maths.
         default_system: the system message a conversation starts with unless the user gives one.
         defaults: what the checkpoint's generation config asks for; a None in SamplingParams means these.
+        source: the weight files.
         load_report: what loading did, `str()` for people.
     """
 
@@ -208,7 +210,7 @@ class LLM:
         report: LoadReport,
     ) -> None:
         self.name = name
-        self.path = checkpoint.path
+        self.path, self.source = checkpoint.path, checkpoint.source
         self.config: ModelConfig = checkpoint.config
         self.default_system = checkpoint.default_system
         self.defaults: GenerationDefaults = checkpoint.defaults
@@ -223,6 +225,12 @@ class LLM:
         self._engine = Engine(model, known, options, checkpoint.defaults, device, stops)
         if self._engine.obstacle is not None and _is_quantized(model):
             report.notes.append(f"runs by modules, more slowly: {self._engine.obstacle}")
+
+    @property
+    def precision(self) -> str:
+        """In what most linears' weights run: "int4", "int8", "bf16" ..."""
+        bits = Counter(module.tiles.bits for module in self.model.modules() if isinstance(module, QuantLinear))
+        return f"int{bits.most_common(1)[0][0]}" if bits else dtype_name(self.dtype)
 
     @property
     def engine(self) -> Engine:
@@ -391,12 +399,11 @@ class LLM:
         The model was trained to write: texts of one subject lie near each other, but a model that was trained to embed
         does this better.
         """
-        return self.embedding(prompt).result()
-
-    def embedding(self, prompt: Prompt) -> Future[Tensor]:
-        """The same without waiting."""
         ids = check_prompt(self._ids(prompt), self.config.vocab_size)
-        return self.engine.embed(ids, self.config.ntk_alpha(len(ids)))
+        request, state = self.engine.embed(ids, self.config.ntk_alpha(len(ids)))
+        for _ in self.engine.stream(request):
+            pass
+        return state.mean
 
     # ---------------------------------------------------------------------------------------------- life
 

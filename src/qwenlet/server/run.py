@@ -33,7 +33,8 @@ def serve(name: str, config: ServerConfig, load: Callable[[], LLM], say: Callabl
     host, port = listening.getsockname()[:2]
     say(f"http://{f'[{host}]' if ':' in host else host}:{port}: loading {service.names[0]}")
     try:
-        asyncio.run(_serve(service, listening, load, say))
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            runner.run(_serve(service, listening, load, say))
     finally:
         listening.close()
 
@@ -66,6 +67,15 @@ def _listen(config: ServerConfig) -> socket.socket:
             hint="another --port, or --port 0 for any that is free",
         ) from None
     return listening
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+    """uvloop's where it is: a stream's event costs a fifth less; it knows no Windows."""
+    try:
+        from uvloop import new_event_loop
+    except ImportError:
+        return asyncio.new_event_loop
+    return new_event_loop
 
 
 async def _serve(
