@@ -74,6 +74,7 @@ class FakeLLM:
             "slow": ["word "] * 1000,
             "nothing": [],
             "escape": ["\x1b[31mred\x07\n\tend"],
+            "chinese": ["你好", "…"],
             "code": ["if x:\n", "    y\n"],
         }.get(question, list(question) if verbatim else ["You ", "said ", question, f" ({seed})"])
 
