@@ -16,7 +16,7 @@ VERBS = {
     "chat": "Talk to a model: a conversation on a terminal, or one answer for scripts.",
     "generate": "Continue a text, without any chat format.",
     "history": "List, search, show and move the conversations that were kept.",
-    "serve": "Serve a model to clients of OpenAI's API.",
+    "serve": "Serve a model to clients of OpenAI's API, and to people by a web page.",
     "pull": "Fetch a model and print where it is.",
     "tokenize": "Show the tokens of a text, or the text of token ids.",
     "vocab": "Extend a vocabulary with words of your own.",

@@ -56,6 +56,9 @@ def chat(
     allow_calls: Annotated[bool, typer.Option("--allow-calls", help="Run the model's calls without asking.")] = False,
     max_calls: Annotated[int, typer.Option(min=1, help="Calls that one question may lead to.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="The answer as one JSON object.")] = False,
+    web: Annotated[
+        bool, typer.Option("--web", help="Talk in the browser instead, by a page that this machine alone serves.")
+    ] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Show counts and speed after each reply.")] = False,
     no_history: Annotated[
         bool, typer.Option("--no-history", help="Keep neither the conversation nor the lines that are typed.")
@@ -71,6 +74,16 @@ def chat(
     conversation begin with a slash: /help lists them. Conversations are kept for --continue and qwenlet history;
     --no-history, or QWENLET_NO_HISTORY=1 in the environment, keeps nothing.
     """
+    if web:
+        given: dict[str, Any] = {
+            "--prompt": prompt,
+            "--system": system,
+            "--attach": attach,
+            "--continue": go_on,
+            "--resume": resume,
+        }
+        given |= {"--load": load, "--json": as_json, "--stats": stats, **{f"--{name}": True for name in sampling}}
+        return _browse(model or DEMO, given, loading, engine, history=not no_history)
     question = _question(prompt, attach or [])
     if question is None and not console.is_terminal(sys.stdout):
         raise RequestError("a conversation needs a terminal, and stdout is none", hint="ask one question with --prompt")
@@ -119,6 +132,17 @@ def _caller(file: Path, limit: int, *, ask: bool) -> Caller:
     from qwenlet.tools.functions import functions_of_file
 
     return Caller(functions_of_file(file), limit, ask_on_terminal if ask else None)
+
+
+def _browse(
+    model: str, given: dict[str, Any], loading: dict[str, Any], engine: dict[str, Any], *, history: bool
+) -> None:
+    without = [name.replace("_", "-") for name, value in given.items() if value]
+    if without:
+        raise typer.BadParameter(f"the page has its own {', '.join(without)}: leave it out", param_hint="--web")
+    from qwenlet.cli import web
+
+    web.talk(model, loading, engine, history=history)
 
 
 def _opened(stack: ExitStack, *, needed: bool) -> Store | None:
