@@ -81,6 +81,7 @@ def chat(
             "--attach": attach,
             "--continue": go_on,
             "--resume": resume,
+            "--tools": tools,
         }
         given |= {"--load": load, "--json": as_json, "--stats": stats, **{f"--{name}": True for name in sampling}}
         return _browse(model or DEMO, given, loading, engine, history=not no_history)
