@@ -239,6 +239,11 @@ def test_responses(store: Store):
         {"status": "completed"},
         ({"role": "user", "content": "q"},),
     )
+    # what one key's holder keeps is not there for others, nor can they replace or delete it
+    assert store.response("resp_1", owner="b") is None
+    store.save_response("resp_1", {"status": "stolen"}, owner="b")
+    assert store.response("resp_1") == kept
+    assert not store.delete_response("resp_1", owner="b")
     assert store.delete_response("resp_1")
     assert not store.delete_response("resp_1")
     with pytest.raises(StoreError, match="not JSON"):

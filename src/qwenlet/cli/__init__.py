@@ -24,6 +24,7 @@ VERBS = {
     "quantize": "Write a model in four or eight bits, and measure what it cost.",
     "random": "Write a checkpoint of random weights, for tests and benchmarks.",
     "convert": "Write a checkpoint in another layout.",
+    "completion": "Print a script that completes qwenlet in a shell.",
     "doctor": "Say what this machine has, and what will run where and why.",
 }
 

@@ -23,6 +23,7 @@ from qwenlet.hub.names import DEMO
 from qwenlet.store import Store, Tree, is_off
 
 if TYPE_CHECKING:
+    from qwenlet.cli.calls import Caller
     from qwenlet.cli.reply import Reply
     from qwenlet.cli.session import Session
 
@@ -48,6 +49,12 @@ def chat(
         str | None, typer.Option(help="Go on with this conversation: an id, or its beginning, of qwenlet history.")
     ] = None,
     load: Annotated[Path | None, typer.Option(help="Go on with a conversation out of a file.")] = None,
+    tools: Annotated[
+        Path | None,
+        typer.Option(help="A Python file of yours whose functions the model may call; each call is asked about."),
+    ] = None,
+    allow_calls: Annotated[bool, typer.Option("--allow-calls", help="Run the model's calls without asking.")] = False,
+    max_calls: Annotated[int, typer.Option(min=1, help="Calls that one question may lead to.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="The answer as one JSON object.")] = False,
     web: Annotated[
         bool, typer.Option("--web", help="Talk in the browser instead, by a page that this machine alone serves.")
@@ -74,6 +81,7 @@ def chat(
             "--attach": attach,
             "--continue": go_on,
             "--resume": resume,
+            "--tools": tools,
         }
         given |= {"--load": load, "--json": as_json, "--stats": stats, **{f"--{name}": True for name in sampling}}
         return _browse(model or DEMO, given, loading, engine, history=not no_history)
@@ -86,6 +94,7 @@ def chat(
         console.check_text(system, "--system")
     if (load is not None) + go_on + (resume is not None) > 1:
         raise typer.BadParameter("give one of --continue, --resume and --load", param_hint="--continue")
+    caller = None if tools is None else _caller(tools, max_calls, ask=not allow_calls)
     hidden = no_history or is_off()
     with ExitStack() as stack:
         store = None if hidden else _opened(stack, needed=go_on or resume is not None)
@@ -108,11 +117,22 @@ def chat(
         state = replace(state, params=params, system=state.system if system is None else system)
         keeper = None if store is None else Keeper(store, model, llm.default_system)
         session = Session(llm, Conversation(model, state), keeper=keeper, stats=stats)
-        session.unanswered = unanswered
+        session.unanswered, session.caller = unanswered, caller
         if question is None:
             _converse(session, keep_lines=not hidden)
         else:
             _answer(session, question, as_json=as_json)
+
+
+def _caller(file: Path, limit: int, *, ask: bool) -> Caller:
+    if ask and not console.is_terminal(sys.stdin):
+        raise RequestError(
+            "the tools' calls are asked about, and stdin is no terminal", hint="--allow-calls runs them without asking"
+        )
+    from qwenlet.cli.calls import Caller, ask_on_terminal
+    from qwenlet.tools.functions import functions_of_file
+
+    return Caller(functions_of_file(file), limit, ask_on_terminal if ask else None)
 
 
 def _browse(
@@ -184,6 +204,8 @@ def _record(session: Session, reply: Reply) -> dict[str, Any]:
         "reply": reply.text,
         "finish_reason": reply.finish_reason,
     }
+    if session.caller is not None:
+        record["steps"] = session.conversation.exchanges[-1].steps if session.conversation.exchanges else ()
     if last is not None:
         counts = ("seed", "prompt_tokens", "completion_tokens", "dropped_turns")
         record |= {name: getattr(last, name) for name in counts} | {"timings": timings(last.timings)}

@@ -5,14 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qwenlet.cli import console
+from qwenlet.cli.calls import Caller, as_steps
 from qwenlet.cli.conversation import Conversation, Exchange, State
 from qwenlet.cli.keeper import Keeper
 from qwenlet.cli.reply import Reply, show, stats_line
 from qwenlet.config import SamplingParams
 from qwenlet.errors import RequestError, StoreError
+from qwenlet.tools import ReplyParser, Toolbox
 
 if TYPE_CHECKING:
     from qwenlet.api import LLM
@@ -29,6 +31,7 @@ class Session:
         last: the last chunk of the last reply.
         unanswered: the last question, if it brought no reply.
         finished: set by /exit.
+        caller: runs tools; None: there are none.
         edit: lets the user change a text and returns it; None where nobody can.
     """
 
@@ -44,6 +47,7 @@ class Session:
         self.last: Chunk | None = None
         self.unanswered: str | None = None
         self.finished = False
+        self.caller: Caller | None = None
         self.edit: Callable[[str], str] | None = None
 
     @property
@@ -114,21 +118,64 @@ class Session:
                     self.conversation.state = replace(self.conversation.state, talk=before.talk)
             except StoreError as problem:
                 _not_kept(problem)
-        reply = self._reply(before, question, params or before.params)
-        if reply.text:
-            self.unanswered = None
-            exchange = Exchange(question, reply.text, reply.finish_reason, question_id=question_id)
-            self.conversation.change(what, replace(before, exchanges=(*before.exchanges, exchange)))
+        steps: list[dict[str, Any]] = []
+        reply = Reply("", "error", None)
+        try:
+            reply = self._reply(before, question, params or before.params, steps)
+        finally:
+            if reply.text or steps:  # calls that ran are part of what happened, whatever came then
+                self.unanswered = None
+                exchange = Exchange(question, reply.text, reply.finish_reason, tuple(steps), question_id)
+                self.conversation.change(what, replace(before, exchanges=(*before.exchanges, exchange)))
         return reply
 
-    def _reply(self, state: State, question: str, params: SamplingParams) -> Reply:
-        reply = show(self.llm.reply(state.messages(question), params), None if self.quiet else sys.stdout)
+    def _reply(self, state: State, question: str, params: SamplingParams, steps: list[dict[str, Any]]) -> Reply:
+        """The reply; calls that it makes on the way, and their results, are added to `steps`."""
+        told = state.messages(question)
+        while True:
+            reply = self._turn([*told, *steps], params)
+            if not reply.calls or self.caller is None:
+                return reply
+            for call in reply.calls:
+                try:
+                    result = self.caller.run(call)
+                except KeyboardInterrupt:
+                    return replace(reply, text="", finish_reason="cancelled")
+                steps += as_steps(reply.text, reply.thought, call, result)
+
+    def _turn(self, told: list[dict[str, Any]], params: SamplingParams) -> Reply:
+        """One message of the model, shown."""
+        out = None if self.quiet else sys.stdout
+        toolbox = self._toolbox(told)
+        if toolbox is None:
+            reply = show(self.llm.reply(told, params), out)
+        else:
+            thinking = told[-1]["role"] == "tool"
+            reply = show(self.llm.reply(told, params, toolbox), out, ReplyParser(toolbox, thinking=thinking))
+            if reply.thought and reply.calls:
+                console.note(f"thought: {reply.thought.strip()}")
         self.last = chunk = reply.last
         if chunk is not None and chunk.dropped_turns:
             console.note(f"the context is full: the model did not see the {_turns(chunk.dropped_turns)}")
         if chunk is not None and self.stats:
             console.note(stats_line(chunk))
         return reply
+
+    def _toolbox(self, told: list[dict[str, Any]]) -> Toolbox | None:
+        """The tools of the next message; None where neither it nor any before it has to do with tools."""
+        if self.caller is None:
+            # a model that sees calls may go on in their format
+            return Toolbox() if any(message["role"] == "tool" for message in told) else None
+        made = sum(message["role"] == "tool" for message in _since_question(told))
+        if made < self.caller.limit:
+            return self.caller.toolbox
+        console.note(f"{made} calls for one question are enough; the model answers without more")
+        return self.caller.spent
+
+
+def _since_question(told: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    last = max((place for place, message in enumerate(told) if message["role"] == "user"), default=0)
+    return told[last:]
 
 
 def _not_kept(problem: StoreError) -> None:

@@ -45,7 +45,8 @@ def serve(
     if listening is not None:
         listening(address)
     try:
-        asyncio.run(_serve(service, taken, load, say))
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            runner.run(_serve(service, taken, load, say))
     finally:
         taken.close()
 
@@ -78,6 +79,15 @@ def _listen(config: ServerConfig) -> socket.socket:
             hint="another --port, or --port 0 for any that is free",
         ) from None
     return listening
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+    """uvloop's where it is: a stream's event costs a fifth less; it knows no Windows."""
+    try:
+        from uvloop import new_event_loop
+    except ImportError:
+        return asyncio.new_event_loop
+    return new_event_loop
 
 
 async def _serve(

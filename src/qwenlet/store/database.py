@@ -56,6 +56,7 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (  # the system prompt and the sampling that were chosen for a conversation
         "ALTER TABLE conversations ADD COLUMN settings TEXT NOT NULL DEFAULT '{}'",
     ),
+    ("ALTER TABLE responses ADD COLUMN owner TEXT NOT NULL DEFAULT ''",),
 )
 SCHEMA_VERSION = len(_MIGRATIONS)
 
