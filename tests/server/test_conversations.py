@@ -79,7 +79,9 @@ def test_the_page_keeps_to_its_size() -> None:
 
 def test_the_page_names_nothing_elsewhere() -> None:
     """Addresses in the built page are names of vocabularies and pages of documentation in error messages."""
-    known = re.compile(r"https?://(www\.w3\.org/|github\.com/|goo\.gl|katex\.org|developer\.mozilla\.org|preactjs\.com)")
+    known = re.compile(
+        r"https?://(www\.w3\.org/|github\.com/|goo\.gl|katex\.org|developer\.mozilla\.org|preactjs\.com)"
+    )
     for path in STATIC.rglob("*"):
         if path.suffix in (".js", ".css", ".html"):
             for found in re.findall(r"https?://[\w./-]+", path.read_text(encoding="utf-8")):
@@ -116,7 +118,7 @@ def test_a_conversation_lives(server: Server) -> None:
     ("path", "body"),
     [
         ("conversations", {"settings": []}),
-        ("conversations", {"settings": {}}),
+        ("conversations", {"model": "another"}),
         ("conversations", b"{"),
         ("conversations/conv_1/messages", {"role": "root", "content": ""}),
         ("import", b"\xff"),

@@ -102,7 +102,7 @@ checks.send_and_stream = async (job) => {
 checks.stop_and_continue = async (job) => {
   const page = await opened(job);
   await limit(page, 400);
-  await say(page, "Count from one to one thousand in words.");
+  await say(page, "Tell me a long story about a lighthouse.");
   await page.waitForFunction(() => (document.querySelector(".live")?.textContent.length ?? 0) > 20);
   await page.keyboard.press("Escape");
   await answered(page);
@@ -362,15 +362,18 @@ checks.streaming_is_incremental = async (job) => {
       });
   });
   await say(page, "Write a book");
-  await page.waitForFunction(() => (document.querySelector(".live")?.childElementCount ?? 0) > 8);
-  await page.evaluate(() => (document.querySelector(".live").firstElementChild.dataset.kept = "yes"));
+  await page.waitForFunction(() => {
+    const live = document.querySelector(".live");
+    return (live?.childElementCount ?? 0) > 8 && (live.firstElementChild.dataset.kept = "yes");
+  });
   await page.waitForFunction(() => (document.querySelector(".live")?.textContent.length ?? 0) > 100_000);
   assert.equal(await page.getAttribute(".live > :first-child", "data-kept"), "yes", "what is settled is left alone");
   await page.waitForFunction(() => !document.querySelector(".live"), undefined, { timeout: 60_000 });
   const renders = (await page.evaluate(() => window.renders)).sort((a, b) => a[0] - b[0]);
   const quarter = Math.floor(renders.length / 4);
-  const mean = (part) => part.reduce((sum, [, took]) => sum + took, 0) / part.length;
-  const [early, late] = [mean(renders.slice(quarter, 2 * quarter)), mean(renders.slice(-quarter))];
+  // the middle one: others may use the machine, too
+  const usual = (part) => part.map(([, took]) => took).sort((a, b) => a - b)[part.length >> 1];
+  const [early, late] = [usual(renders.slice(quarter, 2 * quarter)), usual(renders.slice(-quarter))];
   assert.ok(late < 4 * early + 5, `a step takes ${early.toFixed(2)} ms early and ${late.toFixed(2)} ms late`);
   return `${renders.length} renders, ${early.toFixed(2)} ms each early, ${late.toFixed(2)} ms late`;
 };
@@ -529,7 +532,7 @@ checks.attachments = async (job) => {
 checks.server_goes_away = async (job) => {
   const page = await opened(job);
   await limit(page, 2000);
-  await say(page, "Count from one to one thousand in words.");
+  await say(page, "Tell me a long story about a lighthouse.");
   await page.waitForFunction(() => (document.querySelector(".live")?.textContent.length ?? 0) > 60);
   await page.fill("#message", "what I typed meanwhile");
   await job.ask("kill");
@@ -776,19 +779,49 @@ checks.accessible = async (job) => {
 // ------------------------------------------------------------------------------------------------------------ speed
 
 checks.first_paint = async (job) => {
-  const page = await opened(job);
-  const painted = await page.evaluate(() => performance.getEntriesByName("first-contentful-paint")[0].startTime);
+  // the quickest of five first visits: others may use the machine, too
+  const times = [];
+  for (let visit = 0; visit < 5; visit++) {
+    const context = await job.browser.newContext();
+    const page = await opened({ context, url: job.url });
+    times.push(await page.evaluate(() => performance.getEntriesByName("first-contentful-paint")[0].startTime));
+    await context.close();
+  }
+  const painted = Math.min(...times);
   assert.ok(painted < 1000, `the first paint came after ${painted.toFixed(0)} ms`);
   return `first paint after ${painted.toFixed(0)} ms`;
 };
+
+/** Milliseconds of the main thread for a step of 600 pixels upwards. What a machine makes of it is not the page's doing, so
+ *  long and short conversations are compared. */
+async function scrolling(job, page) {
+  const session = await job.context.newCDPSession(page);
+  await session.send("Performance.enable", { timeDomain: "threadTicks" });
+  const worked = async () => (await session.send("Performance.getMetrics")).metrics.find((one) => one.name === "TaskDuration").value;
+  const at = () => page.evaluate(() => document.querySelector(".thread").scrollTop);
+  await page.mouse.move(600, 300);
+  await page.waitForTimeout(300);
+  const [before, from, steps] = [await worked(), await at(), 12];
+  for (let step = 0; step < steps; step++) {
+    await page.mouse.wheel(0, -600);
+    await page.evaluate(() => new Promise((done) => requestAnimationFrame(done)));
+  }
+  const took = ((await worked()) - before) / steps;
+  const far = from - (await at());
+  assert.ok(far > 4000, `scrolled by ${far} px`);
+  return took * 1e3;
+}
 
 checks.two_thousand_messages = async (job) => {
   const texts = (place) => (place % 2 ? `Reply ${place}: **bold**, \`code\`.\n\n- one\n- two\n\n\`\`\`python\nprint(${place})\n\`\`\`` : `Question ${place}?`);
   const messages = Array.from({ length: 2000 }, (_, place) => ({
     id: `m${place}`, parent: place ? `m${place - 1}` : null, role: place % 2 ? "assistant" : "user", content: texts(place), created: place, extra: {},
   })); // prettier-ignore
-  const one = { title: "Long", model: "", settings: {}, created: 0, updated: 1e9, current: "m1999", messages };
-  const [{ id }] = await api(job.url, "import", { format: "qwenlet.conversations", version: 1, conversations: [one] });
+  const imported = (count) => {
+    const one = { title: "Long", model: "", settings: {}, created: 0, updated: 1e9, current: `m${count - 1}`, messages: messages.slice(0, count) };
+    return api(job.url, "import", { format: "qwenlet.conversations", version: 1, conversations: [one] });
+  };
+  const [{ id }] = await imported(2000);
   const page = await opened(job);
   await page.evaluate((hash) => (location.hash = hash), id);
   const began = Date.now();
@@ -799,22 +832,13 @@ checks.two_thousand_messages = async (job) => {
   const all = Date.now() - began;
   const end = await page.evaluate(() => { const view = document.querySelector(".thread"); return view.scrollHeight - view.scrollTop - view.clientHeight; }); // prettier-ignore
   assert.ok(end < 80, `the end is still in sight: ${end}`);
-  // the work of scrolling, in the main thread's own time: how long frames last is the machine's business, too
-  const session = await job.context.newCDPSession(page);
-  await session.send("Performance.enable", { timeDomain: "threadTicks" });
-  const worked = async () => (await session.send("Performance.getMetrics")).metrics.find((one) => one.name === "TaskDuration").value;
-  await page.mouse.move(600, 300);
-  const before = await worked();
-  const steps = 60;
-  const from = await page.evaluate(() => document.querySelector(".thread").scrollTop);
-  for (let step = 0; step < steps; step++) {
-    await page.mouse.wheel(0, -600);
-    await page.evaluate(() => new Promise((done) => requestAnimationFrame(done)));
-  }
-  const frame = ((await worked()) - before) / steps;
-  const far = from - (await page.evaluate(() => document.querySelector(".thread").scrollTop));
-  assert.ok(far > 10_000, `scrolled by ${far} px`);
-  assert.ok(frame < 0.016, `a step of scrolling takes ${(frame * 1e3).toFixed(1)} ms`);
+  const long = await scrolling(job, page);
+  const [short] = await imported(200);
+  const other = await opened(job, `/#${short.id}`);
+  await other.waitForFunction(() => document.querySelectorAll(".row").length === 200);
+  const little = await scrolling(job, other);
+  assert.ok(long < 2.5 * little + 2, `a step of scrolling takes ${long.toFixed(1)} ms, of 200 messages ${little.toFixed(1)} ms`);
+  await page.bringToFront();
   await page.getByRole("button", { name: "To the end" }).click();
   await page.waitForFunction(() => { const view = document.querySelector(".thread"); return view.scrollHeight - view.scrollTop - view.clientHeight < 80; }); // prettier-ignore
   // typing is not slowed by what is above
@@ -822,5 +846,5 @@ checks.two_thousand_messages = async (job) => {
   await page.keyboard.press("Shift+Escape");
   await page.keyboard.type("quick");
   assert.ok(Date.now() - typed < 3000);
-  return `the end after ${shown} ms, all of it after ${all} ms; a step of scrolling takes ${(frame * 1e3).toFixed(1)} ms`;
+  return `the end after ${shown} ms, all of it after ${all} ms; a step of scrolling: ${long.toFixed(1)} ms, of 200 messages: ${little.toFixed(1)} ms`;
 };
