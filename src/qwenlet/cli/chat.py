@@ -115,7 +115,9 @@ def chat(
         if tree is not None:
             state, unanswered = saved.state_of(tree, llm.default_system)
         state = replace(state, params=params, system=state.system if system is None else system)
-        keeper = None if store is None else Keeper(store, model, llm.default_system)
+        # another day begins in another folder
+        name = str(Path(model).resolve()) if Path(model).exists() else model
+        keeper = None if store is None else Keeper(store, name, llm.default_system)
         session = Session(llm, Conversation(model, state), keeper=keeper, stats=stats)
         session.unanswered, session.caller = unanswered, caller
         if question is None:
