@@ -38,7 +38,7 @@ def chat(tmp_path):
             cwd=TESTS,
             env=environment,
             encoding=encoding,
-            timeout=10,
+            timeout=60,
             dimensions=dimensions,
         )
         child.delaybeforesend = 0.1
