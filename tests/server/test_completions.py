@@ -54,6 +54,53 @@ def test_lm_eval_sees_what_score_says(server: Server, llm: LLM) -> None:
     assert len(set(greedy)) == 2, "one of each, else the comparison shows little"
 
 
+def test_a_run_of_lm_eval_agrees_with_score(server: Server, llm: LLM, tmp_path: Path) -> None:
+    """Its own local-completions model, from a task on disk to the accuracy, over HTTP."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    tables, named = tokenizer_json(llm.tokenizer.vocabulary)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tables), encoding="utf-8")
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<|endoftext|>"} | named
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    rows = [
+        {"q": "The capital of France is", "options": ["Paris", "a banana"], "gold": 0},
+        {"q": "Two and two make", "options": ["purple", "four"], "gold": 1},
+        {"q": "The opposite of hot is", "options": ["cold", "window"], "gold": 1},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (tmp_path / "facts.yaml").write_text(
+        "task: facts\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: "
+        f"{tmp_path / 'rows.jsonl'}\ntest_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{{{q}}}}'\n"
+        "doc_to_choice: '{{options}}'\ndoc_to_target: gold\nmetric_list:\n  - metric: acc\n",
+        encoding="utf-8",
+    )
+    url = f"http://127.0.0.1:{server.port}/v1/completions"
+    done = lm_eval.simple_evaluate(
+        model="local-completions",
+        model_args={
+            "model": "demo",
+            "base_url": url,
+            "tokenizer": str(tmp_path),
+            "num_concurrent": 1,
+            "max_retries": 1,
+        },
+        tasks=["facts"],
+        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+        bootstrap_iters=0,
+        log_samples=True,
+    )
+    right = 0
+    for row, sample in zip(rows, done["samples"]["facts"], strict=True):
+        scores = [llm.score(str(row["q"]), f" {option}") for option in row["options"]]
+        for score, (logprob, is_greedy) in zip(scores, sample["filtered_resps"], strict=True):
+            assert float(logprob) == pytest.approx(score.logprob, abs=2e-3)
+            assert is_greedy == score.is_greedy
+        right += max(range(2), key=lambda at: scores[at].logprob) == row["gold"]
+    assert done["results"]["facts"]["acc,none"] == pytest.approx(right / len(rows))
+    assert 0 < right < len(rows), "one is wrong on purpose"
+
+
 def test_an_echo_is_the_prompt_and_its_tokens(server: Server, llm: LLM) -> None:
     text = "Straße 🙂 once"
     ids = llm.tokenizer.encode(text)
