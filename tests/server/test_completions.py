@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 import pytest
 
 from qwenlet.api import LLM, load
+from qwenlet.checkpoint.save import write_tokenizer_json
+from qwenlet.gguf_header import read_header
+from qwenlet.tokenizer_bytelevel import read_gguf
 from server.conftest import Server
 
 PAIRS = [
@@ -59,10 +63,8 @@ def test_a_run_of_lm_eval_agrees_with_score(server: Server, llm: LLM, tmp_path: 
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    tables, named = tokenizer_json(llm.tokenizer.vocabulary)
-    (tmp_path / "tokenizer.json").write_text(json.dumps(tables), encoding="utf-8")
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<|endoftext|>"} | named
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    header = read_header(llm.path)
+    write_tokenizer_json(tmp_path, read_gguf(header.metadata, str(llm.path)), "")
     rows = [
         {"q": "The capital of France is", "options": ["Paris", "a banana"], "gold": 0},
         {"q": "Two and two make", "options": ["purple", "four"], "gold": 1},
