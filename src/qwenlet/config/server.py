@@ -48,6 +48,8 @@ class ServerConfig:
         drain_timeout: seconds that requests get to end after SIGTERM.
         write_timeout: seconds that a client may take to read what was sent, until its request is ended.
         idle_timeout: seconds after which a connection without requests is closed.
+        history: keep the conversations of the web page, in the file that `qwenlet chat` keeps its own in. Where several
+            keys are known, or anyone may call, none are kept, for all clients would share them.
         ping_interval: seconds of silence in a stream until a comment shows that the server lives.
     """
 
@@ -69,6 +71,7 @@ class ServerConfig:
     write_timeout: float = 60.0
     idle_timeout: float = 75.0
     ping_interval: float = 10.0
+    history: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "api_key", tuple(self.api_key or ()))

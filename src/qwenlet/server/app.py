@@ -17,6 +17,7 @@ from qwenlet.errors import QwenletError
 from qwenlet.server import (
     chat,
     completions,
+    conversations,
     embeddings,
     errors,
     messages,
@@ -24,6 +25,7 @@ from qwenlet.server import (
     models,
     ollama,
     operations,
+    page,
     reference,
     responses,
     tokens,
@@ -32,7 +34,20 @@ from qwenlet.server.errors import ApiError
 from qwenlet.server.gate import Gate
 from qwenlet.server.service import Service
 
-FAMILIES = (chat, completions, responses, messages, ollama, models, embeddings, tokens, operations, metrics)
+FAMILIES = (
+    chat,
+    completions,
+    responses,
+    messages,
+    ollama,
+    models,
+    embeddings,
+    tokens,
+    operations,
+    metrics,
+    page,
+    conversations,
+)
 REQUESTS = (
     ("/v1/chat/completions", chat.ChatRequest),
     ("/v1/completions", completions.CompletionRequest),

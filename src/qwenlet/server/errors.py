@@ -14,6 +14,7 @@ from qwenlet.errors import (
     DeadlineError,
     EngineError,
     MissingExtraError,
+    NotStoredError,
     QwenletError,
     RequestError,
     StoreError,
@@ -80,6 +81,8 @@ def explained(problem: Exception) -> ApiError | None:
         return ApiError(504, words, "server_error", code="timeout")
     if isinstance(problem, EngineError):
         return ApiError(503, words, "server_error", code="engine", headers={"retry-after": str(RETRY_SECONDS)})
+    if isinstance(problem, NotStoredError):
+        return ApiError(404, words, "not_found_error", code="not_found")
     if isinstance(problem, StoreError):
         logger.error("the store failed: %s", words)  # clients need not learn where files lie
         words = "what is kept between calls can't be read or written; the server's log says why"

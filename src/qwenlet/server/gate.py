@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qwenlet.config import is_loopback
-from qwenlet.server import errors
+from qwenlet.server import errors, page
 from qwenlet.server.errors import ApiError
 from qwenlet.server.patience import Patience
 from qwenlet.server.service import Client, Service
@@ -107,6 +107,11 @@ class Gate:
         self._check_host(headers)
         client = self._client(scope, headers)
         scope["state"]["client"] = client
+        if scope["path"].startswith(page.API):
+            # keeping what was said is no request of the model, and takes no share of its limits
+            page.check_origin(headers)
+            await self._app(scope, self._bounded(headers, receive), send)
+            return
         if scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
@@ -136,8 +141,8 @@ class Gate:
             raise ApiError(403, words, "permission_error", code="host_not_allowed")
 
     def _client(self, scope: Scope, headers: dict[bytes, bytes]) -> Client:
-        """Raises ApiError 401 without a good key, where one is needed."""
-        if not self._keys or scope["path"] in OPEN_PATHS:
+        """Whose limits count. Raises ApiError 401 without a good key, where one is needed."""
+        if not self._keys or scope["path"] in OPEN_PATHS or scope["path"] in page.paths():
             return Client(str((scope.get("client") or ("",))[0]))
         kind, _, token = headers.get(b"authorization", b"").partition(b" ")
         shown = token.strip() if kind.lower() == b"bearer" else headers.get(b"x-api-key", b"")

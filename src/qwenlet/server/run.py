@@ -20,23 +20,35 @@ from qwenlet.server.app import build
 from qwenlet.server.service import Service
 
 
-def serve(name: str, config: ServerConfig, load: Callable[[], LLM], say: Callable[[str], None]) -> None:
+def serve(
+    name: str,
+    config: ServerConfig,
+    load: Callable[[], LLM],
+    say: Callable[[str], None],
+    listening: Callable[[str], None] | None = None,
+) -> None:
     """Serves until a signal comes. `say` tells a person where, and when the model is there.
+
+    Args:
+        listening: called with the server's address as soon as connections are taken, before the model is there.
 
     Raises:
         ConfigError: an address that others reach without a key, or one that can't be had.
         QwenletError: what `load` raises.
     """
     check_exposed(config)
-    listening = _listen(config)
+    taken = _listen(config)
     service = Service(name, config)
-    host, port = listening.getsockname()[:2]
-    say(f"http://{f'[{host}]' if ':' in host else host}:{port}: loading {service.names[0]}")
+    host, port = taken.getsockname()[:2]
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    say(f"{address}: loading {service.names[0]}")
+    if listening is not None:
+        listening(address)
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            runner.run(_serve(service, listening, load, say))
+            runner.run(_serve(service, taken, load, say))
     finally:
-        listening.close()
+        taken.close()
 
 
 def check_exposed(config: ServerConfig) -> None:

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Literal
 
 from qwenlet.api import LLM
-from qwenlet.config import ServerConfig
+from qwenlet.config import ServerConfig, is_loopback
 from qwenlet.server.errors import RETRY_SECONDS, ApiError, busy
 from qwenlet.server.limits import Limits
-from qwenlet.store import Store
+from qwenlet.store import Store, is_off
 
 State = Literal["loading", "ready", "draining"]
 _STUCK_SECONDS = 120.0  # a step takes seconds; a thread that shows itself no more does not come back
@@ -67,6 +67,13 @@ class Service:
             retry = {"retry-after": str(RETRY_SECONDS)}
             raise ApiError(503, "the model is being loaded", "server_error", code="loading", headers=retry)
         return self._llm
+
+    @property
+    def keeps_history(self) -> bool:
+        """Whether the page's conversations are kept: they are one person's, so whoever calls has to be that person."""
+        config = self.config
+        alone = is_loopback(config.host) and not config.allowed_host
+        return config.history and not is_off() and len(config.api_key or ()) <= 1 and (bool(config.api_key) or alone)
 
     @property
     def store(self) -> Store:
