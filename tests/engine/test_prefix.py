@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.tiny import CPU, random_model
+from engine.tiny import CPU, random_model, small_engine
 from qwenlet.cache import PagePool
+from qwenlet.config import SamplingParams
 from qwenlet.engine.prefix import PrefixCache
 
 CONFIG = random_model("fp32").config
@@ -129,3 +130,29 @@ def test_a_copy_holds_the_same_in_all_layers() -> None:
     for table in (*p.k, *p.v, *p.k_scales, *(p.v_scales or ())):
         assert torch.equal(table[0], table[2])
         assert not torch.equal(table[0], table[1])
+
+
+def test_no_page_is_lost_where_an_idle_page_goes_before_one_in_use() -> None:
+    """Two computed the same beginning; the first has ended, the second goes on behind the first one's page."""
+    p = pool(4)
+    index = PrefixCache(p)
+    first, second = p.take(1), p.take(2)
+    index.keep("root", A, first)
+    index.keep("root", A + B, second)
+    p.give_back(first)
+    assert index.give_up(1) == 1
+    index.keep("root", A + B, second)
+    p.give_back(second)
+    assert index.find("root", A + B, 128) == second
+    p.give_back(second)
+    assert (index.idle, index.give_up(2), p.free_pages) == (2, 2, 4)
+
+
+def test_equal_replies_one_after_another_in_a_cache_of_their_length() -> None:
+    engine = small_engine(random_model("fp32"), max_context=192)
+    params = SamplingParams(temperature=0, max_new_tokens=184, ignore_eos=True)
+    for _ in range(4):
+        (request,) = engine.submit([1, 2, 3], params)
+        while request.finish_reason is None:
+            assert engine.step()
+        assert engine.stats.pages_used == 0

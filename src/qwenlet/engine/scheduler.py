@@ -100,6 +100,8 @@ class Scheduler:
             request = self.waiting.pop(0)
             bisect.insort(self.running, request, key=_order)
             budget -= self._prompt_work(request, budget, chosen)
+            if request not in self.running:  # it gave way at once, and would again
+                break
         return [work for request, work in chosen.items() if request in self.running]
 
     def _reply_work(self, request: Request, guess: Callable[[Request], Sequence[int]] | None) -> Work | None:
