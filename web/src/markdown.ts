@@ -11,6 +11,8 @@ const ALLOWED: Config & { RETURN_DOM_FRAGMENT: true } = {
   ALLOWED_TAGS:
     "p br hr h1 h2 h3 h4 h5 h6 strong em del a code pre blockquote ul ol li table thead tbody tr th td div span input".split(" "),
   ALLOWED_ATTR: ["href", "class", "start", "align", "type", "checked", "disabled", "data-tex", "data-display", "data-lang"],
+  // the rule below is for addresses; these hold none
+  ADD_URI_SAFE_ATTR: "start align type checked disabled data-tex data-display data-lang".split(" "),
   ALLOWED_URI_REGEXP: /^(?:https?:|mailto:)/i,
   ALLOW_DATA_ATTR: false,
   ALLOW_ARIA_ATTR: false,

@@ -37,7 +37,7 @@ function draw(with_: Katex, span: HTMLElement): void {
   if (!made) {
     made = document.createElement("span");
     try {
-      with_.render(tex, made, { displayMode: Boolean(display), throwOnError: true, trust: false, maxExpand: 200, maxSize: 20 });
+      with_.render(tex, made, { displayMode: Boolean(display), throwOnError: true, trust: false, strict: "ignore", maxExpand: 200, maxSize: 20 });
     } catch {
       return; // what is no formula is shown as it was written
     }

@@ -146,7 +146,8 @@ function newRun(conversation: string, at: string | null, continued?: Message): R
 }
 
 async function reply(conversation: string, at: string | null, continued?: Message): Promise<void> {
-  if (runs.value.get(conversation)?.phase.value === "writing") return;
+  const before = runs.value.get(conversation);
+  if (before && before.phase.value !== "ended") return;
   const shown = talk.value;
   if (shown?.conversation.id !== conversation) return;
   const one = newRun(conversation, at, continued);

@@ -48,20 +48,21 @@ export function Composer() {
   const draft = useSignal<Draft>(NOTHING);
   const draftTokens = useSignal(0);
   const sending = useRef(false);
-  const owner = useRef<string | null>(null);
+  /** Whose draft it is; undefined before the first is read. */
+  const owner = useRef<string | null | undefined>(undefined);
   const keepTimer = useRef(0);
 
   function put(next: Draft): void {
     draft.value = next;
     clearTimeout(keepTimer.current);
-    const whose = owner.current;
+    const whose = owner.current ?? null;
     keepTimer.current = window.setTimeout(() => keep(whose, next), 300);
   }
 
   useEffect(() => {
     clearTimeout(keepTimer.current);
     if (!sending.current) {
-      keep(owner.current, draft.value);
+      if (owner.current !== undefined) keep(owner.current, draft.value);
       draft.value = draftOf(id);
       field.current!.value = draft.value.text;
       grow(field.current!);
@@ -71,7 +72,7 @@ export function Composer() {
   }, [id]);
 
   useEffect(() => {
-    const leave = () => keep(owner.current, draft.value);
+    const leave = () => keep(owner.current ?? null, draft.value);
     addEventListener("pagehide", leave);
     return () => removeEventListener("pagehide", leave);
   }, []);

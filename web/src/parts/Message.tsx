@@ -196,7 +196,7 @@ function Stats({ message }: { message: Message }) {
 
 function Editor({ message, onDone }: { message: Message; onDone: () => void }) {
   const field = useRef<HTMLTextAreaElement>(null);
-  useEffect(() => {
+  useLayoutEffect(() => {
     const { current } = field;
     current!.value = message.content;
     current!.focus();
