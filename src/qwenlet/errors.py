@@ -15,6 +15,7 @@
     ├── StoreError                           conversations that can't be kept or found
     ├── EngineError                          the engine was shut down, or a step failed
     │   └── DeadlineError                    a request did not end within its time
+    ├── SandboxError                         model-written code can't be run here
     └── MissingExtraError     (ImportError)  an optional dependency is not installed
 
 A message says what was seen and what was expected; `hint` says what to do next.
@@ -101,6 +102,10 @@ class EngineError(QwenletError):
 
 class DeadlineError(EngineError):
     """A request did not end within its time."""
+
+
+class SandboxError(QwenletError):
+    """Model-written code can't be run here, because the sandbox for it is missing or can't start."""
 
 
 class MissingExtraError(QwenletError, ImportError):

@@ -1,0 +1,1 @@
+"""Measuring models: tasks, runners, the sandbox for what a model writes, reports."""
