@@ -13,6 +13,7 @@
     ├── RequestError          (ValueError)   a prompt or a sampling parameter that can't be served
     │   └── ContextLengthError               prompt + reply don't fit the context (counts inside)
     ├── StoreError                           conversations that can't be kept or found
+    ├── EvalError                            data of an evaluation, or the folder of a run, that can't be used
     ├── EngineError                          the engine was shut down, or a step failed
     │   └── DeadlineError                    a request did not end within its time
     ├── SandboxError                         model-written code can't be run here
@@ -94,6 +95,10 @@ class ContextLengthError(RequestError):
 
 class StoreError(QwenletError):
     """The file of conversations and responses can't be used, or does not have what was asked for."""
+
+
+class EvalError(QwenletError):
+    """An evaluation's data is missing or altered, or a run's folder holds something else."""
 
 
 class EngineError(QwenletError):
