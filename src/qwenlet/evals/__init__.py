@@ -10,4 +10,6 @@ statistics  standard errors, paired tests
 figures     what a summary is made of
 identity    which model it was
 sandbox     what a model wrote, run in a box; seccomp: the system calls it is refused there
+programs    programs in replies: found, run with tests; attempts: the tasks that do so, pass@k
+rouge       Rouge-L over tokens
 """

@@ -14,6 +14,14 @@ from qwenlet.evals.task import Task
 # name -> (module, class). A name with an argument is written NAME:ARGUMENT (perplexity:FILE).
 TASKS: dict[str, tuple[str, str]] = {
     "mmlu": ("mmlu", "Mmlu"),
+    "humaneval": ("humaneval", "HumanEval"),
+    "humaneval-chat": ("humaneval", "HumanEvalChat"),
+    "mbpp": ("mbpp", "Mbpp"),
+    "mbpp-chat": ("mbpp", "MbppChat"),
+    "tool-use": ("tool_use", "ToolUse"),
+    "tool-use-en": ("tool_use", "ToolUseEn"),
+    "tool-use-zh": ("tool_use", "ToolUseZh"),
+    "mt-bench": ("mt_bench", "MtBench"),
 }
 
 
