@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.tiny import CPU, random_model
+from engine.tiny import CPU, random_model, small_engine
 from qwenlet.cache import PagePool
+from qwenlet.engine import Engine, Request
 from qwenlet.engine.prefix import PrefixCache
 
 CONFIG = random_model("fp32").config
@@ -129,3 +130,29 @@ def test_a_copy_holds_the_same_in_all_layers() -> None:
     for table in (*p.k, *p.v, *p.k_scales, *(p.v_scales or ())):
         assert torch.equal(table[0], table[2])
         assert not torch.equal(table[0], table[1])
+
+
+@pytest.mark.parametrize("kind", ["fp32", "int4"])
+def test_switched_off_log_n_attention_is_a_model_without_it(kind: str) -> None:
+    """Of four readers of one text two have it taken away, side by side and after each other, in pieces: nobody takes
+    over what was stored with it, or without."""
+    ids = [(7 * n) % 250 for n in range(200)]
+    engine = small_engine(random_model(kind), kind, prefill_chunk=64)
+    without = small_engine(random_model(kind, use_logn_attn=False, use_dynamic_ntk=False), kind)
+    alpha = engine.model.config.ntk_alpha(len(ids))
+
+    def read(engine: Engine, logn: bool) -> tuple[Request, list[torch.Tensor]]:
+        parts: list[torch.Tensor] = []
+        return engine.read(ids, alpha, 0, lambda _, logits: parts.append(logits.cpu()), logn=logn), parts
+
+    pairs = [(logn, read(engine, logn)) for logn in (True, False, False, True)]
+    pairs.append((True, read(without, True)))
+    for _, (request, _) in pairs:
+        for _ in (engine if request is not pairs[-1][1][0] else without).stream(request):
+            pass
+    on, off, off_again, on_again, never = (torch.cat(parts) for _, (_, parts) in pairs)
+    assert torch.equal(off, never)
+    assert torch.equal(off, off_again)
+    assert torch.equal(on, on_again)
+    assert torch.equal(on[:64], off[:64])
+    assert not torch.allclose(on[64:], off[64:], atol=1e-3)

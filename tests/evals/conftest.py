@@ -55,4 +55,4 @@ def data(tmp_path: Path) -> DataFolder:
 
 @pytest.fixture
 def bench(llm: qwenlet.LLM, data: DataFolder) -> Bench:
-    return Bench(data, llm.tokenizer, llm.context_length)
+    return Bench(data, llm.tokenizer, llm.context_length, llm.config)

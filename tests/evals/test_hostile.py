@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.evals.boxed import box, need_sandbox, processes_saying
+
+from evals.boxed import box, need_sandbox, processes_saying
 
 
 @pytest.fixture(autouse=True)

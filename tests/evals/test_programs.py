@@ -7,8 +7,8 @@ import itertools
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.evals.boxed import need_sandbox
 
+from evals.boxed import need_sandbox
 from qwenlet.evals.programs import body, definitions, judge, parsed, pass_at_k
 from qwenlet.evals.sandbox import Limits
 

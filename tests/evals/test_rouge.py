@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
-from tests.engine.tiny import byte_tokenizer
 
+from engine.tiny import byte_tokenizer
 from qwenlet.evals.rouge import longest_common, rouge_l, words
 
 

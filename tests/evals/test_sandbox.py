@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.evals.boxed import box, need_sandbox
 
+from evals.boxed import box, need_sandbox
 from qwenlet.errors import SandboxError
 from qwenlet.evals import sandbox
 from qwenlet.evals.seccomp import CLONE, DENIED, filter_program

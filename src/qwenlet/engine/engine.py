@@ -168,10 +168,15 @@ class Engine:
         first: int,
         reader: Reader,
         *,
+        logn: bool = True,
         priority: int = 0,
         timeout: float | None = None,
     ) -> Request:
-        """Queues ids whose logits from position `first` on `reader` gets, piece by piece, on the model's device."""
+        """Queues ids whose logits from position `first` on `reader` gets, piece by piece, on the model's device.
+
+        Args:
+            logn: False reads them without log-n attention, as the model would without it.
+        """
         if len(ids) > self.context_length:
             raise ContextLengthError(len(ids), self.context_length, 0)
         request = Request(
@@ -180,6 +185,7 @@ class Engine:
             alpha=alpha,
             stop_tokens=StopTokens(()),
             stop_texts=StopTexts(()),
+            logn=logn,
             reader=reader,
             read_from=first,
             priority=priority,

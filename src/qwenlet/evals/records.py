@@ -73,7 +73,7 @@ class Record:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Record:
         answer, scored = dict(value["answer"]), dict(value["scored"])
-        for name in ("logprobs", "texts", "finish_reasons"):
+        for name in ("logprobs", "greedy", "texts", "finish_reasons"):
             answer[name] = tuple(answer.get(name, ()))
         scored["guessed"] = tuple(scored["guessed"])
         return cls(

@@ -126,7 +126,7 @@ class Run:
         outcomes = []
         for precision in precisions:
             with load(precision) as llm:
-                bench = Bench(self.data, llm.tokenizer, llm.context_length)
+                bench = Bench(self.data, llm.tokenizer, llm.context_length, llm.config)
                 chosen = [(task, *self._chosen(llm, task, bench)) for task in found]
                 for task, samples, available in chosen:
                     outcome = self._one(llm, task, bench, precision, samples, available, progress)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -151,8 +151,8 @@ class _Reading:
             self._logprobs += _finite(logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0])
 
         # the last token's own logits would predict what comes after the passage
-        alpha = self.llm.config.ntk_alpha(len(ids))
-        return [self.llm.engine.read(ids[:-1], alpha, first - 1, read)]
+        alpha = self.llm.config.ntk_alpha(len(ids)) if self.passage.ntk else 1.0
+        return [self.llm.engine.read(ids[:-1], alpha, first - 1, read, logn=self.passage.logn)]
 
     def ended(self, request: Request, completion: Completion) -> list[Request]:
         return []
@@ -172,20 +172,20 @@ class _Choosing:
         self._options: list[tuple[int, ...]] = []
         self._later = range(0)  # options that wait for the first
         self._logprobs: list[float] = []
+        self._greedy: list[bool] = []
         self._tokens = 0
 
     def begin(self) -> list[Request]:
         vocab = self.llm.config.vocab_size
-        encode = self.llm.tokenizer.encode
-        prompt = encode(self.question.prompt, allowed_special=set())
+        prompt = _ids(self.llm, self.question.prompt)
         window = self.question.window
         if window is not None and len(prompt) > window:
             prompt = prompt[1 - window :]
         self._prompt = check_prompt(prompt, vocab)
-        self._options = [check_prompt(encode(text, allowed_special=set()), vocab) for text in self.question.options]
+        self._options = [check_prompt(_ids(self.llm, option), vocab) for option in self.question.options]
         if all(len(option) == 1 for option in self._options):
             return [self._read(self._prompt, self._all_at_once)]
-        self._logprobs = [0.0] * len(self._options)
+        self._logprobs, self._greedy = [0.0] * len(self._options), [True] * len(self._options)
         self._later = range(1, len(self._options))
         return [self._option(0)]
 
@@ -197,6 +197,7 @@ class _Choosing:
     def _all_at_once(self, _: int, logits: Tensor) -> None:
         ids = torch.tensor([option[0] for option in self._options], device=logits.device)
         self._logprobs = _finite(logits[-1].log_softmax(-1)[ids])
+        self._greedy = (ids == logits[-1].argmax()).tolist()
 
     def _option(self, number: int) -> Request:
         option, first = self._options[number], len(self._prompt) - 1
@@ -205,6 +206,7 @@ class _Choosing:
         def read(position: int, logits: Tensor) -> None:
             wanted = targets[position - first :][: len(logits)].to(logits.device)
             self._logprobs[number] += math.fsum(_finite(logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0]))
+            self._greedy[number] &= bool((logits.argmax(-1) == wanted).all())
 
         return self._read((*self._prompt, *option[:-1]), read)
 
@@ -214,7 +216,9 @@ class _Choosing:
         return [self._option(number) for number in later]
 
     def answer(self) -> Answer:
-        return Answer(logprobs=tuple(self._logprobs), prompt_tokens=self._tokens, error=self.error)
+        return Answer(
+            logprobs=tuple(self._logprobs), greedy=tuple(self._greedy), prompt_tokens=self._tokens, error=self.error
+        )
 
 
 class _Writing:
@@ -232,10 +236,10 @@ class _Writing:
 
     def begin(self) -> list[Request]:
         if isinstance(self.question, Continuation):
-            return self._submit(self.llm.tokenizer.encode(self.question.prompt, allowed_special=set()))
+            return self._submit(_ids(self.llm, self.question.prompt))
         return self._submit(chat.render(self.llm.tokenizer, self._messages))
 
-    def _submit(self, ids: list[int]) -> list[Request]:
+    def _submit(self, ids: Sequence[int]) -> list[Request]:
         return self.llm.engine.submit(ids, self._params)
 
     def ended(self, request: Request, completion: Completion) -> list[Request]:
@@ -256,6 +260,11 @@ class _Writing:
             new_tokens=sum(completion.completion_tokens for completion in completions),
             error=self.error,
         )
+
+
+def _ids(llm: LLM, prompt: str | Sequence[int]) -> Sequence[int]:
+    """Text encoded as text, whatever control tokens it spells; ids as they are."""
+    return llm.tokenizer.encode(prompt, allowed_special=set()) if isinstance(prompt, str) else prompt
 
 
 class _Reader(Protocol):

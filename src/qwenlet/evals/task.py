@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Literal
 
 from qwenlet.chat import Message
 from qwenlet.checkpoint import DEFAULT_SYSTEM
-from qwenlet.config import SamplingParams
+from qwenlet.config import ModelConfig, SamplingParams
 from qwenlet.errors import EvalError
 from qwenlet.evals.data import DataFolder
 from qwenlet.evals.figures import Figure, Plot
@@ -39,29 +39,36 @@ class Choices:
     """Which of some continuations is the likeliest?
 
     Attributes:
-        prompt: text, encoded as a whole.
-        options: what may follow it; each is encoded by itself. Options of one token cost one pass for all of them.
+        prompt: text, encoded as a whole, or ids.
+        options: what may follow it, texts or ids; each is encoded by itself. Options of one token cost one pass for all
+            of them.
         window: of a prompt of more tokens than this, the last `window - 1` are read, as published; None: all are.
     """
 
-    prompt: str
-    options: tuple[str, ...]
+    prompt: str | tuple[int, ...]
+    options: tuple[str | tuple[int, ...], ...]
     window: int | None = None
 
 
 @dataclass(frozen=True)
 class Passage:
-    """How likely is each token of a text from position `first` on, given those before it?"""
+    """How likely is each token of a text from position `first` on, given those before it?
+
+    Attributes:
+        ntk, logn: False takes dynamic NTK, or log-n attention, away from a model that has it.
+    """
 
     ids: tuple[int, ...]
     first: int = 1
+    ntk: bool = True
+    logn: bool = True
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """What follows a text?"""
+    """What follows a text, or ids?"""
 
-    prompt: str
+    prompt: str | tuple[int, ...]
     params: SamplingParams = GREEDY
 
 
@@ -120,6 +127,7 @@ class Answer:
 
     Attributes:
         logprobs: natural logs. Of Choices, one per option; of a Passage, one per token from `first` on.
+        greedy: of Choices, whether greedy decoding would have written that option.
         texts: of a Continuation or a Dialogue the n replies, or of a Dialogue of several turns the reply of each turn.
         finish_reasons: "stop" or "length", one per text.
         prompt_tokens, new_tokens: of all passes for this question.
@@ -127,6 +135,7 @@ class Answer:
     """
 
     logprobs: tuple[float, ...] = ()
+    greedy: tuple[bool, ...] = ()
     texts: tuple[str, ...] = ()
     finish_reasons: tuple[str, ...] = ()
     prompt_tokens: int = 0
@@ -189,11 +198,13 @@ class Bench:
 
     Attributes:
         context_length: positions one question may use.
+        config: the model's shapes and maths.
     """
 
     data: DataFolder
     tokenizer: Tokenizer
     context_length: int
+    config: ModelConfig
 
 
 class Task:

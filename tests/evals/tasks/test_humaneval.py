@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.evals.boxed import need_sandbox
 
 import qwenlet
+from evals.boxed import need_sandbox
 from qwenlet.errors import EvalError, SandboxError
 from qwenlet.evals import sandbox, tasks
 from qwenlet.evals.run import Run

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from tests.evals.boxed import need_sandbox
 
+from evals.boxed import need_sandbox
 from qwenlet.evals import tasks
 from qwenlet.evals.task import Answer, Bench, Continuation, Dialogue
 from qwenlet.evals.tasks.mbpp import called

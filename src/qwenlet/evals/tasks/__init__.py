@@ -22,6 +22,9 @@ TASKS: dict[str, tuple[str, str]] = {
     "tool-use-en": ("tool_use", "ToolUseEn"),
     "tool-use-zh": ("tool_use", "ToolUseZh"),
     "mt-bench": ("mt_bench", "MtBench"),
+    "length": ("length", "Length"),
+    "needle": ("needle", "Needle"),
+    "needle-zh": ("needle", "NeedleZh"),
 }
 
 
