@@ -14,6 +14,19 @@ from qwenlet.evals.task import Task
 # name -> (module, class). A name with an argument is written NAME:ARGUMENT (perplexity:FILE).
 TASKS: dict[str, tuple[str, str]] = {
     "mmlu": ("mmlu", "Mmlu"),
+    "mmlu-chat": ("mmlu", "MmluChat"),
+    "ceval": ("ceval", "Ceval"),
+    "ceval-chat": ("ceval", "CevalChat"),
+    "ceval-test": ("ceval", "CevalTest"),
+    "cmmlu": ("cmmlu", "Cmmlu"),
+    "gsm8k": ("gsm8k", "Gsm8k"),
+    "gsm8k-chat": ("gsm8k", "Gsm8kChat"),
+    "gsm8k-chat-4shot": ("gsm8k", "Gsm8kChat4"),
+    "bbh": ("bbh", "Bbh"),
+    "longbench": ("longbench", "LongBench"),
+    "perplexity": ("perplexity", "Perplexity"),
+    "wikitext2": ("perplexity", "WikiText2"),
+    "zh-perplexity": ("perplexity", "Chinese"),
 }
 
 
