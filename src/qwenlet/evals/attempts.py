@@ -6,7 +6,7 @@ import copy
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import ClassVar, Self
+from typing import Self
 
 from qwenlet.config import SamplingParams
 from qwenlet.errors import EvalError
@@ -25,7 +25,7 @@ class AttemptsTask(Task):
         temperature: of more than one.
     """
 
-    measures: ClassVar[tuple[str, ...]] = ("pass@1", "pass@1, improved extraction")
+    measures = ("pass@1", "pass@1, improved extraction")
     attempts = 1
     temperature = 0.0
 
@@ -44,9 +44,9 @@ class AttemptsTask(Task):
         task = copy.copy(self)
         task.attempts, task.temperature = count, temperature
         ks = [k for k in _KS if k <= count]
-        task.name = f"{self.name}:{argument}"  # type: ignore[misc]
-        task.title = f"{self.title}, {count} attempts at temperature {temperature:g}"  # type: ignore[misc]
-        task.measures = tuple(_measure(k, rule) for rule in RULES for k in ks)  # type: ignore[misc]
+        task.name = f"{self.name}:{argument}"
+        task.title = f"{self.title}, {count} attempts at temperature {temperature:g}"
+        task.measures = tuple(_measure(k, rule) for rule in RULES for k in ks)
         return task
 
     def params(self, stop: Sequence[str] = ()) -> SamplingParams:

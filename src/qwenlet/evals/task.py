@@ -17,7 +17,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from qwenlet.chat import Message
 from qwenlet.checkpoint import DEFAULT_SYSTEM
@@ -218,11 +218,11 @@ class Task:
         measures: the keys of `Scored.values`, the published one first; the first is the running score.
     """
 
-    name: ClassVar[str]
-    title: ClassVar[str]
-    kind: ClassVar[Literal["likelihood", "generation"]]
-    chat: ClassVar[bool] = False
-    measures: ClassVar[tuple[str, ...]] = ("accuracy",)
+    name: str
+    title: str
+    kind: Literal["likelihood", "generation"]
+    chat: bool = False
+    measures: tuple[str, ...] = ("accuracy",)
 
     def with_argument(self, argument: str) -> Task:
         """The task for what stands behind the colon of NAME:ARGUMENT."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
 import json
+import sys
 from typing import Any
 
 import pytest
@@ -193,13 +193,6 @@ def test_values_inside_values() -> None:
 
 
 def test_without_json5_the_install_line(questions: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    there = builtins.__import__
-
-    def missing(name: str, *rest: Any) -> Any:
-        if name == "json5":
-            raise ImportError(name)
-        return there(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", missing)
+    monkeypatch.setitem(sys.modules, "json5", None)
     with pytest.raises(MissingExtraError, match=r"qwenlet\[evals\]"):
         tasks.get("tool-use").samples(questions)

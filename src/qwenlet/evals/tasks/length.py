@@ -48,8 +48,8 @@ class Length(Task):
     def with_argument(self, argument: str) -> Self:
         task = copy.copy(self)
         task.file = argument
-        task.name = f"{self.name}:{Path(argument).name}"  # type: ignore[misc]
-        task.title = f"{self.title}, {Path(argument).name}"  # type: ignore[misc]
+        task.name = f"{self.name}:{Path(argument).name}"
+        task.title = f"{self.title}, {Path(argument).name}"
         return task
 
     def samples(self, bench: Bench) -> list[Sample]:

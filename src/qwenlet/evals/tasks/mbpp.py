@@ -42,7 +42,7 @@ class Mbpp(AttemptsTask):
             return super().with_argument(argument)
         task = copy.copy(self)
         task.sanitized = True
-        task.name, task.title = f"{self.name}:{argument}", f"{self.title}, sanitized"  # type: ignore[misc]
+        task.name, task.title = f"{self.name}:{argument}", f"{self.title}, sanitized"
         return task
 
     def samples(self, bench: Bench) -> list[Sample]:

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from qwenlet.evals.choices import LETTERS, check_library, improved_english, published_english
 from qwenlet.evals.figures import Figure
 from qwenlet.evals.statistics import grouped, mean
-from qwenlet.evals.task import Answer, Bench, Choices, Result, Sample, Scored, Summary, Task
+from qwenlet.evals.task import Answer, Bench, Choices, Dialogue, Result, Sample, Scored, Summary, Task
+from qwenlet.evals.tasks.exam import SHOTS, lines, options, score_likeliest, score_reply
 
-LETTERS = ("A", "B", "C", "D")
 COLUMNS = ("question", *LETTERS, "answer")
-SHOTS = 5
 WINDOW = 2048  # of the published script; longer prompts lose their beginning
 
 # the published script's order of subjects, which is the order of its questions here
@@ -55,10 +55,46 @@ class Mmlu(Task):
         return found
 
     def score(self, sample: Sample, answer: Answer, bench: Bench) -> Scored:
-        return score_choice(sample, answer)
+        return score_likeliest(sample, answer)
 
     def summary(self, results: Sequence[Result], bench: Bench) -> Summary:
         return summary(self, results)
+
+
+class MmluChat(Task):
+    """0-shot: the question alone, answered in the model's own words."""
+
+    name = "mmlu-chat"
+    title = "MMLU (0-shot, chat)"
+    kind = "generation"
+    chat = True
+    measures = ("published", "improved")
+
+    def samples(self, bench: Bench) -> list[Sample]:
+        check_library()
+        return [
+            Sample(
+                f"{subject}/{number}",
+                Dialogue.ask(INSTRUCTION + row["question"] + lines(row) + "\n"),
+                row["answer"],
+                subject,
+                {"question": row["question"], "options": options(row)},
+            )
+            for subject in CATEGORY
+            for number, row in enumerate(bench.data.rows(f"mmlu/test/{subject}_test.csv", COLUMNS))
+        ]
+
+    def score(self, sample: Sample, answer: Answer, bench: Bench) -> Scored:
+        return score_reply(sample, answer, published_english, improved_english)
+
+    def summary(self, results: Sequence[Result], bench: Bench) -> Summary:
+        return summary(self, results)
+
+
+INSTRUCTION = (
+    "The following is a multiple-choice question. Please choose the most suitable one among A, B, C and D as the "
+    "answer to this question.\n\n"
+)
 
 
 def head(subject: str) -> str:
@@ -67,16 +103,7 @@ def head(subject: str) -> str:
 
 def asked(row: dict[str, str]) -> str:
     """A question with its options, up to where the answer is due."""
-    options = "".join(f"\n{letter}. {row[letter]}" for letter in LETTERS)
-    return f"Question: {row['question']}{options}\nAnswer:"
-
-
-def score_choice(sample: Sample, answer: Answer) -> Scored:
-    """Right where the likeliest option is the target's."""
-    if answer.error is not None:
-        return Scored({"accuracy": 0.0})
-    chosen = LETTERS[answer.likeliest]
-    return Scored({"accuracy": float(chosen == sample.target)}, {"likeliest": chosen})
+    return f"Question: {row['question']}{lines(row)}\nAnswer:"
 
 
 def summary(task: Task, results: Sequence[Result]) -> Summary:

@@ -32,7 +32,7 @@ from typing import Any
 
 from qwenlet.chat import Message
 from qwenlet.checkpoint import DEFAULT_SYSTEM
-from qwenlet.errors import MissingExtraError
+from qwenlet.evals.extras import library
 from qwenlet.evals.figures import Figure
 from qwenlet.evals.rouge import rouge_l
 from qwenlet.evals.statistics import mean
@@ -245,9 +245,4 @@ def _same(value: Any, right: Any) -> bool:
 
 
 def _json5() -> ModuleType:
-    try:
-        import json5
-    except ImportError:
-        raise MissingExtraError("json5", "evals", "reading calls as the published script does") from None
-    module: ModuleType = json5
-    return module
+    return library("json5", "reading calls as the published script does")
