@@ -25,7 +25,7 @@ class AttemptsTask(Task):
         temperature: of more than one.
     """
 
-    measures = ("pass@1", "pass@1, improved extraction")
+    measures: tuple[str, ...] = ("pass@1", "pass@1, improved extraction")
     attempts = 1
     temperature = 0.0
 
