@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from qwenlet.api import LLM
     from qwenlet.evals.run import Outcome, Progress
 
+CACHE_TOKENS = 16384  # unless --cache-tokens says otherwise: enough for many samples at once
 _LINE_SECONDS = 30.0  # between two lines of progress where there is no terminal
 
 evaluating, listing = new_app(), new_app()
@@ -60,6 +61,8 @@ def evaluate(
     """
     from qwenlet.evals.data import DataFolder
     from qwenlet.evals.run import PRECISIONS, Run
+
+    engine.setdefault("cache_tokens", max(CACHE_TOKENS, engine.get("max_context", 0)))
 
     def load(precision: str) -> LLM:
         from qwenlet.api import load
