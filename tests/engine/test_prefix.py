@@ -53,6 +53,25 @@ def test_what_two_computed_at_once_is_kept_once() -> None:
     assert p.holders(second[0]) == 0, "nobody needs it"
 
 
+def test_a_page_whose_parent_was_given_up_is_not_held_twice() -> None:
+    """Two requests store the same beginning at once; the index keeps the first one's page, and the second one goes on
+    behind it. The first ends, its page goes, and the second is indexed again from its own beginning."""
+    p = pool()
+    index = PrefixCache(p)
+    first, second = p.take(1), p.take(3)
+    index.keep("root", A, first)
+    index.keep("root", A + B, second[:2])
+    p.give_back(first)
+    assert index.give_up(1) == 1
+    index.keep("root", A + B + C, second)
+    assert index.find("root", A + B + C, 192) == second
+    p.give_back(second)
+    p.give_back(second)
+    assert index.idle == 3, "each is held once, by the index"
+    assert index.give_up(3) == 3
+    assert p.free_pages == p.pages
+
+
 def test_idle_pages_go_least_recently_used_first_and_from_the_end() -> None:
     p = pool()
     index = PrefixCache(p)

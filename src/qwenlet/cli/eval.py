@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from qwenlet.api import LLM
     from qwenlet.evals.run import Outcome, Progress
 
+CACHE_TOKENS = 16384  # unless --cache-tokens says otherwise: enough for many samples at once
 _LINE_SECONDS = 30.0  # between two lines of progress where there is no terminal
 
-evaluating, listing = new_app(), new_app()
+evaluating, comparing, reporting, listing = new_app(), new_app(), new_app(), new_app()
 
 
 def app(arguments: Sequence[str], prog_name: str, standalone_mode: bool) -> Any:
@@ -59,7 +60,10 @@ def evaluate(
     eval list` names the tasks.
     """
     from qwenlet.evals.data import DataFolder
+    from qwenlet.evals.report import report
     from qwenlet.evals.run import PRECISIONS, Run
+
+    engine.setdefault("cache_tokens", max(CACHE_TOKENS, engine.get("max_context", 0)))
 
     def load(precision: str) -> LLM:
         from qwenlet.api import load
@@ -73,7 +77,8 @@ def evaluate(
         outcomes = run.evaluate(tasks, load, [word.strip() for word in precisions.split(",")], told.update)
     for outcome in outcomes:
         _show(outcome)
-    print(out)
+    for path in report(out).save(out):
+        print(path)
 
 
 class _Told:
@@ -127,6 +132,39 @@ def _some(ids: Sequence[str]) -> str:
     return ", ".join(ids[:3]) + (" ..." if len(ids) > 3 else "")
 
 
+@comparing.command()
+def compare(
+    first: Annotated[str, typer.Argument(metavar="A", help="A run: its folder, or FOLDER:PRECISION.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="Another, or the same at another precision.")],
+) -> None:
+    """Test whether two runs over the same samples differ.
+
+    Right and wrong answers by McNemar's exact test, other measures by a bootstrap over samples.
+    """
+    from qwenlet.evals.compare import compare
+
+    for one in compare(first, second):
+        result = one.result
+        print(
+            f"{one.task}, {one.measure}: {one.first} {result.first:.4f}, {one.second} {result.second:.4f}, difference "
+            f"{result.difference:+.4f} ± {result.error:.4f} (95 %: {result.low:+.4f} to {result.high:+.4f}), better "
+            f"{result.better}, worse {result.worse} of {result.count}, p = {result.p_value:.4f} ({result.test})"
+        )
+        if one.left_out:
+            console.note(f"  {one.left_out} samples are in one run only, or were asked differently")
+
+
+@reporting.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
+) -> None:
+    """Write the report of a run again: Markdown, JSON, and a page with plots."""
+    from qwenlet.evals.report import report
+
+    for path in report(run).save(run):
+        print(path)
+
+
 @listing.command()
 def list_tasks() -> None:
     """Name the tasks."""
@@ -136,4 +174,4 @@ def list_tasks() -> None:
         print(f"{name:20}  {tasks.get(name).title}")
 
 
-_WORDS = {"list": listing}
+_WORDS = {"compare": comparing, "report": reporting, "list": listing}

@@ -30,6 +30,7 @@ class PrefixCache:
     def __init__(self, pool: PagePool) -> None:
         self._pool = pool
         self._entries: OrderedDict[_Key, _Entry] = OrderedDict()  # least recently used first
+        self._keys: dict[int, _Key] = {}  # of each page in the index
         self._count = 0
         self.asked = self.found = 0
 
@@ -61,12 +62,21 @@ class PrefixCache:
             assert len(key[1]) == PAGE_TOKENS, f"page {at} is not full: {len(key[1])} tokens"
             entry = self._entries.get(key)
             if entry is None:  # else another request computed the same at the same time
-                self._pool.share([page])
-                self._count += 1
-                entry = self._entries[key] = _Entry(self._count, page)
+                entry = self._enter(key, page)
             chain.append(key)
             parent = entry.number
         self._touch(chain)
+
+    def _enter(self, key: _Key, page: int) -> _Entry:
+        """A new entry; a page that is known behind a page that was given up moves, and is still held once."""
+        if (old := self._keys.get(page)) is None:
+            self._pool.share([page])
+        else:
+            del self._entries[old]
+        self._count += 1
+        self._keys[page] = key
+        entry = self._entries[key] = _Entry(self._count, page)
+        return entry
 
     def _touch(self, chain: Sequence[_Key]) -> None:
         for key in reversed(chain):
@@ -85,7 +95,7 @@ class PrefixCache:
                 break
             entry = self._entries[key]
             if self._pool.holders(entry.page) == 1:
-                del self._entries[key]
+                del self._entries[key], self._keys[entry.page]
                 self._pool.give_back([entry.page])
                 freed += 1
         return freed
@@ -95,3 +105,4 @@ class PrefixCache:
         for entry in self._entries.values():
             self._pool.give_back([entry.page])
         self._entries.clear()
+        self._keys.clear()

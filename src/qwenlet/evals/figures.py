@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,24 @@ class Figure:
 
 
 @dataclass(frozen=True)
+class Bars:
+    """A number, and perhaps its error, for each name; `ours` are drawn apart."""
+
+    title: str
+    names: Sequence[str]
+    values: Sequence[float]
+    errors: Sequence[float | None]
+    ours: Sequence[bool]
+    kind: Literal["bars"] = "bars"
+
+
+@dataclass(frozen=True)
 class Lines:
-    """Curves over a common axis: `curves` are (name, one value per x or None where there is none)."""
+    """Curves over a common axis: `curves` are (name, one value per x or None where there is none).
+
+    Attributes:
+        logarithmic: the axis of values; that of x is marked at its values, one step from each to the next.
+    """
 
     title: str
     x_name: str
@@ -46,6 +62,7 @@ class Lines:
     x: Sequence[float]
     curves: Sequence[tuple[str, Sequence[float | None]]]
     logarithmic: bool = False
+    kind: Literal["lines"] = "lines"
 
 
 @dataclass(frozen=True)
@@ -58,6 +75,13 @@ class HeatMap:
     columns: Sequence[str]
     rows: Sequence[str]
     values: Sequence[Sequence[float | None]]
+    kind: Literal["heat map"] = "heat map"
 
 
-Plot = Lines | HeatMap
+Plot = Bars | Lines | HeatMap
+
+
+def plot_from_json(raw: Mapping[str, Any]) -> Plot:
+    """A plot as `dataclasses.asdict` made it plain."""
+    kinds: dict[str, type[Plot]] = {"bars": Bars, "lines": Lines, "heat map": HeatMap}
+    return kinds[raw["kind"]](**raw)

@@ -194,7 +194,12 @@ class Run:
     def _write(self, outcome: Outcome) -> None:
         """Adds an outcome to results.json, in place of an earlier one of the same task and precision."""
         path = self.out / RESULTS
-        results = read_results(self.out) if path.exists() else {"outcomes": []}
+        results: dict[str, Any] = {"outcomes": []}
+        if path.exists():
+            try:
+                results = read_results(self.out)
+            except EvalError as problem:
+                self.note(f"{problem.message}; it is written again")
         plain = asdict(outcome)
         files = plain["summary"].pop("files")
         key = (outcome.task, outcome.precision)
