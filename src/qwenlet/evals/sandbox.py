@@ -165,8 +165,9 @@ def interpreter() -> str:
         said.append(f"{python}: {outcome.summary}")
     raise SandboxError(
         f"the sandbox can't start: {'; '.join(said)}",
-        hint="bubblewrap needs user namespaces (sysctl kernel.unprivileged_userns_clone, user.max_user_namespaces, "
-        "kernel.apparmor_restrict_unprivileged_userns; in Docker --security-opt seccomp=unconfined) and version 0.7",
+        hint="bubblewrap needs version 0.7, user namespaces (see sysctl user.max_user_namespaces, "
+        "kernel.unprivileged_userns_clone and kernel.apparmor_restrict_unprivileged_userns) and, in a container, the "
+        "permission to make them and to mount /proc",
     )
 
 
