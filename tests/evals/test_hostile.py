@@ -580,6 +580,25 @@ def test_abstract_sockets_are_not_there() -> None:
     assert "ConnectionRefusedError" in outcome.summary
 
 
+def test_sockets_that_no_namespace_holds() -> None:
+    """vsock is a virtual machine's line to its host; netlink, packets and crypto are lines into the kernel."""
+    outcome = box(
+        """
+        import errno, socket
+        for family in (16, 17, 38, 40):
+            try:
+                socket.socket(family, socket.SOCK_RAW if family < 20 else socket.SOCK_STREAM)
+                print("made", family)
+            except OSError as error:
+                assert error.errno == errno.EAFNOSUPPORT, error
+        socket.socketpair()
+        print("pair")
+        """
+    )
+    assert outcome.ok, outcome.stderr
+    assert outcome.stdout == "pair\n"
+
+
 @pytest.mark.parametrize(
     "call",
     [

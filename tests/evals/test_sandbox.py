@@ -13,7 +13,7 @@ import pytest
 from evals.boxed import box, need_sandbox
 from qwenlet.errors import SandboxError
 from qwenlet.evals import sandbox
-from qwenlet.evals.seccomp import CLONE, DENIED, filter_program
+from qwenlet.evals.seccomp import CLONE, DENIED, SOCKET, filter_program
 
 
 @pytest.fixture
@@ -59,6 +59,18 @@ def test_many_run_side_by_side_and_come_in_order() -> None:
     programs = [f"import time\ntime.sleep({0.2 if n % 2 else 0})\nprint({n})" for n in range(6)]
     outcomes = list(sandbox.run_all(programs))
     assert [int(outcome.stdout) for outcome in outcomes] == list(range(6))
+
+
+def test_an_exit_code_above_all_signals_is_one() -> None:
+    need_sandbox()
+    outcome = box("raise SystemExit(250)")
+    assert (outcome.ending, outcome.code) == ("exit", 250)
+
+
+def test_a_python_at_home_brings_no_home_along() -> None:
+    options = sandbox._box("/home/ada/bin/python3.12", sandbox.Limits())
+    shown = [path for path in options if path.startswith("/home")]
+    assert set(shown) == {"/home/ada/bin", "/home/ada/lib", "/home/ada/lib64"}
 
 
 @pytest.mark.usefixtures("_fresh")
@@ -116,11 +128,16 @@ def test_the_filter_does_what_its_table_says(machine: str) -> None:
 
     denied = {numbers[column] for numbers in DENIED.values()}
     for number in range(600):
+        if number == SOCKET[column]:
+            continue
         expected = refuse if number in denied else absent if number == 435 else allow
         assert verdict(number) == expected, number
     assert verdict(CLONE[column], 0x11) == allow
     assert verdict(CLONE[column], 0x3D0F00) == allow  # a thread
     assert verdict(CLONE[column], 0x10000000) == refuse
+    for family in range(64):
+        expected = allow if family in (1, 2, 10) else 0x00050061
+        assert verdict(SOCKET[column], family) == expected, family
     assert verdict(0, arch=0x40000003) == kill
     if machine == "x86_64":
         assert verdict(0x40000000 + 101) == absent

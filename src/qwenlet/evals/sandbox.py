@@ -73,7 +73,7 @@ class Limits:
         files: files and folders in /tmp.
     """
 
-    wall_seconds: float = 10.0
+    wall_seconds: float = 20.0
     cpu_seconds: int = 8
     memory_bytes: int = 512 * _MIB
     tmp_bytes: int = 16 * _MIB
@@ -227,7 +227,8 @@ def _box(python: str, limits: Limits) -> list[str]:
         options += ["--ro-bind-try", name, name]
     prefix = Path(python).parent.parent
     if not prefix.is_relative_to("/usr"):
-        options += ["--ro-bind", str(prefix), str(prefix)]
+        for name in ("bin", "lib", "lib64"):  # not the prefix, which may be somebody's home
+            options += ["--ro-bind-try", str(prefix / name), str(prefix / name)]
     size = ["--size", str(limits.tmp_bytes), "--tmpfs"]
     options += ["--proc", "/proc", "--dev", "/dev", *size, "/dev/shm", "--remount-ro", "/dev", *size, "/tmp"]
     return [*options, "--chdir", "/tmp"]
@@ -320,9 +321,8 @@ class _Watch:
     def _documents(self) -> dict[str, int]:
         """What bubblewrap has told so far."""
         told: dict[str, int] = {}
-        for line in self.said[self.status].split(b"\n"):
-            if line.strip():
-                told |= json.loads(line)
+        for line in self.said[self.status].split(b"\n")[:-1]:
+            told |= json.loads(line)
         return told
 
     def _look(self) -> None:
@@ -383,7 +383,7 @@ class _Watch:
                 words = self.said[self.stderr].decode("utf-8", "replace").strip()
                 raise SandboxError(f"bubblewrap did not start the program: {words or 'it said nothing'}")
             ending = "exit"
-            if code > _SIGNAL_BASE:
+            if _SIGNAL_BASE < code <= _SIGNAL_BASE + signal.SIGRTMAX:
                 ending, code = "signal", code - _SIGNAL_BASE
             if ending == "signal" and code == signal.SIGXCPU:
                 ending, code = "cpu", None

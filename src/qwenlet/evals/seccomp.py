@@ -1,8 +1,9 @@
 """The system calls that model-written code is refused, as a filter program of the kernel (seccomp, classic BPF).
 
 The namespaces already cut it off; this closes doors that limits don't see: memory that belongs to no process (memfd,
-System V), other processes' memory, namespaces of its own, kernel interfaces with a history of holes. Calls fail with
-EPERM, as where a kernel was built without them. Left out: a list of what is allowed, which every libc update breaks.
+System V), other processes' memory, namespaces of its own, sockets that no network namespace holds (a virtual machine's
+line to its host), kernel interfaces with a history of holes. Calls fail as where a kernel was built without them. Left
+out: a list of what is allowed, which every libc update breaks.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ DENIED: dict[str, tuple[int, int]] = {
     "pidfd_getfd": (438, 438),
     "memfd_secret": (447, 447),
 }
+SOCKET = (41, 198)
+FAMILIES = (1, 2, 10)  # AF_UNIX, AF_INET, AF_INET6: what the box's own network namespace holds
 CLONE = (56, 220)
 CLONE3 = (435, 435)
 NEW_NAMESPACES = 0x7E020000  # every CLONE_NEW* flag that clone takes
@@ -50,7 +53,7 @@ _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 _LOAD, _JUMP_EQUAL, _JUMP_AT_LEAST, _JUMP_BITS, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT = 0, 4, 16  # offsets in struct seccomp_data
 _ALLOW, _KILL, _ERROR = 0x7FFF0000, 0x80000000, 0x00050000
-_EPERM, _ENOSYS = 1, 38
+_EPERM, _ENOSYS, _EAFNOSUPPORT = 1, 38, 97
 
 
 def filter_program(machine: str | None = None) -> bytes:
@@ -80,6 +83,10 @@ def filter_program(machine: str | None = None) -> bytes:
     code += [(_JUMP_EQUAL, 0, 1, CLONE3[column]), (_RETURN, 0, 0, _ERROR | _ENOSYS)]
     for numbers in DENIED.values():
         code += [(_JUMP_EQUAL, 0, 1, numbers[column]), (_RETURN, 0, 0, _ERROR | _EPERM)]
+    code += [(_JUMP_EQUAL, 0, len(FAMILIES) + 3, SOCKET[column]), (_LOAD, 0, 0, _FIRST_ARGUMENT)]
+    for left, family in zip(range(len(FAMILIES) - 1, -1, -1), FAMILIES, strict=True):
+        code += [(_JUMP_EQUAL, left, 0 if left else 1, family)]  # `left` more to jump over, or the last
+    code += [(_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _ERROR | _EAFNOSUPPORT)]
     code += [
         (_JUMP_EQUAL, 0, 3, CLONE[column]),
         (_LOAD, 0, 0, _FIRST_ARGUMENT),
