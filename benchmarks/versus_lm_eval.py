@@ -2,8 +2,9 @@
 
 Both get the same weights in float32, the same prompts and the same threads. lm-eval reads them as a local task (a YAML
 file over a JSON file) and scores the options it is given; so do we. Questions of a subject share their five examples,
-as in the whole benchmark: the first `--questions` of each of `--subjects` subjects are asked. lm-eval runs at each batch
-size of `--batch-sizes` on the first subject, and then everything at the quickest.
+as in the whole benchmark: the first `--questions` of each of `--subjects` subjects are asked, without those that are
+longer than the published window. lm-eval runs at each batch size of `--batch-sizes` on the first subject, and then
+everything at the quickest.
 
     python benchmarks/versus_lm_eval.py DATA --model demo --threads 2
 
