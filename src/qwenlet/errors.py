@@ -12,7 +12,8 @@
     │   └── DiskSpaceError                   ... because they would not fit
     ├── RequestError          (ValueError)   a prompt or a sampling parameter that can't be served
     │   └── ContextLengthError               prompt + reply don't fit the context (counts inside)
-    ├── StoreError                           conversations that can't be kept or found
+    ├── StoreError                           the file of conversations can't be used
+    │   └── NotStoredError                       ... or does not have what was named
     ├── EvalError                            data of an evaluation, or the folder of a run, that can't be used
     ├── EngineError                          the engine was shut down, or a step failed
     │   └── DeadlineError                    a request did not end within its time
@@ -94,6 +95,10 @@ class ContextLengthError(RequestError):
 
 class StoreError(QwenletError):
     """The file of conversations and responses can't be used, or does not have what was asked for."""
+
+
+class NotStoredError(StoreError):
+    """A conversation or a message of that name is not there."""
 
 
 class EvalError(QwenletError):

@@ -124,6 +124,11 @@ class QwenProgram:
         self.native.run(isa, rows.lengths, starts, tables, cos, sin, scale, logits_at, logits, seconds)
         return logits
 
+    def hidden(self, count: int) -> Tensor:
+        """Last hidden states, normed, of the first `count` tokens of the latest `forward`: float32 [count, C]."""
+        normed: Tensor = self._model.transformer.ln_f(self._x[:count])
+        return normed.float()
+
 
 def _native(module: nn.Module) -> QuantLinear | TiledLinear:
     assert isinstance(module, _NATIVE), f"{type(module).__name__} has no kernels"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,7 +24,10 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, work: Sequence[Work]) -> list[Tensor]:
-        """Stores the tokens' keys and values; of each request float32 logits [wanted, V], on the model's device."""
+        """Stores the tokens' keys and values; of each request float32 logits [wanted, V], on the model's device.
+
+        Of one that reads hidden states, those of its tokens [n, C].
+        """
         lengths = [len(one.tokens) for one in work]
         starts = [one.request.stored for one in work]
         spans = [torch.arange(start, start + count) for start, count in zip(starts, lengths, strict=True)]
@@ -35,25 +38,25 @@ class Runner:
         for one, count in zip(work, lengths, strict=True):
             end += count
             wanted += range(end - one.wanted, end)
-        logits = self._forward(ids, rows, [one.request.pages for one in work], starts, wanted)
-        return list(logits.split([one.wanted for one in work]))
-
-    @torch.inference_mode()
-    def hidden(self, ids: Sequence[int], alpha: float) -> Tensor:
-        """Last hidden states, normed: float32 [len(ids), C] on the CPU, by the modules. No page is touched."""
-        rows = Rows.fresh([len(ids)], [alpha], self.device)
-        with attention_backend(self.attention):
-            return self.model.hidden(torch.tensor(list(ids), device=self.device), rows).float().cpu()
+        logits, hidden = self._forward(ids, rows, [one.request.pages for one in work], starts, wanted)
+        found = list(logits.split([one.wanted for one in work]))
+        if not any(one.request.reads_hidden for one in work):
+            return found
+        states = hidden().split(lengths)
+        return [states[at] if one.request.reads_hidden else found[at] for at, one in enumerate(work)]
 
     def _forward(
         self, ids: Tensor, rows: Rows, tables: Sequence[Sequence[int]], starts: Sequence[int], wanted: Sequence[int]
-    ) -> Tensor:
+    ) -> tuple[Tensor, Callable[[], Tensor]]:
+        """Logits, and what gives the hidden states of all tokens."""
         at = torch.tensor(wanted, dtype=torch.long, device=self.device)
-        if self.program is not None:
-            return self.program.forward(ids, rows, tables, starts, at)
+        if (program := self.program) is not None:
+            return program.forward(ids, rows, tables, starts, at), lambda: program.hidden(len(ids))
         past = PagedPast(self.pool, rows, tables, starts)
         with attention_backend(self.attention):
+            hidden = self.model.hidden(ids, rows, past)
             if not len(wanted):
-                self.model.hidden(ids, rows, past)
-                return torch.empty(0, self.model.config.vocab_size, device=self.device)
-            return self.model(ids, rows, past, logits_at=at).float()
+                logits = torch.empty(0, self.model.config.vocab_size, device=self.device)
+            else:
+                logits = self.model.lm_head(hidden[at]).float()
+        return logits, lambda: hidden
