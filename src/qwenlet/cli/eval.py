@@ -175,3 +175,5 @@ def list_tasks() -> None:
 
 
 _WORDS = {"compare": comparing, "report": reporting, "list": listing}
+# what a shell completes: the words stand where a task does, and whose options they have it can't know
+COMPLETED = evaluating

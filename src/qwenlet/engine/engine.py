@@ -177,8 +177,8 @@ class Engine:
     ) -> Request:
         """Queues ids whose logits from position `first` on `reader` gets, piece by piece, on the model's device.
 
-        With `hidden` it gets the last hidden states, normed, of all positions instead. Without `logn` the model reads as if
-        it had no log-n attention.
+        With `hidden` it gets the last hidden states, normed, of all positions instead. Without `logn` the model reads
+        as one that has no log-n attention.
         """
         assert not (hidden and first), "hidden states are read from the first position on"
         if len(ids) > self.context_length:
