@@ -23,7 +23,7 @@ from torch import Tensor
 from qwenlet import chat
 from qwenlet.api import LLM
 from qwenlet.config import SamplingParams
-from qwenlet.engine import Chunk, Completion, Request, check_prompt
+from qwenlet.engine import AtOnce, Chunk, Completion, Listener, Request, check_prompt
 from qwenlet.errors import CheckpointError, ContextLengthError, EngineError
 from qwenlet.evals.task import Answer, Choices, Continuation, Dialogue, Passage, Sample
 
@@ -44,12 +44,13 @@ def answers(llm: LLM, samples: Iterable[Sample], *, seed: int = 0) -> Iterator[t
     owners: dict[Request, _Work] = {}
     chunks: dict[Request, list[Chunk]] = {}
     open_works = 0
+    bell = AtOnce()
 
     def enter(work: _Work, requests: Iterable[Request]) -> None:
         for request in requests:
             owners[request], chunks[request] = work, []
             work.running += 1
-            request.on_chunk = partial(news.put, request)
+            request.listener = Listener(bell, partial(news.put, request))
             news.put(request)  # what came before the line above is found, too
 
     llm.engine.start()
