@@ -20,7 +20,7 @@ from qwenlet.evals import tasks
 from qwenlet.evals.compare import compare
 from qwenlet.evals.data import DataFolder
 from qwenlet.evals.records import read_log
-from qwenlet.evals.report import report
+from qwenlet.evals.report import report, save
 from qwenlet.evals.run import PRECISIONS, Progress, Run, choose, read_results
 from qwenlet.evals.task import Continuation, Sample
 
@@ -191,7 +191,7 @@ def test_the_report_has_the_card_beside_ours_and_says_what_is_missing(finished: 
     assert "`mmlu`" not in text.split("## What was not run")[1].split("in part only")[0]
     assert "`mmlu` (40 of 114 samples)" in text
     assert "McNemar, exact" in text
-    paths = built.save(finished)
+    paths = save(built, finished)
     assert [path.name for path in paths] == ["report.md", "report.json", "report.html"]
     assert json.loads((finished / "report.json").read_text())["title"] == "Evaluation of byte-qwen"
     page = (finished / "report.html").read_text()

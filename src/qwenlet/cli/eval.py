@@ -60,7 +60,7 @@ def evaluate(
     eval list` names the tasks.
     """
     from qwenlet.evals.data import DataFolder
-    from qwenlet.evals.report import report
+    from qwenlet.evals.report import report, save
     from qwenlet.evals.run import PRECISIONS, Run
 
     engine.setdefault("cache_tokens", max(CACHE_TOKENS, engine.get("max_context", 0)))
@@ -77,7 +77,7 @@ def evaluate(
         outcomes = run.evaluate(tasks, load, [word.strip() for word in precisions.split(",")], told.update)
     for outcome in outcomes:
         _show(outcome)
-    for path in report(out).save(out):
+    for path in save(report(out), out):
         print(path)
 
 
@@ -159,9 +159,9 @@ def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
 ) -> None:
     """Write the report of a run again: Markdown, JSON, and a page with plots."""
-    from qwenlet.evals.report import report
+    from qwenlet.evals.report import report, save
 
-    for path in report(run).save(run):
+    for path in save(report(run), run):
         print(path)
 
 

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import re
 from html import escape
-from typing import TYPE_CHECKING
 
+from qwenlet.evals.document import Report, Section, Table
 from qwenlet.evals.plots import svg
-
-if TYPE_CHECKING:
-    from qwenlet.evals.report import Report, Section, Table
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c1e21; --paper: #fff; --faint: #6b7280; --line: #d8dbe0; --ours: #615ced;

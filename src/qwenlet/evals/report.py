@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from qwenlet.evals import card, tasks
 from qwenlet.evals.compare import between, sides
-from qwenlet.evals.figures import Bars, Figure, Plot, plot_from_json
+from qwenlet.evals.document import Report, Section, Table
+from qwenlet.evals.figures import Bars, Figure, plot_from_json
+from qwenlet.evals.page import html
 from qwenlet.evals.run import read_results
 from qwenlet.tokenizer_formats import write_atomically
 
@@ -22,46 +24,16 @@ MISSING = "not run"
 _NAMED = 5  # ids that are written out
 
 
-@dataclass(frozen=True)
-class Table:
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-
-@dataclass(frozen=True)
-class Section:
-    title: str
-    text: str = ""
-    tables: Sequence[Table] = ()
-    plots: Sequence[Plot] = ()
-
-
-@dataclass(frozen=True)
-class Report:
-    title: str
-    sections: Sequence[Section]
-
-    def save(self, out: Path) -> list[Path]:
-        """Writes report.md, report.json and report.html, each whole or not at all."""
-        from qwenlet.evals.page import html
-
-        texts = {
-            "report.md": self.markdown(),
-            "report.json": json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n",
-            "report.html": html(self),
-        }
-        for name, text in texts.items():
-            write_atomically(out / name, text.encode())
-        return [out / name for name in texts]
-
-    def markdown(self) -> str:
-        """Without the plots, which the page has."""
-        parts = [f"# {self.title}"]
-        for section in self.sections:
-            parts.append(f"## {section.title}")
-            parts += [section.text] if section.text else []
-            parts += [_markdown_table(table) for table in section.tables]
-        return "\n\n".join(parts) + "\n"
+def save(built: Report, out: Path) -> list[Path]:
+    """Writes report.md, report.json and report.html, each whole or not at all."""
+    texts = {
+        "report.md": built.markdown(),
+        "report.json": json.dumps(asdict(built), ensure_ascii=False, indent=1) + "\n",
+        "report.html": html(built),
+    }
+    for name, text in texts.items():
+        write_atomically(out / name, text.encode())
+    return [out / name for name in texts]
 
 
 def report(out: Path) -> Report:
@@ -182,7 +154,10 @@ def _everything(outcomes: Sequence[_Outcome]) -> Section:
         for number, figure in enumerate(figure for figure in one.figures if not figure.part):
             lead = [one.title, one.precision, f"{one.count} of {one.available}"] if number == 0 else ["", "", ""]
             rows.append([*lead, figure.name, figure.text(), theirs if number == 0 else ""])
-    text = "± standard error. Shares in percent. Fewer samples than there are: a fixed random choice of them."
+    text = (
+        "± standard error. Shares in percent. Fewer samples than there are: a fixed random choice of them. "
+        "Where all samples agree the error is 0 by its formula, and says nothing."
+    )
     return Section("All figures", text, [Table(["task", "precision", "samples", "figure", "ours", "published"], rows)])
 
 
@@ -292,10 +267,3 @@ def _task_order(name: str) -> tuple[int, str]:
 def _precision_order(name: str) -> int:
     known = ["fp32", "fp16", "bf16", "int8", "int4", "as-is"]
     return known.index(name) if name in known else len(known)
-
-
-def _markdown_table(table: Table) -> str:
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
-
-    return "\n".join([line(table.head), line(["---"] * len(table.head)), *map(line, table.rows)])
