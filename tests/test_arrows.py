@@ -31,7 +31,7 @@ LADDER: list[list[str]] = [
     ["scoring"],
     ["engine", "quant"],
     ["api"],
-    ["hf", "server"],
+    ["hf", "server", "evals"],
     ["verify"],
     ["cli"],
     ["__main__"],

@@ -14,8 +14,10 @@
     │   └── ContextLengthError               prompt + reply don't fit the context (counts inside)
     ├── StoreError                           the file of conversations can't be used
     │   └── NotStoredError                       ... or does not have what was named
+    ├── EvalError                            data of an evaluation, or the folder of a run, that can't be used
     ├── EngineError                          the engine was shut down, or a step failed
     │   └── DeadlineError                    a request did not end within its time
+    ├── SandboxError                         model-written code can't be run here
     └── MissingExtraError     (ImportError)  an optional dependency is not installed
 
 A message says what was seen and what was expected; `hint` says what to do next.
@@ -100,12 +102,20 @@ class NotStoredError(StoreError):
     """A conversation or a message of that name is not there."""
 
 
+class EvalError(QwenletError):
+    """An evaluation's data is missing or altered, or a run's folder holds something else."""
+
+
 class EngineError(QwenletError):
     """The engine was shut down or can't go on."""
 
 
 class DeadlineError(EngineError):
     """A request did not end within its time."""
+
+
+class SandboxError(QwenletError):
+    """Model-written code can't be run here, because the sandbox for it is missing or can't start."""
 
 
 class MissingExtraError(QwenletError, ImportError):

@@ -72,7 +72,11 @@ class Rotation:
         self.cos, self.sin = angle.cos()[:, None], angle.sin()[:, None]
         self.logn: Tensor | None = None
         if extend and config.use_logn_attn and bool((rows.positions >= config.seq_length).any()):
-            self.logn = logn_table(config.seq_length, device)[rows.positions][:, None, None]
+            factor = logn_table(config.seq_length, device)[rows.positions]
+            if rows.logn is not None and not all(rows.logn):
+                acts = torch.tensor(rows.logn).repeat_interleave(torch.tensor(rows.lengths)).to(device)
+                factor = torch.where(acts, factor, 1.0)
+            self.logn = factor[:, None, None]
 
     def turn(self, x: Tensor) -> Tensor:
         """Rotates x [N, heads, D] by each token's angles: pairs are (i, i + D/2)."""

@@ -23,6 +23,7 @@ VERBS = {
     "plan": "Say how much memory a model will take, whether it fits, and what to change where it doesn't.",
     "quantize": "Write a model in four or eight bits, and measure what it cost.",
     "random": "Write a checkpoint of random weights, for tests and benchmarks.",
+    "eval": "Run benchmarks, and report them beside the published figures.",
     "convert": "Write a checkpoint in another layout.",
     "completion": "Print a script that completes qwenlet in a shell.",
     "doctor": "Say what this machine has, and what will run where and why.",

@@ -170,13 +170,15 @@ class Engine:
         first: int,
         reader: Reader,
         *,
+        logn: bool = True,
         priority: int = 0,
         timeout: float | None = None,
         hidden: bool = False,
     ) -> Request:
         """Queues ids whose logits from position `first` on `reader` gets, piece by piece, on the model's device.
 
-        With `hidden` it gets the last hidden states, normed, of all positions instead.
+        With `hidden` it gets the last hidden states, normed, of all positions instead. Without `logn` the model reads
+        as one that has no log-n attention.
         """
         assert not (hidden and first), "hidden states are read from the first position on"
         if len(ids) > self.context_length:
@@ -187,6 +189,7 @@ class Engine:
             alpha=alpha,
             stop_tokens=StopTokens(()),
             stop_texts=StopTexts(()),
+            logn=logn,
             reader=reader,
             read_from=first,
             reads_hidden=hidden,

@@ -36,6 +36,7 @@ class Request:
         known: the prompt, and behind it the reply so far.
         params: resolved, with max_new_tokens and seed set.
         alpha: dynamic NTK factor, fixed when the request is made.
+        logn: whether log-n attention acts, where the model has it.
         decoder: None where the model has no tokenizer; the reply's text is then empty.
         priority: lower goes first; equal ones in the order they came.
         timeout: seconds from submission within which the request has to end; None: any time.
@@ -58,6 +59,7 @@ class Request:
     dropped_turns: int = 0
     priority: int = 0
     timeout: float | None = None
+    logn: bool = True
     reader: Reader | None = None
     read_from: int = 0
     reads_hidden: bool = False
@@ -96,7 +98,7 @@ class Request:
     @property
     def root(self) -> Hashable:
         """What keys and values depend on beside the tokens."""
-        return ("root", self.alpha)
+        return ("root", self.alpha, self.logn)
 
     @property
     def reply(self) -> Sequence[int]:

@@ -31,7 +31,9 @@ class Runner:
         lengths = [len(one.tokens) for one in work]
         starts = [one.request.stored for one in work]
         spans = [torch.arange(start, start + count) for start, count in zip(starts, lengths, strict=True)]
-        rows = Rows(torch.cat(spans).to(self.device), tuple(lengths), tuple(one.request.alpha for one in work))
+        positions = torch.cat(spans).to(self.device)
+        alphas, logn = tuple(one.request.alpha for one in work), tuple(one.request.logn for one in work)
+        rows = Rows(positions, tuple(lengths), alphas, logn)
         ids = torch.tensor([token for one in work for token in one.tokens], device=self.device)
         wanted: list[int] = []
         end = 0
