@@ -7,6 +7,8 @@ GrammarSpec          the schema, regular expression or grammar a reply is held t
 QuantConfig          how weights are quantized
 EngineConfig         how the engine runs: context, attention backend
 ServerConfig         how the server meets its clients: address, keys, limits
+DataConfig           how training data become samples
+TrainingConfig       how a training run goes
 """
 
 from qwenlet.config.engine import ATTENTION_BACKENDS, EngineConfig
@@ -16,6 +18,7 @@ from qwenlet.config.gguf import OWN_PREFIX, config_from_gguf
 from qwenlet.config.model import DYNAMIC_ROPE, LOGN_TABLE_LENGTH, MODEL_TYPES, ModelConfig, ModelType, qwen_1_8b
 from qwenlet.config.quant import EMBEDDING_GROUP_SIZE, GROUP_SIZES, QuantConfig
 from qwenlet.config.server import ServerConfig, is_loopback
+from qwenlet.config.training import DataConfig, TrainingConfig
 
 __all__ = [
     "ATTENTION_BACKENDS",
@@ -27,6 +30,7 @@ __all__ = [
     "LOGN_TABLE_LENGTH",
     "MODEL_TYPES",
     "OWN_PREFIX",
+    "DataConfig",
     "EngineConfig",
     "GenerationDefaults",
     "GrammarSpec",
@@ -35,6 +39,7 @@ __all__ = [
     "QuantConfig",
     "SamplingParams",
     "ServerConfig",
+    "TrainingConfig",
     "config_from_gguf",
     "is_loopback",
     "qwen_1_8b",
