@@ -28,6 +28,7 @@ LADDER: list[list[str]] = [
     ["model"],
     ["checkpoint", "hub", "program"],
     ["scoring"],
+    ["lora"],
     ["engine", "quant"],
     ["api"],
     ["hf", "server"],

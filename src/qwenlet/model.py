@@ -20,6 +20,7 @@ Dimension letters: N tokens of all rows, H query heads, G key/value heads, D hea
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -185,6 +186,22 @@ class Qwen(nn.Module):
     def tie_weights(self) -> None:
         """Makes head and embedding one parameter; needed again after either was assigned."""
         self.lm_head.weight = self.transformer.wte.weight
+
+    @torch.no_grad()
+    def resize_vocabulary(self, size: int) -> None:
+        """Gives embedding and head `size` rows; new ones begin as the mean of the old, which no token is far from."""
+        for module in (self.transformer.wte, self.lm_head):
+            old = module.weight
+            if len(old) == size:
+                continue  # the other one of a tied pair
+            new = old.new_empty(size, old.shape[1])
+            new[: len(old)] = old[:size]
+            new[len(old) :] = old.float().mean(0)
+            module.weight = nn.Parameter(new, requires_grad=old.requires_grad)
+        self.transformer.wte.num_embeddings = self.lm_head.out_features = size
+        self.config = self.transformer.shape = replace(self.config, vocab_size=size)
+        if self.config.tie_word_embeddings:
+            self.tie_weights()
 
     def initial_std(self, name: str) -> float | None:
         """Spread of a parameter's random start, as published: the initializer range, and range / sqrt(2 * layers) for

@@ -155,6 +155,24 @@ PyObject* linear_tiles(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     Py_RETURN_NONE;
 }
 
+// tiles_columns(isa, threads, begin, end, bits, out, <weight>): columns [begin, end) as rows of out [end - begin, n]
+PyObject* tiles_columns(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
+    int64_t v[14];
+    if (!read_all("tiles_columns", args, nargs, 1, 14, v)) return nullptr;
+    const Kernels* kernels = kernels_of(args[0]);
+    if (kernels == nullptr) return nullptr;
+    const TileWeight w = weight_from(v + 5);
+    const int64_t tiles = (w.n + qwenlet::kTile - 1) / qwenlet::kTile;
+    constexpr int64_t kTiles = 8;  // a thread's share, at least: rows of `out` are written in pieces of 256 bytes
+    Py_BEGIN_ALLOW_THREADS
+    qwenlet::parallel_for(static_cast<int>(v[0]), tiles, kTiles, [&](int64_t begin, int64_t end) {
+        for (int64_t tile = begin; tile < end; ++tile)
+            kernels->columns(w, tile, v[1], v[2], v[1], static_cast<int>(v[3]), address<void>(v[4]));
+    });
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
 // words_to_lines(threads, words, count, columns, lines): words [count, columns] to lines [tiles, count, 16], zeros beyond
 PyObject* words_to_lines(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     int64_t v[5];
@@ -338,6 +356,7 @@ PyMethodDef kMethods[] = {
     {"available", available, METH_NOARGS, "Instruction sets with kernels that this processor runs, fastest first."},
     {"linear_bf16", fast(linear_bf16), METH_FASTCALL, "linear_bf16(isa, threads, x, rows, w, n, k, bias, y)"},
     {"linear_tiles", fast(linear_tiles), METH_FASTCALL, "linear_tiles(isa, threads, x, rows, y, order, <weight>)"},
+    {"tiles_columns", fast(tiles_columns), METH_FASTCALL, "tiles_columns(isa, threads, begin, end, bits, out, <weight>)"},
     {"words_to_lines", fast(words_to_lines), METH_FASTCALL, "words_to_lines(threads, words, count, columns, lines)"},
     {"draw", fast(draw), METH_FASTCALL, "draw(isa, threads, rows, numbers, settings, tokens)"},
     {"program_new", program_new, METH_NOARGS, "An empty program."},
