@@ -299,7 +299,8 @@ def test_the_assistants_words_are_learned_and_no_others(qwen: Tokenizer):
     ids, marks = label(qwen, TOOL_TALK)
     assert ids == render(qwen, TOOL_TALK, add_generation_prompt=False)
     assert learned_text(qwen, ids, marks) == (
-        "|Thought: I count.\nAction: calc\nAction Input: 6*7\nObservation:| I know.\nFinal Answer: 42<|im_end|>|好<|im_end|>"
+        "|Thought: I count.\nAction: calc\nAction Input: 6*7\nObservation:| I know.\nFinal Answer: 42<|im_end|>"
+        "|好<|im_end|>"
     )
 
 

@@ -4,8 +4,8 @@ A batch is rows of any length one after another: the model gives each row its ow
 nothing is padded and no sample sees another. Packed, a batch has up to `batch_size * max_length` tokens; otherwise
 `batch_size` samples.
 
-The order depends on (seed, epoch) alone, and a step takes the next `accumulation * processes` batches: where a run stands
-is its step's number, and two processes see in a step what one sees with twice the accumulation.
+The order depends on (seed, epoch) alone, and a step takes the next `accumulation * processes` batches: where a run
+stands is its step's number, and two processes see in a step what one sees with twice the accumulation.
 """
 
 from __future__ import annotations
@@ -81,8 +81,6 @@ class Course:
 
     def epoch(self, number: int) -> list[Step]:
         """Steps of an epoch, numbered within it; the last may have fewer batches."""
-        batches = epoch_batches(
-            self.samples, number, seed=self.seed, batch_size=self.batch_size, budget=self.budget
-        )
+        batches = epoch_batches(self.samples, number, seed=self.seed, batch_size=self.batch_size, budget=self.budget)
         groups = [tuple(batches[at : at + self.group]) for at in range(0, len(batches), self.group)]
         return [Step(index, number, group) for index, group in enumerate(groups)]

@@ -35,7 +35,7 @@ def head_loss(head: nn.Module, x: Tensor, targets: Tensor, *, chunk_elements: in
         return x.float().sum() * 0.0  # keeps every parameter in the graph
     if isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward and head.bias is None:
         return _HeadLoss.apply(x, head.weight, targets, chunk_elements)
-    rows = max(1, chunk_elements // head.out_features)
+    rows = max(1, chunk_elements // int(head.out_features))  # type: ignore[arg-type]
     total = x.new_zeros((), dtype=torch.float32)
     for part, wanted in zip(x.split(rows), targets.split(rows), strict=True):
         if torch.is_grad_enabled():

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -82,23 +82,35 @@ def processes(device: torch.device, timeout: float = 1800.0) -> Iterator[Process
         dist.destroy_process_group()
 
 
-def shared(whole: nn.Module, model: Qwen, how: str, group: Processes, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def shared(whole: nn.Module, model: Qwen, how: str, group: Processes, device: torch.device) -> nn.Module:
     """`whole`, which holds `model`, made ready for several processes; as it is in one.
 
     Args:
-        how: "ddp" or "fsdp"; dtype: of the arithmetic.
+        how: "ddp" or "fsdp".
     """
     if group.count == 1:
         return whole
     if how == "ddp":
         return DistributedDataParallel(whole, gradient_as_bucket_view=True)
     mesh = init_device_mesh(device.type, (group.count,))
-    policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32)
     for block in model.transformer.h:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh)
     # what is left (embedding, last norm, head) stays whole from forward to backward, so that the loss may use the head
-    fully_shard(whole, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    fully_shard(whole, mesh=mesh, reshard_after_forward=False)
     return whole
+
+
+@contextmanager
+def put_together(shared: nn.Module) -> Iterator[None]:
+    """Within it every parameter of the model is whole, in every process. All processes must enter."""
+    cut = [module for module in shared.modules() if isinstance(module, FSDPModule)]
+    for module in cut:
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in cut:
+            module.reshard()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Files of training data -> records: dialogues and texts, each with the file and the line it came from. No torch in here.
+"""Files of training data -> records: dialogues and texts, each with its file and line. No torch in here.
 
     conversations   [{"from": "user", "value": ...}]: the published form, and ShareGPT's names of the same roles
     messages        [{"role": "user", "content": ...}]: OpenAI's form, with tools and tool calls
@@ -324,7 +324,7 @@ def _json_list(text: str, path: Path) -> Iterator[tuple[int, Any]]:
     while True:
         line += text.count("\n", counted, at)
         counted = at
-        if listed and text[at : at + 1] == "]" :
+        if listed and text[at : at + 1] == "]":
             return
         try:
             value, end = decoder.raw_decode(text, at)

@@ -38,8 +38,8 @@ class Report:
     Attributes:
         forms: how many had which form.
         bad: (where, why) of those that could not be used and were left out.
-        long: those left out for their length; cut: those that lost their end; nothing: those left out because nothing of
-            them is learned; openings: messages before a first question that were left out.
+        long: those left out for their length; cut: those that lost their end; nothing: those left out because nothing
+            of them is learned; openings: messages before a first question that were left out.
         samples, tokens, learned: what is there to train on.
         cached: it came out of the cache.
     """
@@ -65,7 +65,10 @@ class Report:
             f"{self.learned:,} of them learned ({share:.0%})"
         ]
         for count, what in (
-            (len(self.bad), f"that can't be used left out, the first: {self.bad[0][0]}: {self.bad[0][1]}" if self.bad else ""),
+            (
+                len(self.bad),
+                f"that can't be used left out, the first: {self.bad[0][0]}: {self.bad[0][1]}" if self.bad else "",
+            ),
             (self.long, f"longer than {max_length} tokens left out (--long cut keeps their beginning)"),
             (self.cut, f"cut to {max_length} tokens"),
             (self.nothing, "of which nothing would be learned left out"),
@@ -131,7 +134,12 @@ class Samples:
 
 
 def load_samples(
-    paths: Sequence[str | Path], tokenizer: Tokenizer, config: DataConfig, *, system: str | None, cache: Path | None = None
+    paths: Sequence[str | Path],
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    *,
+    system: str | None,
+    cache: Path | None = None,
 ) -> Samples:
     """The samples of some files.
 
@@ -184,10 +192,10 @@ def encode(records: Sequence[Record], tokenizer: Tokenizer, config: DataConfig, 
     if not parts:
         reasons = "; ".join(report.lines(config.max_length)[1:]) or "no record had a token to learn"
         raise DataError(f"no sample is left to train on: {reasons}")
-    ids = np.concatenate([np.array(part, np.int32) for part, _ in parts])
+    whole = np.concatenate([np.array(part, np.int32) for part, _ in parts])
     marks = np.concatenate([np.array(part, np.bool_) for _, part in parts])
-    report.samples, report.tokens, report.learned = len(parts), len(ids), int(marks.sum())
-    return Samples(ids, marks, np.cumsum([0, *(len(part) for part, _ in parts)]), tuple(where), report)
+    report.samples, report.tokens, report.learned = len(parts), len(whole), int(marks.sum())
+    return Samples(whole, marks, np.cumsum([0, *(len(part) for part, _ in parts)]), tuple(where), report)
 
 
 def _dialogue(
@@ -246,7 +254,9 @@ def _load(path: Path) -> Samples | None:
     try:
         with np.load(path, allow_pickle=False) as file:
             about = json.loads(file["about"].tobytes())
-            report = Report(**about["report"] | {"bad": [tuple(pair) for pair in about["report"]["bad"]], "cached": True})
+            report = Report(
+                **about["report"] | {"bad": [tuple(pair) for pair in about["report"]["bad"]], "cached": True}
+            )
             return Samples(file["ids"], file["learned"], file["starts"], tuple(about["where"]), report)
     except (OSError, ValueError, KeyError, TypeError, EOFError):
         return None
