@@ -19,7 +19,7 @@ from qwenlet.checkpoint.dtypes import dtype_by_name, dtype_name
 from qwenlet.checkpoint.files import WeightFile, read_parts
 from qwenlet.checkpoint.gguf_out import FILE_TYPES, GGUFOut
 from qwenlet.checkpoint.load import Checkpoint, Progress, plan_reading
-from qwenlet.checkpoint.names import Part, split
+from qwenlet.checkpoint.names import Layout, Part, split
 from qwenlet.checkpoint.save import (
     SHARD_BYTES,
     ShardWriter,
@@ -32,6 +32,7 @@ from qwenlet.checkpoint.save import (
 )
 from qwenlet.config import DYNAMIC_ROPE, GenerationDefaults, ModelConfig, ModelType
 from qwenlet.errors import CheckpointError, ConfigError, MissingTokenizerError
+from qwenlet.model import Qwen
 from qwenlet.tokenizer import Tokenizer, read_folder
 from qwenlet.tokenizer_bytelevel import read_gguf
 from qwenlet.tokenizer_export import gguf_metadata
@@ -99,6 +100,30 @@ def convert(
                 progress(writer.total, total, name)
         writer.close()
     return Path(out)
+
+
+def write_trained(folder: Path, checkpoint: Checkpoint, model: Qwen, dtype: torch.dtype) -> None:
+    """A trained model of floats, with the small files of the checkpoint it came from, into an empty folder.
+
+    In the published layout if it is a first-generation model's, else in Llama's or Qwen2's.
+
+    Raises:
+        ConfigError: the layout can't express this model.
+    """
+    config = model.config
+    if config.model_type == "qwen":
+        _published_files(folder, checkpoint, config, dtype)
+    else:
+        _qwen2_files(folder, checkpoint, config, dtype, dynamic_rope=False)
+    writer = ShardWriter(folder)
+    for name, parameter in model.named_parameters():
+        for theirs, tensor in split(name, parameter.detach().to("cpu", dtype), _layout(config), config):
+            writer.add(theirs, tensor)
+    writer.close()
+
+
+def _layout(config: ModelConfig) -> Layout:
+    return "qwen" if config.model_type == "qwen" else "qwen2"
 
 
 def left_behind(config: ModelConfig, to: str) -> list[str]:
