@@ -1,7 +1,7 @@
-"""Does an hour of examples teach the demo model a name, and to end its turns?
+"""Do some minutes teach the demo model a name, and to end its turns?
 
-LoRA of the demo model (135 M parameters, two cores) on two public sets in Alpaca's form: an identity set with {{name}} and
-{{author}} to fill in, and English instructions. Then, of the trained model:
+LoRA of the demo model (135 M parameters, two cores) on two public sets in Alpaca's form: an identity set with {{name}}
+and {{author}} to fill in, and English instructions. Then, of the trained model:
 
     held-out loss, before and after
     how many of 100 replies to instructions that were not learned end by themselves before 256 tokens (greedy)
@@ -65,22 +65,23 @@ def main() -> None:
     parser.add_argument("instructions", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--epochs", default="2")
+    parser.add_argument("--epochs", default="3")
+    parser.add_argument("--instructions-used", type=int, default=400)
     parser.add_argument("--copies", type=int, default=4, help="times the identity set is among the data")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
-    instructions = [r for r in filled(options.instructions) if len(r["output"]) < 900]
-    data, held_out, prompts = (options.out / f"{name}.json" for name in ("data", "held-out", "prompts"))
+    instructions = [r for r in filled(options.instructions) if len(r["output"]) < 600]
+    data, held_out = (options.out / f"{name}.json" for name in ("data", "held-out"))
     asked = instructions[-100:]
-    data.write_text(json.dumps(filled(options.identity) * options.copies + instructions[:-100]))
+    data.write_text(json.dumps(filled(options.identity) * options.copies + instructions[: options.instructions_used]))
     held_out.write_text(json.dumps(asked))
     adapter = options.out / "adapter"
     begun = time.perf_counter()
     subprocess.run(
         [sys.executable, "-m", "qwenlet", "finetune", "demo", str(data), "--eval-data", str(held_out), "--out",
-         str(adapter), "--max-length", "384", "--batch-size", "4", "--accumulation", "2", "--epochs", options.epochs,
-         "--eval-every", "30", "--lr", "1e-3", "--rank", "32", "--alpha", "32"],
+         str(adapter), "--max-length", "384", "--batch-size", "3", "--accumulation", "1", "--epochs", options.epochs,
+         "--eval-every", "25", "--lr", "1e-3", "--rank", "32", "--alpha", "32"],
         check=True,
     )  # fmt: skip
     minutes = (time.perf_counter() - begun) / 60

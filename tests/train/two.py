@@ -1,4 +1,4 @@
-"""One of several processes of a run; started by test_processes.py. Writes the losses it saw and, the first one, weights."""
+"""One of several processes of a run, started by test_processes.py; the first writes losses and weights down."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from tests.train.tiny import CPU, made_samples, tiny_model, trainer
 
 from qwenlet.lora import LoraConfig, add_lora
 from qwenlet.train.objective import NextToken
 from qwenlet.train.processes import processes
-from tests.train.tiny import CPU, made_samples, tiny_model, trainer
 
 
 def main(out: Path, parallel: str, method: str, max_steps: int) -> None:
