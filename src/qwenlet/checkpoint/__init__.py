@@ -20,7 +20,7 @@ No code of a checkpoint is executed.
 """
 
 from qwenlet.checkpoint.cached import load_quantized
-from qwenlet.checkpoint.convert import TARGETS, convert, left_behind
+from qwenlet.checkpoint.convert import TARGETS, Change, convert, left_behind
 from qwenlet.checkpoint.dtypes import DTYPES, auto_dtype, check_dtype, device_by_name, dtype_by_name, dtype_name
 from qwenlet.checkpoint.load import DEFAULT_SYSTEM, Checkpoint, LoadReport, Progress, load_model
 from qwenlet.checkpoint.quantized import WeightOf, write_quantized, write_rounded
@@ -31,6 +31,7 @@ __all__ = [
     "DEFAULT_SYSTEM",
     "DTYPES",
     "TARGETS",
+    "Change",
     "Checkpoint",
     "LoadReport",
     "Progress",

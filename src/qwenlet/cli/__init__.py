@@ -21,6 +21,7 @@ VERBS = {
     "vocab": "Extend a vocabulary with words of your own.",
     "plan": "Say how much memory a model will take, whether it fits, and what to change where it doesn't.",
     "quantize": "Write a model in four or eight bits, and measure what it cost.",
+    "merge": "Write a model with an adapter merged into its weights, and measure what that changed.",
     "random": "Write a checkpoint of random weights, for tests and benchmarks.",
     "convert": "Write a checkpoint in another layout.",
     "doctor": "Say what this machine has, and what will run where and why.",

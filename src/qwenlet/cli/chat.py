@@ -11,7 +11,7 @@ import typer
 
 from qwenlet.cli import console
 from qwenlet.cli.conversation import NOT_FOR_CHAT, Conversation, State, read
-from qwenlet.cli.options import EngineFlags, Flags, LoadFlags, expand, new_app
+from qwenlet.cli.options import EngineFlags, Flags, LoadFlags, adapter_names, expand, new_app
 from qwenlet.config import SamplingParams
 from qwenlet.errors import RequestError
 from qwenlet.hub.names import DEMO
@@ -35,7 +35,7 @@ def chat(
     stats: Annotated[bool, typer.Option("--stats", help="Show counts and speed after each reply.")] = False,
     no_history: Annotated[bool, typer.Option("--no-history", help="Don't remember typed lines in a file.")] = False,
     *,
-    sampling: Annotated[dict[str, Any], Flags(SamplingParams, skip=NOT_FOR_CHAT)],
+    sampling: Annotated[dict[str, Any], Flags(SamplingParams, skip=(*NOT_FOR_CHAT, "adapter"))],
     loading: LoadFlags,
     engine: EngineFlags,
 ) -> None:
@@ -50,6 +50,9 @@ def chat(
     if system is not None:
         console.check_text(system, "--system")
     held_with, saved = (DEMO, None) if load is None else read(load)
+    names = adapter_names(loading)
+    if names:  # the first one speaks; /set adapter NAME calls another
+        sampling["adapter"] = names[0]
     # what this command line says outweighs the file
     params = replace(saved.params if saved else SamplingParams(), **sampling)
     model = model or held_with

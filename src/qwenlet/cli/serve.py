@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from qwenlet.cli import console
-from qwenlet.cli.options import EngineFlags, Flags, LoadFlags, expand, new_app
+from qwenlet.cli.options import EngineFlags, Flags, LoadFlags, adapter_names, expand, new_app
 from qwenlet.config import ServerConfig
 from qwenlet.errors import MissingExtraError
 
@@ -35,6 +35,7 @@ def serve(
     if key := os.environ.get("QWENLET_API_KEY"):
         server["api_key"] = [*server.get("api_key", ()), key]
     config = ServerConfig(**server)
+    adapter_names(loading)
     try:
         from qwenlet.server import serve as run
     except ImportError as problem:

@@ -10,9 +10,10 @@ import copy
 import secrets
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ from qwenlet.engine.stop import StopTexts, StopTokens
 from qwenlet.engine.streams import AsyncStream, AsyncStreams, Stream
 from qwenlet.errors import ContextLengthError, DeadlineError, EngineError, RequestError
 from qwenlet.grammar import Grammars
+from qwenlet.lora.rows import LoadedAdapter
 from qwenlet.model import Qwen
 from qwenlet.program import obstacle
 from qwenlet.sampling import TokenCounts, needs_counts
@@ -43,6 +45,8 @@ from qwenlet.tokenizer import StreamDecoder, Tokenizer
 # From here on pages of old prefixes are used again before more of the cache comes into memory.
 _SOFT_TOKENS = 8192
 _FAILURES_IN_A_ROW = 3  # of steps, until the engine calls itself unhealthy
+
+Result = TypeVar("Result")
 
 
 class Engine:
@@ -87,6 +91,7 @@ class Engine:
         self._errands = Errands()
         self._in_flight: frozenset[Request] = frozenset()
         self._failures, self._reason = 0, ""
+        self._adapters: dict[str, LoadedAdapter] = {}
         self._driver = Driver(self)
 
     # ---------------------------------------------------------------------------------------------- requests
@@ -118,6 +123,7 @@ class Engine:
             raise RequestError(f"timeout is {timeout!r}, expected seconds above 0")
         reserved = params.max_new_tokens
         resolved = params.resolve(self.defaults)
+        adapter = self.adapter(params.adapter)
         room = self.context_length - len(ids)
         if room < (reserved or 1):
             raise ContextLengthError(len(ids), self.context_length, reserved or 1)
@@ -138,6 +144,7 @@ class Engine:
         requests = [self._request(ids, resolved, alpha, choice) for choice in range(params.n)]
         for request in requests:
             request.dropped_turns, request.priority, request.timeout = dropped_turns, priority, timeout
+            request.adapter = adapter
         leader, *leader.followers = requests
         self._enter(leader)
         return requests
@@ -170,6 +177,7 @@ class Engine:
         *,
         priority: int = 0,
         timeout: float | None = None,
+        adapter: str | None = None,
     ) -> Request:
         """Queues ids whose logits from position `first` on `reader` gets, piece by piece, on the model's device."""
         if len(ids) > self.context_length:
@@ -184,28 +192,78 @@ class Engine:
             read_from=first,
             priority=priority,
             timeout=timeout,
+            adapter=self.adapter(adapter),
         )
         self._enter(request)
         return request
 
-    def logits(self, ids: Sequence[int], alpha: float, first: int = 0) -> Tensor:
+    def logits(self, ids: Sequence[int], alpha: float, first: int = 0, *, adapter: str | None = None) -> Tensor:
         """Float32 logits [len(ids) - first, V] on the CPU from position `first` on, by the kernels that generate."""
         parts: list[Tensor] = []
-        request = self.read(ids, alpha, first, lambda _, logits: parts.append(logits.cpu()))
+        request = self.read(ids, alpha, first, lambda _, logits: parts.append(logits.cpu()), adapter=adapter)
         for _ in self.stream(request):
             pass
         return torch.cat(parts)
 
-    def embed(self, ids: Sequence[int], alpha: float) -> Future[Tensor]:
+    def embed(self, ids: Sequence[int], alpha: float, *, adapter: str | None = None) -> Future[Tensor]:
         """Mean of the last hidden states, normed: float32 [C] on the CPU, from a pass of its own between two steps."""
         if len(ids) > self.context_length:
             raise ContextLengthError(len(ids), self.context_length, 0)
+        chosen = self.adapter(adapter)
+        return self._errand(lambda: self.runner.hidden(ids, alpha, chosen).mean(0))
+
+    def _errand(self, work: Callable[[], Result]) -> Future[Result]:
         with self._lock:
             self._check_takes()
-            future = self._errands.add(lambda: self.runner.hidden(ids, alpha).mean(0))
+            future = self._errands.add(work)
         self.start()
         self._driver.wake()
         return future
+
+    # ---------------------------------------------------------------------------------------------- adapters
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that requests may ask for."""
+        return tuple(self._adapters)
+
+    def adapter(self, name: str | None) -> LoadedAdapter | None:
+        """Raises RequestError for a name that no loaded adapter has."""
+        if name is None:
+            return None
+        adapters = self._adapters  # one look: another thread may put a new table in its place
+        if name not in adapters:
+            loaded = f"loaded are {', '.join(adapters)}" if adapters else "none is loaded"
+            raise RequestError(
+                f"adapter is {name!r:.200}, but {loaded}",
+                hint="load it with --adapter NAME=DIR, or llm.add_adapter(name, folder)",
+            )
+        return adapters[name]
+
+    def add_adapter(self, adapter: LoadedAdapter) -> None:
+        """Lets requests ask for an adapter, in place of one that had its name. What runs goes on with the old one."""
+        self._change_adapters(lambda: self._adapters | {adapter.name: adapter})
+
+    def remove_adapter(self, name: str) -> None:
+        """Raises RequestError if there is none of that name. What runs goes on with it."""
+        self.adapter(name)
+        self._change_adapters(lambda: {other: one for other, one in self._adapters.items() if other != name})
+
+    def _change_adapters(self, table: Callable[[], dict[str, LoadedAdapter]]) -> None:
+        def change() -> None:
+            with self._lock:
+                self._adapters = table()
+                needed = [*self._adapters.values(), *(r.adapter for r in self._requests() if r.adapter is not None)]
+            self.runner.set_adapters(list(dict.fromkeys(needed)))
+
+        if self.alive:
+            self._errand(change).result()
+        else:
+            change()
+
+    def _requests(self) -> list[Request]:
+        queued = [*self.scheduler.running, *self.scheduler.waiting]
+        return [one for request in queued for one in (request, *request.followers)]
 
     def _check_takes(self) -> None:
         if self._driver.closed or self._driver.draining:
@@ -265,6 +323,7 @@ class Engine:
         """Cancels what has not ended and ends the thread. Harmless the second time."""
         self._driver.close()
         self._end_all("cancelled", None)
+        self.runner.close()
 
     def _end_all(self, reason: FinishReason, error: Exception | None) -> None:
         with self._lock:

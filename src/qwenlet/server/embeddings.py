@@ -43,7 +43,8 @@ def add(app: FastAPI, service: Service) -> None:
             raise ApiError(400, words, param="dimensions", code="unsupported_parameter")
         inputs = await asyncio.to_thread(prompt_ids, service.llm, body.input, "input")
         with replies.held(service, len(inputs)):
-            waiting = [asyncio.wrap_future(service.llm.embedding(ids)) for ids in inputs]
+            adapter = service.adapter(body.model)
+            waiting = [asyncio.wrap_future(service.llm.embedding(ids, adapter=adapter)) for ids in inputs]
             try:
                 async with asyncio.timeout(service.config.request_timeout):
                     vectors = await asyncio.gather(*waiting)
@@ -57,7 +58,7 @@ def add(app: FastAPI, service: Service) -> None:
         count = sum(map(len, inputs))
         answer = {
             "object": "list",
-            "model": service.names[0],
+            "model": service.called(body.model),
             "data": [
                 {"object": "embedding", "index": number, "embedding": encoded(vector)}
                 for number, vector in enumerate(vectors)

@@ -13,7 +13,7 @@ from qwenlet.server.service import Service
 
 
 async def prompt_logprobs(
-    service: Service, prompts: Sequence[Sequence[int]], alternatives: int, *, priority: int = 0
+    service: Service, prompts: Sequence[Sequence[int]], alternatives: int, *, model: str | None, priority: int = 0
 ) -> list[list[TokenLogprob]]:
     """Of each prompt, the log-probability of every token but the first, which nothing predicts.
 
@@ -27,7 +27,8 @@ async def prompt_logprobs(
             read = _reader(ids, entries, alternatives)
             timeout = service.config.request_timeout
             alpha = config.ntk_alpha(len(ids))
-            requests.append(engine.read(ids, alpha, 0, read, priority=priority, timeout=timeout))
+            adapter = service.adapter(model)
+            requests.append(engine.read(ids, alpha, 0, read, priority=priority, timeout=timeout, adapter=adapter))
         with reading(service, requests) as streams:
             while not streams.ended:
                 await streams.next()

@@ -31,7 +31,7 @@ def serve(name: str, config: ServerConfig, load: Callable[[], LLM], say: Callabl
     listening = _listen(config)
     service = Service(name, config)
     host, port = listening.getsockname()[:2]
-    say(f"http://{f'[{host}]' if ':' in host else host}:{port}: loading {service.names[0]}")
+    say(f"http://{f'[{host}]' if ':' in host else host}:{port}: loading {service.own_names[0]}")
     try:
         asyncio.run(_serve(service, listening, load, say))
     finally:
