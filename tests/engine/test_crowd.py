@@ -129,7 +129,7 @@ def cases(count: int, seed: int) -> list[Case]:
             ignore_eos=draw.random() < 0.1 and not grammar,
             json_schema=SCHEMA if grammar else None,
             n=draw.choice([1, 1, 1, 2, 3]),
-            adapter=draw.choice([None, None, "all", "some", "whole"]),
+            adapter=draw.choice([None, None, None, "all", "some", "whole"]),
         )
         made.append(Case(prompt, params, draw.choice([0, 0, 0, 1, -1]), draw.choice([None] * 8 + [0, 3])))
     return made
@@ -171,7 +171,7 @@ def test_every_answer_equals_the_oracles(kind: str) -> None:
     stats = engine.stats
     assert min(ends.values()) > 3, ends
     assert stats.preemptions > 5
-    assert stats.cached_tokens > 1000
+    assert stats.cached_tokens > 300  # of one adapter each
     assert stats.failed_steps == 0
     assert (stats.running, stats.waiting, stats.pages_used) == (0, 0, 0)
     assert engine.prefix is not None
@@ -206,6 +206,7 @@ def test_threads_and_streams_at_once() -> None:
     beside = adapters(model)
     for adapter in beside.values():
         engine.add_adapter(adapter)
+    own = [random_model("int4") for _ in range(8)]  # an oracle's hooks are its model's, whoever else runs it
     wrong: list[object] = []
 
     def work(seed: int) -> None:
@@ -217,7 +218,8 @@ def test_threads_and_streams_at_once() -> None:
                     stream.close()
                     continue
                 found = list(Completion.from_chunks(stream).token_ids)
-                if found != oracle(model, "int4", case.prompt, case.params, choice, beside.get(case.params.adapter)):
+                adapter = beside.get(case.params.adapter or "")
+                if found != oracle(own[seed], "int4", case.prompt, case.params, choice, adapter):
                     wrong.append((case, choice, found))
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
