@@ -31,7 +31,7 @@ LADDER: list[list[str]] = [
     ["lora"],
     ["engine", "quant"],
     ["api"],
-    ["hf", "server"],
+    ["hf", "server", "train"],
     ["verify"],
     ["cli"],
     ["__main__"],

@@ -12,6 +12,8 @@
     │   └── DiskSpaceError                   ... because they would not fit
     ├── RequestError          (ValueError)   a prompt or a sampling parameter that can't be served
     │   └── ContextLengthError               prompt + reply don't fit the context (counts inside)
+    ├── DataError             (ValueError)   training data that can't be read or used (file and line inside)
+    ├── TrainingError                        a training run that can't start or go on
     ├── StoreError                           conversations that can't be kept or found
     ├── EngineError                          the engine was shut down, or a step failed
     │   └── DeadlineError                    a request did not end within its time
@@ -89,6 +91,14 @@ class ContextLengthError(RequestError):
         self.prompt_tokens = prompt_tokens
         self.context_length = context_length
         self.max_new_tokens = max_new_tokens
+
+
+class DataError(QwenletError, ValueError):
+    """Training data can't be read or used; the message names the file and the line."""
+
+
+class TrainingError(QwenletError):
+    """A training run can't start or go on."""
 
 
 class StoreError(QwenletError):

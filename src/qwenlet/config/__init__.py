@@ -8,6 +8,8 @@ QuantConfig          how weights are quantized
 LoraConfig           how a model is adapted by low-rank factors
 EngineConfig         how the engine runs: context, attention backend
 ServerConfig         how the server meets its clients: address, keys, limits
+DataConfig           how training data become samples
+TrainingConfig       how a training run goes
 """
 
 from qwenlet.config.engine import ATTENTION_BACKENDS, EngineConfig
@@ -18,6 +20,7 @@ from qwenlet.config.lora import LoraConfig
 from qwenlet.config.model import DYNAMIC_ROPE, LOGN_TABLE_LENGTH, MODEL_TYPES, ModelConfig, ModelType, qwen_1_8b
 from qwenlet.config.quant import EMBEDDING_GROUP_SIZE, GROUP_SIZES, QuantConfig
 from qwenlet.config.server import ServerConfig, is_loopback
+from qwenlet.config.training import DataConfig, TrainingConfig
 
 __all__ = [
     "ATTENTION_BACKENDS",
@@ -29,6 +32,7 @@ __all__ = [
     "LOGN_TABLE_LENGTH",
     "MODEL_TYPES",
     "OWN_PREFIX",
+    "DataConfig",
     "EngineConfig",
     "GenerationDefaults",
     "GrammarSpec",
@@ -38,6 +42,7 @@ __all__ = [
     "QuantConfig",
     "SamplingParams",
     "ServerConfig",
+    "TrainingConfig",
     "config_from_gguf",
     "is_loopback",
     "qwen_1_8b",
