@@ -181,9 +181,7 @@ def packed_table(model: str, data: Path, threads: int, batches: int) -> dict[str
 
     results: dict[str, Any] = {"samples": len(samples), "mean_length": float(samples.lengths.mean())}
     ways = {"packed": (packed, 8 * 512), "padded to the longest of 8": (padded, None)}
-    plans = {
-        name: epoch_batches(samples, 0, seed=0, batch_size=8, budget=budget) for name, (_, budget) in ways.items()
-    }
+    plans = {name: epoch_batches(samples, 0, seed=0, batch_size=8, budget=budget) for name, (_, budget) in ways.items()}
     count = {name: [0, 0.0] for name in ways}
     warm = plans["packed"][-1]
     packed(warm)
