@@ -2,8 +2,8 @@
 
 `step`: Qwen-1.8B in bfloat16, rank 64 beside c_attn, c_proj, w1 and w2, one sample of 256 tokens, every one of them
 foretold, AdamW in float32; gradient checkpointing on both sides: everything in a block is computed again. Ours is this
-package; "peft" is peft over transformers' Qwen2ForCausalLM with the same weights, the same optimizer and the same threads.
-Each side runs in a process of its own, in turn, and the peak is the process's (VmHWM). Also ours with less computed again.
+package; "peft" is peft over transformers' Qwen2ForCausalLM with the same weights, optimizer and threads. Each side runs
+in a process of its own, in turn, and the peak is the process's (VmHWM). Also ours with less computed again.
 
 `packed`: tokens of real samples each second, packed, beside batches of 8 padded to their longest.
 

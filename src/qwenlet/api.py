@@ -26,6 +26,7 @@ from qwenlet.checkpoint import (
     dtype_name,
     load_model,
     load_quantized,
+    read_tokenizer,
 )
 from qwenlet.config import (
     DEFAULT_NEW_TOKENS,
@@ -120,7 +121,7 @@ def load(
     check_backend(options.attention, where, chosen)
     # the vocabulary is Python's work and the weights are the kernels': side by side they take half as long
     with ThreadPoolExecutor(1) as side:
-        reading = side.submit(_tokenizer, checkpoint)
+        reading = side.submit(read_tokenizer, checkpoint)
         if asked is not None or as_stored:
             model, report = _load_quantized(checkpoint, asked, options, progress)
         else:
@@ -457,16 +458,6 @@ class LLM:
 
 def _is_quantized(model: Qwen) -> bool:
     return any(isinstance(module, QuantLinear) for module in model.modules())
-
-
-def _tokenizer(checkpoint: Checkpoint) -> Tokenizer | MissingTokenizerError:
-    """The vocabulary, or the error that text calls will raise: without one the model still takes ids."""
-    try:
-        if checkpoint.header is not None:
-            return Tokenizer.from_gguf(checkpoint.header.metadata, str(checkpoint.path))
-        return Tokenizer.from_folder(checkpoint.path)
-    except MissingTokenizerError as error:
-        return error
 
 
 def _is_one(prompt: Prompt | Sequence[Prompt]) -> bool:

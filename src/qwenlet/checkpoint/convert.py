@@ -141,6 +141,30 @@ def convert(
     return Path(out)
 
 
+def write_trained(folder: Path, checkpoint: Checkpoint, model: Qwen, dtype: torch.dtype) -> None:
+    """A trained model of floats, with the small files of the checkpoint it came from, into an empty folder.
+
+    In the published layout if it is a first-generation model's, else in Llama's or Qwen2's.
+
+    Raises:
+        ConfigError: the layout can't express this model.
+    """
+    config = model.config
+    if config.model_type == "qwen":
+        _published_files(folder, checkpoint, config, dtype)
+    else:
+        _qwen2_files(folder, checkpoint, config, dtype, dynamic_rope=False)
+    writer = ShardWriter(folder)
+    for name, parameter in model.named_parameters():
+        for theirs, tensor in split(name, parameter.detach().to("cpu", dtype), _layout(config), config):
+            writer.add(theirs, tensor)
+    writer.close()
+
+
+def _layout(config: ModelConfig) -> Layout:
+    return "qwen" if config.model_type == "qwen" else "qwen2"
+
+
 def left_behind(config: ModelConfig, to: str) -> list[str]:
     """What a target does not do of this model's maths, one sentence each."""
     if to in ("qwen", "own") or not (config.use_dynamic_ntk or config.use_logn_attn):

@@ -157,6 +157,11 @@ class Trainer:
         begun, spent = time.perf_counter(), standing.seconds
         self.model.train()
         try:
+            if self.held_out is not None and not resumed:
+                before = self.measure(self.held_out)
+                self.note(f"held-out loss before: {before:.4f}")
+                if journal is not None:
+                    journal.write(0, eval_loss=before)
             with _signals() as asked:
                 for step, ends_epoch in self._remaining(done):
                     at = time.perf_counter()
