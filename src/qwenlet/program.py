@@ -160,6 +160,11 @@ class QwenProgram:
         self.native.run(isa, rows.lengths, starts, tables, cos, sin, scale, logits_at, logits, seconds, adapted)
         return logits
 
+    def hidden(self, count: int) -> Tensor:
+        """Last hidden states, normed, of the first `count` tokens of the latest `forward`: float32 [count, C]."""
+        normed: Tensor = self._model.transformer.ln_f(self._x[:count])
+        return normed.float()
+
 
 class _Recorder:
     """Records what adapters add beside the model's linears. Each linear that one of them adapts has two slots: A's

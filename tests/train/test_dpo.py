@@ -21,7 +21,7 @@ from qwenlet.train.dpo import Preference
 from qwenlet.train.preferences import Pairs, load_pairs, read_pair
 from qwenlet.train.records import Dialogue, Text
 from qwenlet.train.trainer import Trainer
-from train.tiny import CPU, tiny_model
+from train.tiny import CPU, TINY, tiny_model
 
 TURNS = [{"from": "human", "value": "Hi"}]
 ASKED = [{"role": "user", "content": "Hi"}]
@@ -209,3 +209,31 @@ def test_a_resumed_run_compares_with_the_same_model(tmp_path: Path) -> None:
 
     whole = run("whole", 6)
     assert run("parts", 3) + run("parts", 6) == whole
+
+
+# ------------------------------------------------------------------------------------------------------- the verb
+
+
+@pytest.mark.parametrize("method", ["dpo", "dpo-full"])
+def test_the_verb_learns_preferences(
+    method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], qwen_vocab: Path
+) -> None:
+    from dataclasses import replace
+
+    from qwenlet.checkpoint import write_random
+    from qwenlet.cli import main
+
+    config = replace(TINY, vocab_size=151_936, max_position_embeddings=256, seq_length=256)
+    base = write_random(tmp_path / "base", config, dtype="fp32", tokenizer_file=qwen_vocab)
+    records = [{"conversations": TURNS, "chosen": "yes", "rejected": f"no {index}"} for index in range(8)]
+    pairs = written(tmp_path / "pairs.jsonl", records)
+    words = ["finetune", str(base), str(pairs), "--out", str(tmp_path / "out"), "--method", method, "--dtype", "fp32"]
+    words += ["--lr", "0.003", "--epochs", "4", "--accumulation", "1", "--batch-size", "1", "--held-out", "2"]
+    assert main([*words, "--max-length", "64", "--rank", "4"]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "out")
+    wanted = "adapter_config.json" if method == "dpo" else "config.json"
+    assert (tmp_path / "out" / wanted).exists()
+    lines = (tmp_path / "out" / "training" / "log.jsonl").read_text().splitlines()
+    losses = [entry["loss"] for line in lines if "loss" in (entry := json.loads(line))]
+    assert losses[0] == pytest.approx(math.log(2), rel=1e-3)
+    assert losses[-1] < losses[0]

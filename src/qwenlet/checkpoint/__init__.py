@@ -1,5 +1,6 @@
 """Weights on disk <-> weights in the model.
 
+    source     the files as files: size and digest
     files      named tensors on disk: safetensors, PyTorch's .bin, GGUF
     gguf       GGUF's tensors, dequantized slice by slice
     gptq       AutoGPTQ's tensors, read as the floats they stand for
@@ -26,6 +27,7 @@ from qwenlet.checkpoint.load import DEFAULT_SYSTEM, Checkpoint, LoadReport, Prog
 from qwenlet.checkpoint.quantized import WeightOf, write_quantized, write_rounded
 from qwenlet.checkpoint.rounding import Rounding
 from qwenlet.checkpoint.save import new_folder, write_random
+from qwenlet.checkpoint.source import Source
 
 __all__ = [
     "DEFAULT_SYSTEM",
@@ -36,6 +38,7 @@ __all__ = [
     "LoadReport",
     "Progress",
     "Rounding",
+    "Source",
     "WeightOf",
     "auto_dtype",
     "check_dtype",

@@ -95,8 +95,9 @@ def _complete(llm: LLM, ids: list[int], params: SamplingParams, *, as_json: bool
 
 
 def _record(completion: Completion) -> dict[str, Any]:
+    from qwenlet.cli.reply import timings
+
     record = dataclasses.asdict(completion)
     record["completion_tokens"] = completion.completion_tokens
-    for rate in ("prefill_tokens_per_second", "decode_tokens_per_second"):
-        record["timings"][rate] = getattr(completion.timings, rate)
+    record["timings"] = timings(completion.timings)
     return record

@@ -145,7 +145,9 @@ def _annotation(field: dataclasses.Field[Any], hint: Any, text: str) -> Any:
         text += " Given as a file, or as the text itself."
         option = typer.Option(flag, help=text, show_default=False, parser=_json_text, metavar="<file or JSON>")
         return Annotated[str | None, option]
-    return Annotated[kind | None, typer.Option(flag, help=text, show_default=False)]
+    known = list(choices)
+    completes = (lambda: known) if known else None
+    return Annotated[kind | None, typer.Option(flag, help=text, show_default=False, autocompletion=completes)]
 
 
 def _flag_type(hint: Any) -> tuple[Any, tuple[str, ...]]:

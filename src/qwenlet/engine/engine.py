@@ -10,10 +10,8 @@ import copy
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,8 +19,8 @@ from torch import Tensor
 from qwenlet.cache import PagePool, pages_for
 from qwenlet.config import DEFAULT_NEW_TOKENS, EngineConfig, GenerationDefaults, SamplingParams
 from qwenlet.engine.driver import Driver, Health
-from qwenlet.engine.errands import Errands
 from qwenlet.engine.intake import check_ids, check_prompt
+from qwenlet.engine.pooling import MeanState
 from qwenlet.engine.prefix import PrefixCache
 from qwenlet.engine.records import FinishReason
 from qwenlet.engine.replies import Replies, line
@@ -45,8 +43,6 @@ from qwenlet.tokenizer import StreamDecoder, Tokenizer
 # From here on pages of old prefixes are used again before more of the cache comes into memory.
 _SOFT_TOKENS = 8192
 _FAILURES_IN_A_ROW = 3  # of steps, until the engine calls itself unhealthy
-
-Result = TypeVar("Result")
 
 
 class Engine:
@@ -88,7 +84,6 @@ class Engine:
         self._replies = Replies(self.scheduler, self.prefix, self.speculation, self._stats)
         self._grammars = None if tokenizer is None else Grammars(tokenizer, model.config.vocab_size, self.stop_ids)
         self._lock = threading.RLock()
-        self._errands = Errands()
         self._in_flight: frozenset[Request] = frozenset()
         self._failures, self._reason = 0, ""
         self._adapters: dict[str, LoadedAdapter] = {}
@@ -140,7 +135,7 @@ class Engine:
         limit = reserved or min(room, resolved.max_new_tokens or DEFAULT_NEW_TOKENS)
         seed = secrets.randbits(32) if resolved.seed is None else resolved.seed
         resolved = replace(resolved, max_new_tokens=limit, seed=seed)
-        alpha = self.model.config.ntk_alpha(len(ids) + (limit if self.options.ntk == "reserve" else 0))
+        alpha = self.ntk_alpha(len(ids), limit)
         requests = [self._request(ids, resolved, alpha, choice) for choice in range(params.n)]
         for request in requests:
             request.dropped_turns, request.priority, request.timeout = dropped_turns, priority, timeout
@@ -148,6 +143,10 @@ class Engine:
         leader, *leader.followers = requests
         self._enter(leader)
         return requests
+
+    def ntk_alpha(self, prompt: int, reply: int) -> float:
+        """The dynamic NTK factor of a request with so many tokens, whose reply may have so many."""
+        return self.model.config.ntk_alpha(prompt + (reply if self.options.ntk == "reserve" else 0))
 
     def _request(self, prompt: tuple[int, ...], params: SamplingParams, alpha: float, choice: int) -> Request:
         own = () if params.ignore_eos else self.stop_ids
@@ -178,8 +177,13 @@ class Engine:
         priority: int = 0,
         timeout: float | None = None,
         adapter: str | None = None,
+        hidden: bool = False,
     ) -> Request:
-        """Queues ids whose logits from position `first` on `reader` gets, piece by piece, on the model's device."""
+        """Queues ids whose logits from position `first` on `reader` gets, piece by piece, on the model's device.
+
+        With `hidden` it gets the last hidden states, normed, of all positions instead.
+        """
+        assert not (hidden and first), "hidden states are read from the first position on"
         if len(ids) > self.context_length:
             raise ContextLengthError(len(ids), self.context_length, 0)
         request = Request(
@@ -190,6 +194,7 @@ class Engine:
             stop_texts=StopTexts(()),
             reader=reader,
             read_from=first,
+            reads_hidden=hidden,
             priority=priority,
             timeout=timeout,
             adapter=self.adapter(adapter),
@@ -205,20 +210,14 @@ class Engine:
             pass
         return torch.cat(parts)
 
-    def embed(self, ids: Sequence[int], alpha: float, *, adapter: str | None = None) -> Future[Tensor]:
-        """Mean of the last hidden states, normed: float32 [C] on the CPU, from a pass of its own between two steps."""
-        if len(ids) > self.context_length:
-            raise ContextLengthError(len(ids), self.context_length, 0)
-        chosen = self.adapter(adapter)
-        return self._errand(lambda: self.runner.hidden(ids, alpha, chosen).mean(0))
-
-    def _errand(self, work: Callable[[], Result]) -> Future[Result]:
-        with self._lock:
-            self._check_takes()
-            future = self._errands.add(work)
-        self.start()
-        self._driver.wake()
-        return future
+    def embed(
+        self, ids: Sequence[int], alpha: float, *, priority: int = 0, timeout: float | None = None,
+        adapter: str | None = None,
+    ) -> tuple[Request, MeanState]:  # fmt: skip
+        """Queues ids whose hidden states are averaged; the mean is there when the request has ended."""
+        state = MeanState()
+        request = self.read(ids, alpha, 0, state, priority=priority, timeout=timeout, hidden=True, adapter=adapter)
+        return request, state
 
     # ---------------------------------------------------------------------------------------------- adapters
 
@@ -242,28 +241,18 @@ class Engine:
 
     def add_adapter(self, adapter: LoadedAdapter) -> None:
         """Lets requests ask for an adapter, in place of one that had its name. What runs goes on with the old one."""
-        self._change_adapters(lambda: self._adapters | {adapter.name: adapter})
+        with self._lock:
+            self._set_adapters(self._adapters | {adapter.name: adapter})
 
     def remove_adapter(self, name: str) -> None:
         """Raises RequestError if there is none of that name. What runs goes on with it."""
         self.adapter(name)
-        self._change_adapters(lambda: {other: one for other, one in self._adapters.items() if other != name})
+        with self._lock:
+            self._set_adapters({other: one for other, one in self._adapters.items() if other != name})
 
-    def _change_adapters(self, table: Callable[[], dict[str, LoadedAdapter]]) -> None:
-        def change() -> None:
-            with self._lock:
-                self._adapters = table()
-                needed = [*self._adapters.values(), *(r.adapter for r in self._requests() if r.adapter is not None)]
-            self.runner.set_adapters(list(dict.fromkeys(needed)))
-
-        if self.alive:
-            self._errand(change).result()
-        else:
-            change()
-
-    def _requests(self) -> list[Request]:
-        queued = [*self.scheduler.running, *self.scheduler.waiting]
-        return [one for request in queued for one in (request, *request.followers)]
+    def _set_adapters(self, adapters: dict[str, LoadedAdapter]) -> None:
+        self._adapters = adapters
+        self.runner.wanted = tuple(adapters.values())
 
     def _check_takes(self) -> None:
         if self._driver.closed or self._driver.draining:
@@ -282,8 +271,9 @@ class Engine:
                 return
             if request in self._in_flight:
                 request.cancelled = True
-            else:
-                self._replies.finish(request, "cancelled")
+                return
+            self._replies.finish(request, "cancelled")
+            self._replies.tell()
 
     def stream(self, request: Request) -> Stream:
         """The request's chunks; the engine's thread runs from now on."""
@@ -295,10 +285,10 @@ class Engine:
         self.start()
         return AsyncStream(self, request)
 
-    def astreams(self, requests: Sequence[Request]) -> AsyncStreams:
-        """Several requests read together, for the event loop that runs here."""
+    def astreams(self, requests: Sequence[Request], patience: float | None = None) -> AsyncStreams:
+        """Several requests read together, for the event loop that runs here; `patience` as AsyncStreams has it."""
         self.start()
-        return AsyncStreams(self, requests)
+        return AsyncStreams(self, requests, patience)
 
     # ---------------------------------------------------------------------------------------------- life
 
@@ -327,11 +317,11 @@ class Engine:
 
     def _end_all(self, reason: FinishReason, error: Exception | None) -> None:
         with self._lock:
-            self._errands.drop(error or EngineError("the engine was shut down", hint="load the model again"))
             while requests := [*self.scheduler.running, *self.scheduler.waiting]:
                 for request in requests:
                     request.failure = request.failure or error
                     self._replies.finish(request, reason, error=None if error is None else line(error))
+            self._replies.tell()
 
     # ---------------------------------------------------------------------------------------------- the step
 
@@ -342,11 +332,10 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        return bool(self.scheduler.running or self.scheduler.waiting or self._errands)
+        return bool(self.scheduler.running or self.scheduler.waiting)
 
     def step(self) -> bool:
-        """Runs the model once, after an errand if one waits; False if there was nothing to run."""
-        errand = self._errands.run_one()
+        """Runs the model once; False if there was nothing to run."""
         began = time.perf_counter()
         with self._lock:
             self._expire(began)
@@ -355,8 +344,10 @@ class Engine:
             for one in work:
                 one.request.started_at = one.request.started_at or began
             self._in_flight = frozenset(one.request for one in work)
+            # of the step before, and only now: woken loops hold this thread's Python up, but not the model
+            self._replies.tell()
         if not work:
-            return errand
+            return False
         scheduled = time.perf_counter()
         try:
             logits = self.runner.run(work)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,21 +18,27 @@ from qwenlet.program import QwenProgram
 class Runner:
     """Args: step: most tokens of a step; the attribute says what the program allows of it.
 
-    Attributes: adapters: that rows may go with.
+    Attributes: wanted: adapters that rows may go with; the next step has them.
     """
 
     def __init__(self, model: Qwen, pool: PagePool, device: torch.device, attention: str, step: int) -> None:
         self.model, self.pool, self.device, self.attention = model, pool, device, attention
         self.program = QwenProgram(model, pool, step) if pool.tiled else None
         self.step = step if self.program is None else min(step, self.program.capacity)
-        self.adapters: list[LoadedAdapter] = []
+        self.wanted: tuple[LoadedAdapter, ...] = ()
+        self._recorded: tuple[LoadedAdapter, ...] = ()
         self._rows = RowAdapters(model)
 
-    def set_adapters(self, adapters: Sequence[LoadedAdapter]) -> None:
-        """Records the program anew, with these. Between two steps only."""
+    def _take_adapters(self, groups: Sequence[Group]) -> None:
+        """Records the program anew where one of these adapters is new to it. Those taken away go then, too."""
+        # one that was taken away may still have requests that run
+        needed = dict.fromkeys([*self.wanted, *(group.adapter for group in groups)])
+        if needed.keys() <= set(self._recorded):
+            return
+        adapters = tuple(needed)
         for adapter in adapters:
             self._rows.hook(adapter)
-        self.adapters = list(adapters)
+        self._recorded = adapters
         if self.program is not None:
             self.program = QwenProgram(self.model, self.pool, self.step, [adapter.sides() for adapter in adapters])
 
@@ -41,7 +47,10 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, work: Sequence[Work]) -> list[Tensor]:
-        """Stores the tokens' keys and values; of each request float32 logits [wanted, V], on the model's device."""
+        """Stores the tokens' keys and values; of each request float32 logits [wanted, V], on the model's device.
+
+        Of one that reads hidden states, those of its tokens [n, C].
+        """
         # rows of one adapter together, those without one first
         order = sorted(range(len(work)), key=lambda i: _number(work[i].request.adapter))
         ordered = [work[i] for i in order]
@@ -57,38 +66,33 @@ class Runner:
             wanted += range(end - one.wanted, end)
         adapters = [one.request.adapter for one in ordered]
         tokens, outputs = _groups(adapters, lengths), _groups(adapters, [one.wanted for one in ordered])
+        self._take_adapters(tokens)
         with self._rows.rows(tokens, outputs):
-            logits = self._forward(ids, rows, [one.request.pages for one in ordered], starts, wanted, tokens)
-        each: list[Tensor] = [logits] * len(work)
-        for i, part in zip(order, logits.split([one.wanted for one in ordered]), strict=True):
-            each[i] = part
-        return each
-
-    @torch.inference_mode()
-    def hidden(self, ids: Sequence[int], alpha: float, adapter: LoadedAdapter | None = None) -> Tensor:
-        """Last hidden states, normed: float32 [len(ids), C] on the CPU, by the modules. No page is touched."""
-        rows = Rows.fresh([len(ids)], [alpha], self.device)
-        groups = _groups([adapter], [len(ids)])
-        with attention_backend(self.attention), self._rows.rows(groups, ()):
-            return self.model.hidden(torch.tensor(list(ids), device=self.device), rows).float().cpu()
+            logits, hidden = self._forward(ids, rows, [one.request.pages for one in ordered], starts, wanted, tokens)
+        found = list(logits.split([one.wanted for one in ordered]))
+        if any(one.request.reads_hidden for one in ordered):
+            states = hidden().split(lengths)
+            found = [states[at] if one.request.reads_hidden else found[at] for at, one in enumerate(ordered)]
+        each = dict(zip(order, found, strict=True))
+        return [each[at] for at in range(len(work))]
 
     def _forward(
         self, ids: Tensor, rows: Rows, tables: Sequence[Sequence[int]], starts: Sequence[int], wanted: Sequence[int],
         groups: Sequence[Group],
-    ) -> Tensor:  # fmt: skip
+    ) -> tuple[Tensor, Callable[[], Tensor]]:  # fmt: skip
+        """Logits, and what gives the hidden states of all tokens."""
         at = torch.tensor(wanted, dtype=torch.long, device=self.device)
-        if self.program is not None:
-            # one that was taken out while its request came in
-            if late := [group.adapter for group in groups if group.adapter not in self.adapters]:
-                self.set_adapters([*self.adapters, *late])
-            adapted = [(self.adapters.index(group.adapter), group.last - group.first) for group in groups]
-            return self.program.forward(ids, rows, tables, starts, at, adapted=adapted)
+        if (program := self.program) is not None:
+            adapted = [(self._recorded.index(group.adapter), group.last - group.first) for group in groups]
+            return program.forward(ids, rows, tables, starts, at, adapted=adapted), lambda: program.hidden(len(ids))
         past = PagedPast(self.pool, rows, tables, starts)
         with attention_backend(self.attention):
+            hidden = self.model.hidden(ids, rows, past)
             if not len(wanted):
-                self.model.hidden(ids, rows, past)
-                return torch.empty(0, self.model.config.vocab_size, device=self.device)
-            return self.model(ids, rows, past, logits_at=at).float()
+                logits = torch.empty(0, self.model.config.vocab_size, device=self.device)
+            else:
+                logits = self.model.lm_head(hidden[at]).float()
+        return logits, lambda: hidden
 
 
 def _number(adapter: LoadedAdapter | None) -> int:

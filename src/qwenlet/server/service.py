@@ -7,17 +7,32 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from qwenlet.api import LLM
-from qwenlet.config import ServerConfig
+from qwenlet.config import ServerConfig, is_loopback
 from qwenlet.errors import ConfigError
 from qwenlet.server.errors import RETRY_SECONDS, ApiError, busy
-from qwenlet.store import Store
+from qwenlet.server.limits import Limits
+from qwenlet.store import Store, is_off
 
 State = Literal["loading", "ready", "draining"]
 _STUCK_SECONDS = 120.0  # a step takes seconds; a thread that shows itself no more does not come back
+
+
+@dataclass(frozen=True)
+class Client:
+    """Who calls.
+
+    Attributes:
+        name: whose limits count: a key's number, or an address.
+        owner: whose things are kept; all who show no key share theirs.
+    """
+
+    name: str
+    owner: str = ""
 
 
 class Service:
@@ -32,15 +47,15 @@ class Service:
     def __init__(self, name: str, config: ServerConfig) -> None:
         self.config = config
         # the last part of a path: clients need not learn where files lie
-        self.own_names: tuple[str, ...] = tuple(config.served_name or ()) or (
-            Path(name).name if _is_path(name) else name,
-        )
+        own = (Path(name).name if _is_path(name) else name,)
+        self.own_names: tuple[str, ...] = tuple(config.served_name or ()) or own
         self.state: State = "loading"
         self.created = int(time.time())
         self._llm: LLM | None = None
         self._outstanding = 0
         self._store: Store | None = None
         self._opening = threading.Lock()
+        self.limits = Limits(config)
         self.answers: Counter[int] = Counter()
 
     def open(self, llm: LLM) -> None:
@@ -58,6 +73,13 @@ class Service:
             retry = {"retry-after": str(RETRY_SECONDS)}
             raise ApiError(503, "the model is being loaded", "server_error", code="loading", headers=retry)
         return self._llm
+
+    @property
+    def keeps_history(self) -> bool:
+        """Whether the page's conversations are kept: they are one person's, so whoever calls has to be that person."""
+        config = self.config
+        alone = is_loopback(config.host) and not config.allowed_host
+        return config.history and not is_off() and len(config.api_key or ()) <= 1 and (bool(config.api_key) or alone)
 
     @property
     def store(self) -> Store:
