@@ -17,10 +17,12 @@ settings.load_profile("qwenlet")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Nothing is read from the user's cache or left there."""
+def folders_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing is read from the user's cache or conversations, or left there."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QWENLET_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("QWENLET_DATA", str(tmp_path_factory.mktemp("data")))
+        patch.delenv("QWENLET_NO_HISTORY", raising=False)
         yield
 
 

@@ -17,7 +17,16 @@ from qwenlet.gguf_header import read_header
 from qwenlet.model import Qwen
 from qwenlet.ops.packing import QuantTensor, to_tiles
 from qwenlet.plan import PAGE_TOKENS as PLANNED_PAGE_TOKENS
-from qwenlet.plan import Bits, Setup, advice, cache_bytes_per_token, estimate, fitting, gguf_bits
+from qwenlet.plan import (
+    Bits,
+    Setup,
+    advice,
+    available_memory,
+    cache_bytes_per_token,
+    estimate,
+    fitting,
+    gguf_bits,
+)
 
 QWEN = qwen_1_8b()
 SMALL = replace(QWEN, vocab_size=512, hidden_size=256, num_hidden_layers=2, num_attention_heads=2,
@@ -241,3 +250,15 @@ def test_bad_setups_are_refused_by_name():
     ):
         with pytest.raises(ConfigError, match=message):
             Setup(**{"model": QWEN, **fields})
+
+
+def test_memory_within_a_container(tmp_path):
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal: 2000 kB\nMemAvailable: 1000 kB\n")
+    assert available_memory(meminfo, tmp_path) == 1_024_000
+    (tmp_path / "memory.max").write_text("500000\n")
+    (tmp_path / "memory.current").write_text("100000\n")
+    assert available_memory(meminfo, tmp_path) == 400_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_memory(meminfo, tmp_path) == 1_024_000
+    assert available_memory(tmp_path / "nowhere") is None

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from qwenlet import chat, hub
+from qwenlet import chat, hub, tools
 from qwenlet.chat import Message
 from qwenlet.checkpoint import (
     DEFAULT_SYSTEM,
@@ -39,13 +41,16 @@ from qwenlet.config.quant import keeps_codes
 from qwenlet.engine import Completion, Engine, Request, Stream, check_prompt
 from qwenlet.errors import ConfigError, MissingTokenizerError, RequestError
 from qwenlet.linear import QuantLinear
+from qwenlet.lora import Adapter, LoadedAdapter
 from qwenlet.model import Qwen
 from qwenlet.ops import cpu
 from qwenlet.ops.attention import check_backend
 from qwenlet.tokenizer import Tokenizer
+from qwenlet.tools import Toolbox, ToolMessage
 
 Prompt = str | Sequence[int]
 History = list[tuple[str, str]]
+TOOL_FIELDS = {"tool_calls", "tool_call_id", "reasoning_content"}
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,7 @@ def load(
     *,
     revision: str | None = None,
     progress: Progress | None = None,
+    adapters: Mapping[str, str | Path] | None = None,
     **engine_options: Any,
 ) -> LLM:
     """Loads a model, ready to chat.
@@ -93,6 +99,7 @@ def load(
         offline: True forbids any network use; None asks QWENLET_OFFLINE and HF_HUB_OFFLINE.
         revision: branch, tag or commit on the hub.
         progress: called with (bytes done, bytes in all, what) while files are fetched and weights are read.
+        adapters: folders of LoRA adapters by name, for `SamplingParams(adapter=name)`; as `LLM.add_adapter` loads them.
         engine_options: the fields of EngineConfig, such as max_context=4096.
     Raises:
         QwenletError: its branches say what was wrong with the name, the files, the configuration or an option.
@@ -124,7 +131,10 @@ def load(
             model, report = load_model(checkpoint, chosen, where, linear=options.linear, progress=progress)
         tokenizer = reading.result()
     report.notes.append(f"{dtype_name(chosen)} {f'because {reason}' if reason else 'asked for'}")
-    return LLM(str(name_or_path), checkpoint, model, tokenizer, where, chosen, options, report)
+    llm = LLM(str(name_or_path), checkpoint, model, tokenizer, where, chosen, options, report)
+    for name, folder in (adapters or {}).items():
+        llm.add_adapter(name, folder)
+    return llm
 
 
 def _runs_as_stored(
@@ -194,6 +204,7 @@ class LLM:
         config: shapes and maths.
         default_system: the system message a conversation starts with unless the user gives one.
         defaults: what the checkpoint's generation config asks for; a None in SamplingParams means these.
+        source: the weight files.
         load_report: what loading did, `str()` for people.
     """
 
@@ -209,7 +220,7 @@ class LLM:
         report: LoadReport,
     ) -> None:
         self.name = name
-        self.path = checkpoint.path
+        self.path, self.source = checkpoint.path, checkpoint.source
         self.config: ModelConfig = checkpoint.config
         self.default_system = checkpoint.default_system
         self.defaults: GenerationDefaults = checkpoint.defaults
@@ -224,6 +235,12 @@ class LLM:
         self._engine = Engine(model, known, options, checkpoint.defaults, device, stops)
         if self._engine.obstacle is not None and _is_quantized(model):
             report.notes.append(f"runs by modules, more slowly: {self._engine.obstacle}")
+
+    @property
+    def precision(self) -> str:
+        """In what most linears' weights run: "int4", "int8", "bf16" ..."""
+        bits = Counter(module.tiles.bits for module in self.model.modules() if isinstance(module, QuantLinear))
+        return f"int{bits.most_common(1)[0][0]}" if bits else dtype_name(self.dtype)
 
     @property
     def engine(self) -> Engine:
@@ -295,21 +312,36 @@ class LLM:
         """Continues one prompt piece by piece. Closing the iterator cancels the request."""
         return self._submit_one(self._ids(prompt), params)
 
-    def reply(self, messages: Iterable[Message | Mapping[str, Any]], params: SamplingParams | None = None) -> Stream:
+    def reply(
+        self,
+        messages: Iterable[Message | Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        toolbox: Toolbox | None = None,
+    ) -> Stream:
         """The assistant's next message, piece by piece.
 
         Old turns are left out, oldest first, until the conversation and the reply fit the context (the chunks'
         `dropped_turns` says how many); the system message and the last question always stay.
 
+        Args:
+            messages: with tools also OpenAI's `tool_calls`, `tool_call_id` and `reasoning_content`.
+            toolbox: tools that the reply may or must call; `qwenlet.tools.ReplyParser` finds the calls in its text.
         Raises:
             ContextLengthError: not even these two fit.
         """
+        told = list(messages)
         params = params or SamplingParams()
         asked = params.max_new_tokens
         # the checkpoint's own reply length gives way to the conversation, a length that was asked for doesn't
         reserve = asked or min(self.defaults.max_new_tokens or DEFAULT_NEW_TOKENS, self.chat_window // 2)
         window = self.chat_window if reserve < self.chat_window else self.context_length
-        fitted = chat.fit(self.tokenizer, list(messages), window, reserve)
+        if not toolbox and not any(isinstance(one, Mapping) and one.get("tool_calls") for one in told):
+            fitted = chat.fit(self.tokenizer, told, window, reserve)
+        else:
+            toolbox = toolbox or Toolbox()
+            conversation = [_tool_message(one) for one in told]
+            fitted = tools.fit(self.tokenizer, conversation, toolbox, window, reserve)
+            params = _with_calls(params, toolbox, thinking=tools.continues_thought(fitted.messages))
         return self._submit_one(fitted.ids, params, dropped_turns=fitted.dropped_turns)
 
     @property
@@ -350,21 +382,47 @@ class LLM:
             return self.tokenizer.encode(prompt, allowed_special=set())
         return prompt.tolist() if hasattr(prompt, "tolist") else prompt
 
+    # ---------------------------------------------------------------------------------------------- adapters
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names that `SamplingParams.adapter` may have."""
+        return self.engine.adapters
+
+    def add_adapter(self, name: str, folder: str | Path) -> None:
+        """Loads a LoRA adapter beside the model, in peft's format, for requests that ask for it by name.
+
+        One of that name is replaced; requests that run go on with what they began with.
+
+        Raises:
+            CheckpointError: missing or damaged files, another model's adapter, or one that has to be merged first.
+            ConfigError: an adapter of a kind that isn't read.
+        """
+        if not name or not name.isprintable():
+            raise RequestError(f"an adapter's name is {name!r}, expected a printable text")
+        adapter = Adapter.read(folder, self.config)
+        self.engine.add_adapter(LoadedAdapter.beside(self.model, name, adapter))
+
+    def remove_adapter(self, name: str) -> None:
+        """Lets no request ask for it any more. Raises RequestError if there is none of that name."""
+        self.engine.remove_adapter(name)
+
     # ---------------------------------------------------------------------------------------------- logits
 
-    def logits(self, ids: Sequence[int] | Tensor) -> Tensor:
+    def logits(self, ids: Sequence[int] | Tensor, *, adapter: str | None = None) -> Tensor:
         """Float32 logits [T, vocab_size] of every position, from one prefill, on the CPU.
 
         Args:
             ids: token ids, a list or a LongTensor [T].
+            adapter: name of the adapter to go with.
         Raises:
             RequestError: not a list of ids of this vocabulary.
             ContextLengthError: more ids than the model has maths for.
         """
         tokens = check_prompt(self._ids(ids), self.config.vocab_size)
-        return self.engine.logits(tokens, self.config.ntk_alpha(len(tokens)))
+        return self.engine.logits(tokens, self.config.ntk_alpha(len(tokens)), adapter=adapter)
 
-    def score(self, prompt: Prompt, continuation: Prompt) -> Score:
+    def score(self, prompt: Prompt, continuation: Prompt, *, adapter: str | None = None) -> Score:
         """How likely the continuation is after the prompt, as generation sees it: the NTK factor is the prompt's.
 
         Text is tokenized in two pieces, prompt and continuation.
@@ -381,23 +439,23 @@ class LLM:
 
         # the last token's own logits would predict what comes after the continuation
         tokens = (*before, *after[:-1])
-        for _ in self.engine.stream(self.engine.read(tokens, self.config.ntk_alpha(len(before)), first, read)):
+        alpha = self.config.ntk_alpha(len(before))
+        for _ in self.engine.stream(self.engine.read(tokens, alpha, first, read, adapter=adapter)):
             pass
         logprobs = torch.cat(each)
         return Score(float(logprobs.sum()), all(greedy), tuple(logprobs.tolist()))
 
-    def embed(self, prompt: Prompt) -> Tensor:
+    def embed(self, prompt: Prompt, *, adapter: str | None = None) -> Tensor:
         """The mean of the last hidden states, normed: float32 [hidden_size], on the CPU.
 
         The model was trained to write: texts of one subject lie near each other, but a model that was trained to embed
         does this better.
         """
-        return self.embedding(prompt).result()
-
-    def embedding(self, prompt: Prompt) -> Future[Tensor]:
-        """The same without waiting."""
         ids = check_prompt(self._ids(prompt), self.config.vocab_size)
-        return self.engine.embed(ids, self.config.ntk_alpha(len(ids)))
+        request, state = self.engine.embed(ids, self.config.ntk_alpha(len(ids)), adapter=adapter)
+        for _ in self.engine.stream(request):
+            pass
+        return state.mean
 
     # ---------------------------------------------------------------------------------------------- life
 
@@ -439,6 +497,23 @@ def _checked(params: SamplingParams | None) -> SamplingParams:
             f"params is {params!r}, expected SamplingParams", hint="qwenlet.SamplingParams(temperature=0.7)"
         )
     return params or SamplingParams()
+
+
+def _tool_message(value: Message | Mapping[str, Any]) -> ToolMessage:
+    if isinstance(value, Message):
+        return ToolMessage(value.role, value.content)
+    if not isinstance(value, Mapping) or not value.keys() & TOOL_FIELDS:
+        return _tool_message(Message.of(value))
+    if unknown := value.keys() - TOOL_FIELDS - {"role", "content"}:
+        raise RequestError(f"a message has the field {min(unknown)!r}, which is not understood here")
+    return ToolMessage.of(value)
+
+
+def _with_calls(params: SamplingParams, toolbox: Toolbox, *, thinking: bool) -> SamplingParams:
+    """The reply ends where a tool's result belongs, and is held to a call where one is forced."""
+    forced = tools.forced_reply(toolbox, thinking=thinking)
+    stop = (*(params.stop or ()), tools.STOP_TEXT)
+    return replace(params, stop=stop) if forced is None else replace(params, stop=stop, lark=forced)
 
 
 def _chat_format(defaults: GenerationDefaults, tokenizer: object) -> Literal["chatml", "raw"]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
 from qwenlet.errors import ContextLengthError, RequestError, TokenizerError
 from qwenlet.tokenizer import Tokenizer
@@ -82,6 +82,14 @@ class Message:
 
 
 Messages = Sequence[Message | Mapping[str, Any]]
+
+
+class HasRole(Protocol):
+    @property
+    def role(self) -> Role: ...
+
+
+Spoken = TypeVar("Spoken", bound=HasRole)
 
 
 @dataclass(frozen=True)
@@ -218,23 +226,34 @@ def fit(tokenizer: Tokenizer, messages: Messages, context_length: int, reserve: 
     if reserve < 0:
         raise RequestError(f"reserve is {reserve}, expected the reply's tokens, 0 or more")
     chatml = _ChatML(tokenizer)
-    system, exchanges = _exchanges(_checked(messages))
+    system, turns_of = exchanges(_checked(messages))
     fixed = [chatml.encode(turn) for turn in _turns(system, add_generation_prompt=False)]
     rendered = [
-        [chatml.encode(turn) for turn in _turns(exchange, add_generation_prompt=exchange is exchanges[-1])]
-        for exchange in exchanges
+        [chatml.encode(turn) for turn in _turns(exchange, add_generation_prompt=exchange is turns_of[-1])]
+        for exchange in turns_of
     ]
     sizes = [sum(len(chatml.newline) + len(ids) for ids in turns) for turns in [fixed, *rendered]]
     prompt_tokens = sum(sizes) - len(chatml.newline)
     dropped = 0
     while prompt_tokens + reserve > context_length:
-        if dropped == len(exchanges) - 1:
+        if dropped == len(turns_of) - 1:
             raise ContextLengthError(prompt_tokens, context_length, reserve)
         dropped += 1
         prompt_tokens -= sizes[dropped]
-    kept = [message for exchange in exchanges[dropped:] for message in exchange]
+    kept = [message for exchange in turns_of[dropped:] for message in exchange]
     ids = chatml.join(fixed + [ids for turns in rendered[dropped:] for ids in turns])
     return Fitted((*system, *kept), ids, dropped)
+
+
+def exchanges(messages: Sequence[Spoken]) -> tuple[list[Spoken], list[list[Spoken]]]:
+    """System messages at the start, and the rest cut before each user message; the last exchange may be empty."""
+    first = next((index for index, message in enumerate(messages) if message.role != "system"), len(messages))
+    cut: list[list[Spoken]] = []
+    for message in messages[first:]:
+        if message.role == "user" or not cut:
+            cut.append([])
+        cut[-1].append(message)
+    return list(messages[:first]), cut or [[]]
 
 
 def parse_reply(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
@@ -370,17 +389,6 @@ def _placed(messages: Sequence[Message]) -> Iterator[tuple[Message, bool, str, s
         else:
             yield message, True, "", message.content
         previous = message.role
-
-
-def _exchanges(messages: Sequence[Message]) -> tuple[list[Message], list[list[Message]]]:
-    """System messages at the start, and the rest cut before each user message; the last exchange may be empty."""
-    first = next((index for index, message in enumerate(messages) if message.role != "system"), len(messages))
-    exchanges: list[list[Message]] = []
-    for message in messages[first:]:
-        if message.role == "user" or not exchanges:
-            exchanges.append([])
-        exchanges[-1].append(message)
-    return list(messages[:first]), exchanges or [[]]
 
 
 def _checked_format(chat_format: Any) -> ChatFormat:

@@ -14,7 +14,8 @@
     │   └── ContextLengthError               prompt + reply don't fit the context (counts inside)
     ├── DataError             (ValueError)   training data that can't be read or used (file and line inside)
     ├── TrainingError                        a training run that can't start or go on
-    ├── StoreError                           conversations that can't be kept or found
+    ├── StoreError                           the file of conversations can't be used
+    │   └── NotStoredError                       ... or does not have what was named
     ├── EngineError                          the engine was shut down, or a step failed
     │   └── DeadlineError                    a request did not end within its time
     └── MissingExtraError     (ImportError)  an optional dependency is not installed
@@ -103,6 +104,10 @@ class TrainingError(QwenletError):
 
 class StoreError(QwenletError):
     """The file of conversations and responses can't be used, or does not have what was asked for."""
+
+
+class NotStoredError(StoreError):
+    """A conversation or a message of that name is not there."""
 
 
 class EngineError(QwenletError):

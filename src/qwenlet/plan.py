@@ -4,10 +4,11 @@
     estimate   -> Plan: every share of the peak of resident memory, what a token costs
     fitting    the longest context within a memory limit
     advice     what to change where a setup does not fit, the mildest change first
+    available_memory   what this machine has left
 
 The peak is the larger of two moments: the end of loading, when the largest tensor exists twice (the mapped file and our
-copy), and the run, when the past and the activations stand beside the weights. Quantized weights are mapped, in the
-kernels' order: loading them makes none resident.
+copy), and the run, when the past and the activations stand beside the weights. Quantized weights stand in memory
+once, in the kernels' order.
 
 Left out: GPUs, training, and the speed that these numbers allow, which needs a machine's bandwidth.
 """
@@ -18,6 +19,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from qwenlet.config import EMBEDDING_GROUP_SIZE, EngineConfig, ModelConfig, QuantConfig
@@ -358,3 +360,17 @@ def _candidates(setup: Setup) -> Iterator[tuple[str, Setup]]:
             with suppress(ConfigError):  # layers that can't be cut into groups
                 changed = replace(setup, quant=quant, kv_cache="int8", mapped=True, gguf=False)
                 yield f"--quant {name}{cache}", changed
+
+
+def available_memory(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes that can still be used, within a container's limit; None where the system doesn't tell."""
+    try:
+        rows = dict(line.split(":", 1) for line in meminfo.read_text(encoding="ascii").splitlines() if ":" in line)
+        available = int(rows["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+    try:
+        limit, used = (int((cgroup / f"memory.{name}").read_text()) for name in ("max", "current"))
+    except (OSError, ValueError):  # no container, or one without a limit ("max")
+        return available
+    return max(0, min(available, limit - used))

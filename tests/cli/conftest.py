@@ -6,6 +6,7 @@ import io
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -42,10 +43,11 @@ def api(monkeypatch: pytest.MonkeyPatch) -> FakeApi:
 
 @pytest.fixture
 def run(
-    api: FakeApi, monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]
+    api: FakeApi, monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes], tmp_path: Path
 ) -> Callable[..., Result]:
     monkeypatch.delenv("QWENLET_DEBUG", raising=False)
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("QWENLET_DATA", str(tmp_path / "data"))
 
     def call(*arguments: str, stdin: bytes | None = None) -> Result:
         monkeypatch.setattr(sys, "stdin", Stdin(stdin))

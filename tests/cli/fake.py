@@ -14,6 +14,7 @@ from typing import Any
 from qwenlet.config import GenerationDefaults, SamplingParams
 from qwenlet.engine.records import Chunk, Completion, Timings
 from qwenlet.errors import ContextLengthError
+from qwenlet.tools import Toolbox
 
 TIMINGS = Timings(
     time_to_first_token=0.25, prefill_seconds=0.5, decode_seconds=2.0, prefill_tokens=10, decode_tokens=20
@@ -43,13 +44,19 @@ class FakeLLM:
         self.tokenizer = FakeTokenizer()
         self.defaults = GenerationDefaults(do_sample=True, top_p=0.8, repetition_penalty=1.1, max_new_tokens=512)
         self.requests: list[tuple[Any, SamplingParams]] = []
+        self.toolboxes: list[Toolbox | None] = []
         self.cancelled = 0
         self.closed = False
         self.drawn = 100
 
-    def reply(self, messages: list[dict[str, str]], params: SamplingParams) -> Iterator[Chunk]:
+    def reply(
+        self, messages: list[dict[str, Any]], params: SamplingParams, toolbox: Toolbox | None = None
+    ) -> Iterator[Chunk]:
         self.requests.append((messages, params))
-        return self._speak(messages[-1]["content"], params)
+        self.toolboxes.append(toolbox)
+        if toolbox is None:
+            return self._speak(messages[-1]["content"], params)
+        return self._speak(_in_react_format(messages, toolbox), params, verbatim=True)
 
     def stream(self, prompt: list[int], params: SamplingParams) -> Iterator[Chunk]:
         self.requests.append((prompt, params))
@@ -59,7 +66,7 @@ class FakeLLM:
         completions = [Completion.from_chunks(self.stream(prompt, params)) for _ in range(params.n)]
         return completions[0] if params.n == 1 else completions
 
-    def _speak(self, question: str, params: SamplingParams) -> Iterator[Chunk]:
+    def _speak(self, question: str, params: SamplingParams, *, verbatim: bool = False) -> Iterator[Chunk]:
         if params.seed is None:
             self.drawn += 1
         seed = self.drawn if params.seed is None else params.seed
@@ -67,8 +74,9 @@ class FakeLLM:
             "slow": ["word "] * 1000,
             "nothing": [],
             "escape": ["\x1b[31mred\x07\n\tend"],
+            "chinese": ["你好", "…"],
             "code": ["if x:\n", "    y\n"],
-        }.get(question, ["You ", "said ", question, f" ({seed})"])
+        }.get(question, list(question) if verbatim else ["You ", "said ", question, f" ({seed})"])
 
         def chunk(text: str, done: int, reason: Any = None) -> Chunk:
             dropped = 2 if question == "long" else 0
@@ -98,6 +106,20 @@ class FakeLLM:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _in_react_format(messages: list[dict[str, Any]], toolbox: Toolbox) -> str:
+    """Calls what the question says ("clock {...}"), again and again if it begins with "always", and then answers."""
+    last = messages[-1]
+    question = next(message["content"] for message in reversed(messages) if message["role"] == "user")
+    again = question.startswith("always ") and bool(toolbox)
+    if last["role"] == "tool" and not again:
+        return f" I now know the final answer.\nFinal Answer: It is {last['content']}."
+    name, _, arguments = question.removeprefix("always ").partition(" ")
+    if name not in {tool.name for tool in toolbox.offered}:
+        return f"Thought: I know.\nFinal Answer: You said {question}."
+    begin = "" if last["role"] == "tool" else "Thought:"
+    return f"{begin} I call.\nAction: {name}\nAction Input: {arguments}\nObservation: made up"
 
 
 class FakeApi(types.ModuleType):

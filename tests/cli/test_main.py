@@ -44,7 +44,7 @@ def test_overview_lists_the_verbs_and_imports_none_of_them():
     overview, _, modules = out.rpartition("\n[")
     assert "'qwenlet.cli'" in modules
     for verb, line in VERBS.items():
-        assert f"  {verb:8}  {line}\n" in overview
+        assert f"  {verb:{max(map(len, VERBS))}}  {line}\n" in overview
         assert f"'qwenlet.cli.{verb}'" not in modules
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
 import stat
+import subprocess
 import sys
 from pathlib import Path
 
@@ -24,16 +27,19 @@ def chat(tmp_path):
     """Starts `qwenlet chat` on a terminal of its own and ends it."""
     children = []
 
-    def start(*arguments: str) -> pexpect.spawn:
-        environment = os.environ | {"XDG_DATA_HOME": str(tmp_path), "NO_COLOR": "1", "TERM": "dumb"}
+    def start(
+        *arguments: str, dimensions: tuple[int, int] = (40, 120), encoding: str = "utf-8", **environment: str
+    ) -> pexpect.spawn:
+        quiet = {"NO_COLOR": "1", "TERM": "dumb"}
+        environment = os.environ | {"QWENLET_DATA": str(tmp_path / "qwenlet"), **quiet} | environment
         child = pexpect.spawn(
             sys.executable,
             ["-m", "cli.fake", "chat", *arguments],
             cwd=TESTS,
             env=environment,
-            encoding="utf-8",
+            encoding=encoding,
             timeout=30,
-            dimensions=(40, 120),
+            dimensions=dimensions,
         )
         child.delaybeforesend = 0.1
         children.append(child)
@@ -119,6 +125,149 @@ def test_multiline_loading_and_no_history(chat, tmp_path):
     child.send("/exit\x1b\r")
     assert ended(child) == 0
     assert not (tmp_path / "qwenlet").exists()
+
+
+def say(child: pexpect.spawn, line: str, *expected: str) -> None:
+    child.sendline(line)
+    for text in expected:
+        child.expect_exact(text)
+    child.expect_exact(PROMPT)
+
+
+def test_a_conversation_goes_on_another_day(chat, tmp_path):
+    (tmp_path / "notes.txt").write_text("alpha")
+    child = chat()
+    child.expect_exact(PROMPT)
+    say(child, "hello", "You said hello (101)")
+    say(child, f"What is @{tmp_path}/notes.txt?", "attached", "You said What is", "alpha")
+    say(child, "What is @nowhere.txt?", "error: there is no file nowhere.txt")
+    say(child, "/undo", "1 exchange")
+    say(child, "other", "You said other (103)")
+    # /edit offers the old question; what is typed is added to it
+    child.sendline("/edit 1")
+    child.expect_exact("edit> hello")
+    child.sendline(" there")
+    child.expect_exact("You said hello there (104)")
+    child.expect_exact(PROMPT)
+    child.sendline("/edit")
+    child.expect_exact("edit> hello there")
+    child.send(CTRL_C)
+    child.expect_exact("nothing was asked")
+    child.expect_exact(PROMPT)
+    say(child, "/branches", "1  4 messages", "2  4 messages  other", "* 3  2 messages  hello there")
+    say(child, "/retry 7", "You said hello there (7)")
+    say(child, "/title Greetings", "Greetings")
+    child.sendline("/exit")
+    assert ended(child) == 0
+
+    child = chat("--continue")
+    child.expect_exact("1 exchange loaded")
+    child.expect_exact(PROMPT)
+    say(child, "/history", "1 you> hello there", "You said hello there (7)")
+    say(child, "/branches 2", "2 exchanges")
+    say(child, "again", "You said again")
+    child.send(CTRL_D)
+    assert ended(child) == 0
+    listed = subprocess.run(
+        [sys.executable, "-m", "qwenlet", "history", "list"], capture_output=True, text=True, check=True,
+        env=os.environ | {"QWENLET_DATA": str(tmp_path / "qwenlet")},
+    )  # fmt: skip
+    assert listed.stdout.count("\n") == 1
+    assert "Greetings" in listed.stdout
+
+
+def test_a_terminal_that_is_killed_loses_no_question(chat):
+    child = chat()
+    child.expect_exact(PROMPT)
+    say(child, "hello", "You said hello (101)")
+    child.sendline("slow")
+    child.expect_exact("word word word")
+    child.kill(signal.SIGKILL)
+    child.wait()
+    child = chat("-c")
+    child.expect_exact("1 exchange loaded")
+    child.expect_exact("The last question has no reply yet; /retry asks it again.")
+    child.expect_exact(PROMPT)
+    child.sendline("/retry")
+    child.expect_exact("word word")
+    child.send(CTRL_C)
+    child.expect_exact("[stopped]")
+    child.expect_exact(PROMPT)
+    say(child, "/history", "1 you> hello", "2 you> slow")
+
+
+def test_calls_are_asked_about_on_the_terminal(chat, tmp_path):
+    tools = tmp_path / "tools.py"
+    tools.write_text("def clock(zone: str = 'UTC') -> str:\n    return 'noon in ' + zone\n")
+    child = chat("--tools", str(tools))
+    child.expect_exact(PROMPT)
+    for answer, said in (("n", "did not allow"), ("y", "noon in UTC"), ("a", "noon in UTC")):
+        child.sendline("clock {}")
+        child.expect_exact("call clock({})")
+        child.expect_exact("run it? [y]es, [n]o, [a]lways clock: ")
+        child.sendline(answer)
+        child.expect_exact("It is ")
+        child.expect_exact(said)
+        child.expect_exact(PROMPT)
+    say(child, "clock {}", "call clock({})", "result: noon in UTC", "It is noon in UTC.")
+    say(child, "/undo", "3 exchanges")
+    child.sendline("clock {}")
+    child.send(CTRL_D)
+    assert ended(child) == 0
+
+
+def test_a_paste_of_a_megabyte(chat):
+    """The context is too small for it, and that is all that happens."""
+    child = chat(TERM="xterm")
+    child.expect_exact(PROMPT)
+    child.delaybeforesend = None
+    child.maxread = 1_000_000
+    child.send("\x1b[200~")
+    for _ in range(1000):
+        child.send("x" * 999 + "\n")
+        child.expect([pexpect.TIMEOUT, r".+"], timeout=0)  # what it draws meanwhile
+    child.send("\x1b[201~\r")
+    child.expect_exact("You said ", timeout=60)
+    child.expect_exact("(101)", timeout=60)
+    child.expect_exact(PROMPT)
+    say(child, "hello", "(102)")
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"dimensions": (0, 0)},
+        {"dimensions": (2, 5), "TERM": "xterm"},
+        {"TERM": ""},
+        {"TERM": "no-such-terminal"},
+        {"encoding": "latin-1", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        {"encoding": "latin-1", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "TERM": "xterm"},
+    ],
+)
+def test_poor_terminals(chat, environment):
+    """No size, a tiny one, no kind, no UTF-8: it is less pretty, and it works."""
+    child = chat("--stats", **environment)
+    child.expect("you>")
+    child.sendline("chinese")
+    child.expect_exact("??" if environment.get("encoding") else "你好")
+    child.expect("finish\\s+reason\\s+stop" if "dimensions" not in environment else "stop")
+    child.expect("you>")
+    child.sendline("/exit")
+    assert ended(child) == 0
+    assert "Traceback" not in child.before
+
+
+@pytest.mark.parametrize(("environment", "coloured"), [({"NO_COLOR": ""}, True), ({"NO_COLOR": "1"}, False)])
+def test_colours_are_the_user_s_choice(chat, environment, coloured):
+    child = chat(TERM="xterm-256color", **environment)
+    child.expect_exact(PROMPT)
+    shown = child.before
+    child.sendline("/nonsense")
+    child.expect_exact("/help")
+    shown += child.before
+    assert bool(re.search(r"\x1b\[[0-9;]*3[0-7]m", shown)) == coloured
+    child.sendline("/exit")
+    assert ended(child) == 0
 
 
 def test_ctrl_c_ends_a_single_answer_with_130(chat):

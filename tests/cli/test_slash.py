@@ -53,7 +53,7 @@ def test_a_reply_that_was_cut_is_marked(session, say):
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("nothing", "the question is not kept"),
+        ("nothing", "the question is not part of the conversation"),
         ("too long", "error: the prompt has 100"),
         ("broken", "error: this should"),
     ],
@@ -104,7 +104,7 @@ def test_history_shows_marks_and_no_control_characters(session, say):
     say("escape")
     state = session.conversation.state
     session.conversation.state = replace(state, exchanges=(*state.exchanges, Exchange("b", "half", "cancelled")))
-    assert say("/history").err == "you> escape\n[31mred\n\tend\nyou> b\nhalf\n[stopped]\n"
+    assert say("/history").err == "1 you> escape\n[31mred\n\tend\n2 you> b\nhalf\n[stopped]\n"
 
 
 def test_regen_draws_again_and_undo_brings_the_old_reply_back(session, say):
@@ -183,7 +183,8 @@ def test_save_and_load(session, say, tmp_path):
     file = tmp_path / "my talk.json"
     say("hi")
     assert "1 exchange" in say(f"/save '{file}'").err
-    assert json.loads(file.read_text())["messages"][1] == {"role": "assistant", "content": "You said hi (101)"}
+    [saved] = json.loads(file.read_text())["conversations"]
+    assert [message["content"] for message in saved["messages"]] == ["hi", "You said hi (101)"]
     say("/clear")
     session.conversation.model = "another"
     shown = say(f"/load '{file}'").err

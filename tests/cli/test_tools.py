@@ -209,17 +209,5 @@ def test_doctor_goes_on_where_something_is_broken(run, monkeypatch, empty_cache)
     assert "Precision" in result.out
 
 
-def test_memory_within_a_container(tmp_path):
-    meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemTotal: 2000 kB\nMemAvailable: 1000 kB\n")
-    assert doctor.available_memory(meminfo, tmp_path) == 1_024_000
-    (tmp_path / "memory.max").write_text("500000\n")
-    (tmp_path / "memory.current").write_text("100000\n")
-    assert doctor.available_memory(meminfo, tmp_path) == 400_000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert doctor.available_memory(meminfo, tmp_path) == 1_024_000
-    assert doctor.available_memory(tmp_path / "nowhere") is None
-
-
 def test_memory_a_model_needs():
     assert doctor.memory_needed(qwen_1_8b(), 2) == 2 * (1_836_828_672 + 2 * 24 * 2048 * 8192)

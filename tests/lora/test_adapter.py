@@ -11,9 +11,9 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.lora.test_layers import plain_model, stir
 from torch import nn
 
+from lora.tiny import plain_model, stir
 from qwenlet.config import LoraConfig, ModelConfig
 from qwenlet.errors import CheckpointError, ConfigError
 from qwenlet.hf import QWenConfig, QWenLMHeadModel

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.engine.tiny import random_model
 
+from engine.tiny import random_model
+from lora.tiny import plain_model, stir
 from qwenlet.config import LoraConfig, qwen_1_8b
 from qwenlet.errors import ConfigError
 from qwenlet.linear import QuantLinear, TiledLinear
@@ -19,24 +20,6 @@ from qwenlet.ops.rounding import round_to_nearest
 
 SMALL = LoraConfig(rank=4, alpha=8.0, dropout=0.0)
 needs_kernels = pytest.mark.skipif(not cpu.available(), reason="the package was built without a compiler")
-
-
-def plain_model(**changes: object) -> Qwen:
-    """Floats in torch's own linears."""
-    model = random_model("fp32", **changes)
-    reference = Qwen(model.config).eval()
-    torch.manual_seed(1)
-    for parameter in reference.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    return reference
-
-
-def stir(model: Qwen) -> None:
-    """B away from zero, so that the low-rank parts do something."""
-    torch.manual_seed(2)
-    for module in model.modules():
-        if isinstance(module, LoraLinear):
-            torch.nn.init.normal_(module.lora_B, std=0.1)
 
 
 def count(model: Qwen) -> int:

@@ -105,10 +105,21 @@ def test_eight_bit_extremes_do_not_overflow(isa: str) -> None:
 
 
 @needs_kernels
-def test_all_sets_agree_to_the_bit_on_quantized_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rows", [4, 7, 12, 20, 150])  # a block in part, whole ones, more than one pass of AMX
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("kind", ["constant", "points", "minimums"])
+def test_all_sets_agree_to_the_bit_on_quantized_weights(
+    monkeypatch: pytest.MonkeyPatch, kind: str, group: int, rows: int
+) -> None:
     """Whole-number sums and fused multiply-adds in one order; plain C++ rounds twice where others round once."""
-    w, x = to_tiles(weight(4, 64, "points", 48, 640)), torch.randn(20, 640)
+    w, x = to_tiles(weight(4, group, kind, 117, 640)), torch.randn(rows, 640)
     all_sets_agree(x, w, monkeypatch)
+
+
+@needs_kernels
+def test_lines_that_no_scratch_holds_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    columns = 1 << 15
+    all_sets_agree(torch.randn(40, columns), to_tiles(weight(4, 64, "constant", 64, columns)), monkeypatch)
 
 
 @needs_kernels

@@ -113,6 +113,20 @@ def test_rates_are_counted_by_key(demo_gguf: Path) -> None:
         assert one.call("POST", "/v1/completions", body, authorization="Bearer sk-two").status == 200
 
 
+def test_tokens_are_counted_by_key(demo_gguf: Path) -> None:
+    options = "--quiet --api-key sk-one --api-key sk-two --max-tokens-per-minute 60"
+    with running(demo_gguf, *options.split()) as one:
+        body = {"prompt": [7] * 40, "max_tokens": 30, "ignore_eos": True}
+        first = one.call("POST", "/v1/completions", body, authorization="Bearer sk-one")
+        assert (first.status, first.headers["x-ratelimit-limit-tokens"]) == (200, "60")
+        assert first.headers["x-ratelimit-remaining-tokens"] == "0"  # 70 were used: some are owed
+        turned = one.call("POST", "/v1/completions", body, authorization="Bearer sk-one")
+        assert (turned.status, turned.error["code"]) == (429, "rate_limit_exceeded")
+        assert 1 <= int(turned.headers["retry-after"]) <= 12
+        other = one.call("POST", "/v1/embeddings", {"input": [7] * 20}, authorization="Bearer sk-two")
+        assert (other.status, other.headers["x-ratelimit-remaining-tokens"]) == (200, "40")
+
+
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", '"NaN"'])
 @pytest.mark.parametrize("field", ["temperature", "top_p", "presence_penalty", "seed"])
 def test_numbers_that_are_none(server: Server, field: str, number: str) -> None:
@@ -142,3 +156,20 @@ def test_a_client_that_does_not_read_is_let_go() -> None:
     scope = {"type": "http", "method": "POST", "path": "/", "headers": [], "client": ("127.0.0.1", 1)}
     asyncio.run(asyncio.wait_for(gate(scope, receive, send), timeout=5))
     assert ended == [True]
+
+
+def test_a_slow_reader_stalls_nobody_and_is_let_go(demo_gguf: Path) -> None:
+    """Over a real socket: what it does not read fills its buffers, and then its time runs."""
+    with running(demo_gguf, "--write-timeout", "0.5") as server, socket.socket() as lazy:
+        lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        lazy.connect(("127.0.0.1", server.port))
+        # each choice begins with the prompt's alternatives, most of a megabyte: more than buffers hold
+        body = {"prompt": [7, 8, 9, 10] * 150, "echo": True, "logprobs": 20, "n": 16, "max_tokens": 1400}
+        raw = json.dumps(body | {"ignore_eos": True, "stream": True}).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(raw)}\r\n\r\n"
+        lazy.sendall(head.encode() + raw)
+        ended = b'vllm:request_success_total{engine="0",finished_reason="abort",model_name="demo"} 16'
+        deadline = time.monotonic() + 40
+        while ended not in server.call("GET", "/metrics").raw:  # others are served while it blocks
+            assert server.chat(max_tokens=1).status == 200
+            assert time.monotonic() < deadline

@@ -32,6 +32,20 @@ def events(answer: Any) -> list[Any]:
     return [event for event in found if event["type"] != "ping"]
 
 
+def test_fields_of_blocks_that_nothing_reads_are_named(server: Server) -> None:
+    cached = {"cache_control": {"type": "ephemeral"}}
+    answer = write(
+        server,
+        [{"type": "text", "text": FRANCE, **cached}],
+        system=[{"type": "text", "text": "Be brief.", **cached}],
+        tools=[TOOLS[0] | cached],
+        max_tokens=2,
+    )
+    assert answer.status == 200, answer.raw
+    named = {"system[].cache_control", "tools[].cache_control", "messages[].content[].cache_control"}
+    assert set(answer.headers["x-qwenlet-ignored"].split(", ")) == named
+
+
 def test_a_message(server: Server) -> None:
     answer = write(server, system=[{"type": "text", "text": "Be brief."}])
     assert answer.status == 200, answer.raw

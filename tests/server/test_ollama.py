@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -74,9 +76,12 @@ def test_results_follow_their_calls(server: Server) -> None:
     assert chat(server, messages=talk[:2], tools=TOOLS, stream=False).status == 400
 
 
-def test_the_model_is_shown(server: Server) -> None:
+def test_the_model_is_shown(server: Server, demo_gguf: Path) -> None:
     (card,) = server.call("GET", "/api/tags").json["models"]
     assert (card["name"], card["details"]["parameter_size"]) == ("demo", "135M")
+    assert (card["details"]["family"], card["details"]["format"]) == ("llama", "gguf")
+    assert card["size"] == demo_gguf.stat().st_size
+    assert card["digest"] == hashlib.sha256(demo_gguf.read_bytes()).hexdigest()
     (running,) = server.call("GET", "/api/ps").json["models"]
     assert running["context_length"] > 0
     shown = server.call("POST", "/api/show", {"model": "demo"}).json
@@ -90,7 +95,6 @@ BAD: dict[str, tuple[dict[str, Any], int]] = {
     "a role": ({"messages": [{"role": "wizard", "content": "x"}]}, 400),
     "an image": ({"messages": [{"role": "user", "content": "x", "images": ["y"]}]}, 400),
     "a format": ({"format": "xml"}, 400),
-    "a format and tools": ({"format": "json", "tools": TOOLS}, 400),
     "a tool without a name": ({"tools": [{"type": "function", "function": {}}]}, 400),
     "a call without a name": ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, 400),
     "a template": ({"template": "{{ .Prompt }}"}, 400),

@@ -74,6 +74,28 @@ def test_a_streamed_call_has_its_index_and_one_name(server: Server) -> None:
     assert not any(e["choices"][0]["delta"].get("content") for e in events)
 
 
+def test_a_format_beside_free_tools_holds_the_answer(server: Server) -> None:
+    """A call or an answer: the demo model picks, and either is as was asked."""
+    schema = {"type": "object", "properties": {"city": {"enum": ["Paris"]}}, "required": ["city"]}
+    wanted = {
+        "type": "json_schema",
+        "json_schema": {"name": "city", "schema": schema | {"additionalProperties": False}},
+    }
+    for fields in ({"temperature": 0}, {"temperature": 1, "seed": 1}, {"temperature": 1, "seed": 2}):
+        (choice,) = ask(server, response_format=wanted, max_tokens=400, **fields).json["choices"]
+        if choice["finish_reason"] == "tool_calls":
+            json.loads(choice["message"]["tool_calls"][0]["function"]["arguments"])
+        else:
+            assert choice["finish_reason"] == "stop"
+            assert json.loads(choice["message"]["content"]) == {"city": "Paris"}
+
+
+def test_a_format_of_a_forced_call_is_named(server: Server) -> None:
+    answer = ask(server, tool_choice=NAMED, response_format={"type": "json_object"})
+    assert answer.json["choices"][0]["finish_reason"] == "tool_calls"
+    assert answer.headers["x-qwenlet-ignored"] == "response_format"
+
+
 def test_legacy_functions_answer_in_their_own_form(server: Server) -> None:
     fields = {"tools": None, "functions": [WEATHER], "function_call": {"name": "weather"}}
     (choice,) = ask(server, **fields).json["choices"]
@@ -115,7 +137,6 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "another choice": ({"tool_choice": "maybe"}, "tool_choice"),
     "no such tool": ({"tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice"),
     "required of none": ({"tools": [], "tool_choice": "required"}, "tool_choice"),
-    "a format and tools": ({"response_format": {"type": "json_object"}}, "response_format"),
     "a result of nothing": ({"messages": [ASK, {"role": "tool", "content": "x", "tool_call_id": "y"}]}, ""),
     "an answer of another call": (
         {

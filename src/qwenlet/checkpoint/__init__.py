@@ -1,5 +1,6 @@
 """Weights on disk <-> weights in the model.
 
+    source     the files as files: size and digest
     files      named tensors on disk: safetensors, PyTorch's .bin, GGUF
     gguf       GGUF's tensors, dequantized slice by slice
     gptq       AutoGPTQ's tensors, read as the floats they stand for
@@ -20,21 +21,24 @@ No code of a checkpoint is executed.
 """
 
 from qwenlet.checkpoint.cached import load_quantized
-from qwenlet.checkpoint.convert import TARGETS, convert, left_behind, write_new, write_trained
+from qwenlet.checkpoint.convert import TARGETS, Change, convert, left_behind, write_new, write_trained
 from qwenlet.checkpoint.dtypes import DTYPES, auto_dtype, check_dtype, device_by_name, dtype_by_name, dtype_name
 from qwenlet.checkpoint.load import DEFAULT_SYSTEM, Checkpoint, LoadReport, Progress, load_model, read_tokenizer
 from qwenlet.checkpoint.quantized import WeightOf, write_quantized, write_rounded
 from qwenlet.checkpoint.rounding import Rounding
 from qwenlet.checkpoint.save import new_folder, write_random
+from qwenlet.checkpoint.source import Source
 
 __all__ = [
     "DEFAULT_SYSTEM",
     "DTYPES",
     "TARGETS",
+    "Change",
     "Checkpoint",
     "LoadReport",
     "Progress",
     "Rounding",
+    "Source",
     "WeightOf",
     "auto_dtype",
     "check_dtype",

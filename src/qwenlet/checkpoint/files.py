@@ -261,16 +261,18 @@ def read_parts(weights: WeightFile, parts: Sequence[Part], dtype: torch.dtype) -
 
 def open_folder(folder: Path) -> Shards:
     """The weight files of a model folder. Raises CheckpointError if none are there, or a shard is missing."""
-    readers: tuple[tuple[str, type[SafetensorsFiles] | type[PickledFiles]], ...] = (
-        ("model.safetensors", SafetensorsFiles),
-        ("pytorch_model.bin", PickledFiles),
-    )
-    for name, reader in readers:
+    paths = weight_paths(folder)
+    return PickledFiles(paths) if paths[0].suffix == ".bin" else SafetensorsFiles(paths)
+
+
+def weight_paths(folder: Path) -> list[Path]:
+    """Where they lie. Raises CheckpointError as `open_folder` does."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
         if index.exists():
-            return reader(_shards(folder, index))
+            return _shards(folder, index)
         if (folder / name).exists():
-            return reader([folder / name])
+            return [folder / name]
     found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
     raise CheckpointError(
         f"{folder} has no weights: expected model.safetensors, pytorch_model.bin or an index of shards; found {found}",

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from qwenlet.checkpoint.codes import CodeReader
-from qwenlet.checkpoint.files import RUNNABLE_TYPES, GGUFFile, WeightFile, open_folder, read_parts
+from qwenlet.checkpoint.files import RUNNABLE_TYPES, GGUFFile, WeightFile, open_folder, read_parts, weight_paths
 from qwenlet.checkpoint.gptq import GPTQFile
 from qwenlet.checkpoint.names import Layout, Part, parts_of
 from qwenlet.checkpoint.rounding import Rounding
+from qwenlet.checkpoint.source import Source
 from qwenlet.checkpoint.tilefile import TileFile, TileWriter
 from qwenlet.config import OWN_PREFIX, GenerationDefaults, ModelConfig, QuantConfig, config_from_gguf, read_json
 from qwenlet.errors import CheckpointError, ConfigError, FormatError, MissingTokenizerError
@@ -103,6 +104,11 @@ class Checkpoint:
     def chat_template(self) -> str:
         """The Jinja template beside the vocabulary, or ""."""
         return _folder_template(self.path) if self.header is None else _chat_template(self.header)
+
+    @property
+    def source(self) -> Source:
+        """The weight files. Raises as `weights` does."""
+        return Source([self.path] if self.header is not None else weight_paths(self.path))
 
     def weights(self) -> WeightFile:
         """Opens the weight files. Raises CheckpointError if there are none, or one is missing or damaged."""

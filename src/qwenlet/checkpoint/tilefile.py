@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwenlet.checkpoint.mapped import let_go, mapped_bytes
+from qwenlet.checkpoint.mapped import copied_bytes, let_go, mapped_bytes
 from qwenlet.linear import QuantEmbedding, QuantLinear, TiledLinear
 from qwenlet.ops.packing import TILE_ROWS, Tiles
 
@@ -126,11 +126,15 @@ class TileFile:
 
     def modules(self, model: nn.Module, dtype: torch.dtype) -> dict[str, nn.Module] | None:
         """What stands in for the float modules of `model`, by name; None where one doesn't fit."""
-        memory = mapped_bytes(self.path, 0, self._end)
+        mapped = mapped_bytes(self.path, 0, self._end)
+        # of an embedding few rows are looked at; linears are read whole for each token
+        begin, end = self._linears()
+        copied = copied_bytes(self.path, begin, end - begin)
         floats = dict(model.named_modules())
         made = {}
         for name, said in self._modules.items():
-            parts = {leaf: self._tensor(memory, f"{name}.{leaf}") for leaf in (*_TABLES, "bias", "codes")}
+            memory, at = (mapped, 0) if copied is None or "embedding" in said else (copied, begin)
+            parts = {leaf: self._tensor(memory, at, f"{name}.{leaf}") for leaf in (*_TABLES, "bias", "codes")}
             if "embedding" in said:
                 module = _embedding(floats.get(name), parts, dtype)
             else:
@@ -140,11 +144,23 @@ class TileFile:
             made[name] = module
         return made
 
-    def _tensor(self, memory: Tensor, name: str) -> Tensor | None:
+    def _linears(self) -> tuple[int, int]:
+        """Where in the file they begin and end."""
+        tables = {
+            f"{name}.{leaf}"
+            for name, said in self._modules.items()
+            if "embedding" not in said
+            for leaf in (*_TABLES, "bias")
+        }
+        spans = [(begin, end) for name, (_, _, begin, end) in self._spans.items() if name in tables]
+        return min((begin for begin, _ in spans), default=0), max((end for _, end in spans), default=0)
+
+    def _tensor(self, memory: Tensor, at: int, name: str) -> Tensor | None:
+        """A tensor out of memory that holds the file from byte `at` on."""
         if name not in self._spans:
             return None
         dtype, shape, begin, end = self._spans[name]
-        return memory[begin:end].view(_DTYPES[dtype]).view(shape)
+        return memory[begin - at : end - at].view(_DTYPES[dtype]).view(shape)
 
 
 def _embedding(module: nn.Module | None, parts: dict[str, Tensor | None], dtype: torch.dtype) -> nn.Module | None:

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 VERBS = {
     "chat": "Talk to a model: a conversation on a terminal, or one answer for scripts.",
     "generate": "Continue a text, without any chat format.",
-    "serve": "Serve a model to clients of OpenAI's API.",
+    "history": "List, search, show and move the conversations that were kept.",
+    "serve": "Serve a model to clients of OpenAI's API, and to people by a web page.",
     "pull": "Fetch a model and print where it is.",
     "tokenize": "Show the tokens of a text, or the text of token ids.",
     "vocab": "Extend a vocabulary with words of your own.",
@@ -23,8 +24,10 @@ VERBS = {
     "quantize": "Write a model in four or eight bits, and measure what it cost.",
     "finetune": "Teach a model from examples: all of it, or a small adapter beside it.",
     "pretrain": "Train a model on text, from nothing or further.",
+    "merge": "Write a model with an adapter merged into its weights, and measure what that changed.",
     "random": "Write a checkpoint of random weights, for tests and benchmarks.",
     "convert": "Write a checkpoint in another layout.",
+    "completion": "Print a script that completes qwenlet in a shell.",
     "doctor": "Say what this machine has, and what will run where and why.",
 }
 
@@ -38,7 +41,8 @@ def overview() -> str:
         f"Verbs:\n{rows}\n\n"
         "Options:\n  --help     Show this message; after a verb, the help of that verb.\n"
         "  --version  Show the version.\n\n"
-        "Environment:\n  NO_COLOR=1       no colours\n  QWENLET_DEBUG=1  show tracebacks"
+        "Environment:\n  NO_COLOR=1            no colours\n  QWENLET_DEBUG=1       show tracebacks\n"
+        "  QWENLET_NO_HISTORY=1  keep no conversations\n  QWENLET_DATA=FOLDER   where conversations are kept"
     )
 
 

@@ -195,6 +195,16 @@ class Progress:
 # ------------------------------------------------------------------------------------------------------- text in
 
 
+def ask(question: str) -> str:
+    """One line typed after a question; empty at the end of input. Raises KeyboardInterrupt for Ctrl-C."""
+    message(question, style="bold", end="")
+    stderr().file.flush()
+    line = sys.stdin.readline() if sys.stdin is not None else ""
+    if not line.endswith("\n"):
+        message()
+    return line
+
+
 def decode(raw: bytes, source: str) -> str:
     """UTF-8 text, with the place of the first bad byte in the error; a byte order mark is dropped."""
     try:

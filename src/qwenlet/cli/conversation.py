@@ -1,9 +1,6 @@
-"""A conversation as the terminal keeps it: exchanges, system prompt, sampling; undo; and its file.
+"""A conversation as the terminal holds it: exchanges, system prompt, sampling; undo.
 
-No model and no terminal in here. A state is immutable, so undo is a list of earlier states.
-
-The file is JSON: {"version": 1, "model", "system", "messages": [{"role", "content"}, ...], "params": {...}}, written
-whole or not at all. An assistant's message that was cut short carries "finish_reason".
+No model, no terminal and no file in here. A state is immutable, so undo is a list of earlier states.
 """
 
 from __future__ import annotations
@@ -11,17 +8,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qwenlet.config import SamplingParams
-from qwenlet.errors import QwenletError, RequestError
-
-VERSION = 1
+from qwenlet.errors import RequestError
 
 # what a conversation can't use: it shows one reply, as text
 NOT_FOR_CHAT = ("n", "logprobs")
@@ -30,28 +22,44 @@ CHAT_PARAMS = tuple(f.name for f in dataclasses.fields(SamplingParams) if f.name
 
 @dataclass(frozen=True)
 class Exchange:
-    """A question and its reply. A `finish_reason` of "length" or "cancelled" (not "stop") marks a reply cut short."""
+    """A question and its reply. A `finish_reason` of "length" or "cancelled" (not "stop") marks a reply cut short.
+
+    Attributes:
+        user: empty for what was said before any question.
+        assistant: empty where the last thing said was no reply.
+        steps: what stands between the two, as `StoredMessage.as_told` says it: calls of tools and their results.
+        question_id, leaf_id: the question and the last message as the store knows them; None: not stored.
+    """
 
     user: str
     assistant: str
     finish_reason: str = "stop"
+    steps: tuple[Mapping[str, Any], ...] = ()
+    question_id: str | None = field(default=None, compare=False)
+    leaf_id: str | None = field(default=None, compare=False)
+
+    def told(self) -> list[dict[str, Any]]:
+        """What the model is told of it."""
+        question = [{"role": "user", "content": self.user}] if self.user else []
+        reply = [{"role": "assistant", "content": self.assistant}] if self.assistant else []
+        return [*question, *map(dict, self.steps), *reply]
 
 
 @dataclass(frozen=True)
 class State:
-    """`system` is empty where there is no system prompt."""
+    """`system` is empty where there is no system prompt; `talk` is the stored conversation, None before the first."""
 
     system: str
     params: SamplingParams
     exchanges: tuple[Exchange, ...] = ()
+    talk: str | None = field(default=None, compare=False)
 
-    def messages(self, question: str) -> list[dict[str, str]]:
+    def messages(self, question: str) -> list[dict[str, Any]]:
         """What the model is given when `question` is asked now."""
-        messages = [{"role": "system", "content": self.system}] if self.system else []
-        for exchange in self.exchanges:
-            messages.append({"role": "user", "content": exchange.user})
-            messages.append({"role": "assistant", "content": exchange.assistant})
-        return [*messages, {"role": "user", "content": question}]
+        told = [message for exchange in self.exchanges for message in exchange.told()]
+        if self.system and all(message["role"] != "system" for message in told):
+            told.insert(0, {"role": "system", "content": self.system})
+        return [*told, {"role": "user", "content": question}]
 
 
 class Conversation:
@@ -84,9 +92,6 @@ class Conversation:
         self._earlier.append((what, self.state))
         self.state = state
 
-    def add(self, exchange: Exchange) -> None:
-        self.change("the last exchange", replace(self.state, exchanges=(*self.exchanges, exchange)))
-
     def set_params(self, **values: Any) -> None:
         """Raises RequestError and changes nothing if a value is refused."""
         params = replace(self.params, **values)
@@ -102,119 +107,22 @@ class Conversation:
             return "the last exchange"
         raise RequestError("there is nothing to undo")
 
-    # -------------------------------------------------------------------------------------------------- the file
 
-    def save(self, path: Path) -> None:
-        """Writes the conversation whole or not at all, readable by its owner alone.
-
-        Raises RequestError for a file that exists and is not a conversation: it may be someone's work.
-        """
-        path = path.resolve()
-        if path.exists():
-            try:
-                read(path)
-            except QwenletError:
-                raise RequestError(
-                    f"{path} exists and is not a saved conversation, so it is left alone", hint="choose another name"
-                ) from None
-        content = json.dumps(self._to_dict(), ensure_ascii=False, indent=2) + "\n"
-        _write_atomically(path, content.encode("utf-8"))
-
-    def _to_dict(self) -> dict[str, Any]:
-        messages: list[dict[str, str]] = []
-        for exchange in self.exchanges:
-            messages.append({"role": "user", "content": exchange.user})
-            reply = {"role": "assistant", "content": exchange.assistant}
-            if exchange.finish_reason != "stop":
-                reply["finish_reason"] = exchange.finish_reason
-            messages.append(reply)
-        defaults = SamplingParams()
-        params = {
-            name: value for name, value in dataclasses.asdict(self.params).items() if value != getattr(defaults, name)
-        }
-        return {
-            "version": VERSION,
-            "model": self.model,
-            "system": self.state.system,
-            "messages": messages,
-            "params": params,
-        }
-
-    def load(self, path: Path) -> str:
-        """Replaces the state by the file's, if all of it is good; returns the name of the model it was held with."""
-        model, state = read(path)
-        self.change(f"loading {path}", state)
-        return model
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    except OSError as problem:
-        raise RequestError(f"can't write into {path.parent}: {problem.strerror}") from None
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(path)
-    except OSError as problem:
-        Path(name).unlink(missing_ok=True)
-        raise RequestError(f"can't write {path}: {problem.strerror}") from None
-
-
-def read(path: Path) -> tuple[str, State]:
-    """The model's name and the state in a saved conversation. Raises RequestError for anything that isn't one."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        json.dumps(raw, ensure_ascii=False).encode("utf-8")  # "\\ud800" is JSON, but no text
-    except OSError as problem:
-        raise RequestError(f"can't read {path}: {problem.strerror}") from None
-    except (ValueError, RecursionError) as problem:
-        raise RequestError(f"{path} is not a saved conversation: {problem}") from None
-    if not isinstance(raw, dict):
-        raise RequestError(f"{path} holds a JSON {type(raw).__name__}, expected an object")
-    if raw.get("version") != VERSION:
-        raise RequestError(
-            f"{path}: version is {raw.get('version')!r}, expected {VERSION}",
-            hint="only files written by /save can be loaded",
-        )
-    model, system, messages, params = (raw.get(name) for name in ("model", "system", "messages", "params"))
-    for name, value, kind in (("model", model, str), ("system", system, str), ("params", params, dict)):
-        if not isinstance(value, kind):
-            raise RequestError(f"{path}: {name} is {value!r}, expected a JSON {'object' if kind is dict else 'string'}")
-    if not isinstance(messages, list) or len(messages) % 2:
-        raise RequestError(f"{path}: messages is not a list of questions and replies in turn")
-    texts = [_message(path, i, message) for i, message in enumerate(messages)]
-    exchanges = tuple(
-        Exchange(question, reply, reason)
-        for (question, _), (reply, reason) in zip(texts[::2], texts[1::2], strict=True)
-    )
-    return str(model), State(str(system), _params(path, params or {}), exchanges)
-
-
-def _message(path: Path, index: int, message: Any) -> tuple[str, str]:
-    """Content and finish reason of the message at `index`."""
-    role = "assistant" if index % 2 else "user"
-    known = {"role", "content"} | ({"finish_reason"} if role == "assistant" else set())
-    if not isinstance(message, dict) or message.get("role") != role or set(message) - known:
-        raise RequestError(
-            f"{path}: message {index} is {message!r:.100}, expected an object with role {role!r} and content"
-        )
-    content, reason = message.get("content"), message.get("finish_reason", "stop")
-    if not isinstance(content, str) or reason not in ("stop", "length", "cancelled"):
-        raise RequestError(f"{path}: message {index} has content {repr(content)[:60]} and finish_reason {reason!r}")
-    return content, reason
-
-
-def _params(path: Path, params: Mapping[str, Any]) -> SamplingParams:
-    unknown = [name for name in params if name not in CHAT_PARAMS]
+def params_of(values: Mapping[str, Any]) -> SamplingParams:
+    """Sampling parameters by name, as a file or the store has them. Raises RequestError for an unknown or bad one."""
+    unknown = [name for name in values if name not in CHAT_PARAMS]
     if unknown:
-        raise RequestError(f"{path}: params has {unknown[0]!r}, known are {', '.join(CHAT_PARAMS)}")
+        raise RequestError(f"params has {unknown[0]!r}, known are {', '.join(CHAT_PARAMS)}")
     try:
-        return SamplingParams(**{name: _checked(name, value) for name, value in params.items()})
+        return SamplingParams(**{name: _checked(name, value) for name, value in values.items()})
     except RequestError as problem:
-        raise RequestError(f"{path}: params: {problem.message}") from None
+        raise RequestError(f"params: {problem.message}") from None
+
+
+def chosen(params: SamplingParams) -> dict[str, Any]:
+    """The parameters that were set, by name."""
+    defaults = SamplingParams()
+    return {name: value for name, value in dataclasses.asdict(params).items() if value != getattr(defaults, name)}
 
 
 # ------------------------------------------------------------------------------------------------- values by name

@@ -23,6 +23,7 @@ from qwenlet.cli import console
 from qwenlet.cli.options import new_app
 from qwenlet.config import ATTENTION_BACKENDS, ModelConfig
 from qwenlet.errors import ConfigError, QwenletError
+from qwenlet.plan import available_memory
 
 app = new_app()
 
@@ -227,17 +228,3 @@ def cpu_info(path: Path = Path("/proc/cpuinfo")) -> tuple[str, frozenset[str]]:
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     name = fields.get("model name") or platform.machine()
     return name, frozenset((fields.get("flags") or fields.get("Features") or "").split())
-
-
-def available_memory(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes that can still be used, within a container's limit; None where the system doesn't tell."""
-    try:
-        rows = dict(line.split(":", 1) for line in meminfo.read_text(encoding="ascii").splitlines() if ":" in line)
-        available = int(rows["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
-    try:
-        limit, used = (int((cgroup / f"memory.{name}").read_text()) for name in ("max", "current"))
-    except (OSError, ValueError):  # no container, or one without a limit ("max")
-        return available
-    return max(0, min(available, limit - used))

@@ -28,7 +28,7 @@ def finetune(
         list[Path],
         typer.Argument(
             help="Files of examples: conversations, messages, ShareGPT, Alpaca, prompt and completion, or text; .json, "
-            ".jsonl or plain text."
+            ".jsonl or plain text. For dpo: pairs with chosen and rejected."
         ),
     ],
     out: Annotated[Path, typer.Option(help="The folder to write; an interrupted run goes on there.")],
@@ -36,7 +36,11 @@ def finetune(
     training: Annotated[dict[str, Any], Flags(TrainingConfig)],
     lora: Annotated[dict[str, Any], Flags(LoraConfig, skip=("alpha_pattern",))],
     method: Annotated[
-        str, typer.Option(help="full moves every weight; lora trains an adapter, qlora over weights of four bits.")
+        str,
+        typer.Option(
+            help="full moves every weight; lora trains an adapter, qlora over weights of four bits; dpo trains one on "
+            "pairs of a chosen and a rejected reply, dpo-full every weight on them."
+        ),
     ] = "lora",
     eval_data: Annotated[list[Path] | None, typer.Option(help="Examples to measure on, not to learn.")] = None,
     held_out: Annotated[

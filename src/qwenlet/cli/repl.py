@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from pathlib import Path
 
-import platformdirs
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 
-from qwenlet.cli import console, slash
+from qwenlet.cli import attachments, console, slash
 from qwenlet.cli.conversation import CHAT_PARAMS
 from qwenlet.cli.session import Session
+from qwenlet.store import data_dir
 
 
 def run(session: Session, *, keep_history: bool = True) -> None:
     """Reads lines until /exit or Ctrl-D. Errors are shown and the conversation goes on."""
     history = open_history() if keep_history else InMemoryHistory()
     editor: PromptSession[str] = PromptSession(
-        history=history, completer=SlashCompleter(), complete_while_typing=False, enable_suspend=True
+        history=history,
+        completer=SlashCompleter(),
+        complete_while_typing=False,
+        enable_suspend=True,
+        enable_open_in_editor=True,
+        tempfile_suffix=".txt",
     )
+    session.edit = lambda text: _edited(text, multiline=session.multiline)
     while not session.finished:
         try:
             line = editor.prompt("you> ", multiline=session.multiline)
@@ -34,25 +39,42 @@ def run(session: Session, *, keep_history: bool = True) -> None:
             return
 
 
+def _edited(text: str, *, multiline: bool) -> str:
+    """The text as the user changed it; empty where that was given up."""
+    several = multiline or "\n" in text
+    if several:
+        console.note("Alt-Enter (or Esc, Enter) sends, Ctrl-C gives up")
+    try:
+        # a session of its own, or its history and its default would be those of the questions
+        return PromptSession[str](history=InMemoryHistory()).prompt("edit> ", default=text, multiline=several)
+    except (KeyboardInterrupt, EOFError):
+        return ""
+
+
 def handle(session: Session, line: str) -> None:
     """One line: a command or a question. Whatever goes wrong, the conversation goes on."""
     try:
         console.check_text(line, "the line")
         if slash.is_command(line):
+            before = session.last
             slash.execute(session, line)
-            return
-        reply = session.ask(line.removeprefix("/") if line.startswith("//") else line)
+            if session.last is before:
+                return
+        else:
+            session.ask(attachments.expand(line.removeprefix("/") if line.startswith("//") else line))
     except Exception as problem:
         console.explain(problem)
         return
-    if not reply.text:
-        console.note("no reply, so the question is not kept")
-    elif reply.finish_reason in slash.MARKS:
-        console.note(slash.MARKS[reply.finish_reason])
+    finally:
+        session.keep()
+    if session.unanswered is not None:
+        console.note("no reply, so the question is not part of the conversation; /retry asks it again")
+    elif session.conversation.exchanges[-1].finish_reason in slash.MARKS:
+        console.note(slash.MARKS[session.conversation.exchanges[-1].finish_reason])
 
 
 class SlashCompleter(Completer):
-    """Names of commands, of settings after /set, and of files after /save and /load."""
+    """Names of commands, of settings after /set, and of files after /save, /load and @."""
 
     def __init__(self) -> None:
         self._paths = PathCompleter(expanduser=True)
@@ -60,6 +82,8 @@ class SlashCompleter(Completer):
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
         text = document.text_before_cursor
         if not slash.is_command(text):
+            if (start := attachments.begun(text)) is not None:
+                yield from self._paths.get_completions(Document(start), complete_event)
             return
         command, space, argument = text.partition(" ")
         if not space:
@@ -88,9 +112,9 @@ class _PrivateHistory(FileHistory):
 
 def open_history() -> History:
     """The history file in the user's data folder, readable by its owner alone; in memory where it can't be written."""
-    path = Path(platformdirs.user_data_path("qwenlet")) / "chat-history"
+    path = data_dir() / "chat-history"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         os.close(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600))
         path.chmod(0o600)
     except OSError as problem:

@@ -1,15 +1,16 @@
-"""`qwenlet serve`: a model for clients of OpenAI's API."""
+"""`qwenlet serve`: a model for clients of OpenAI's API, and for people with a browser."""
 
 from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
 from qwenlet.cli import console
-from qwenlet.cli.options import EngineFlags, Flags, LoadFlags, expand, new_app
+from qwenlet.cli.options import EngineFlags, Flags, LoadFlags, adapter_names, expand, new_app
 from qwenlet.config import ServerConfig
 from qwenlet.errors import MissingExtraError
 
@@ -27,14 +28,31 @@ def serve(
     loading: LoadFlags,
     engine: EngineFlags,
 ) -> None:
-    """Serve a model to clients of OpenAI's API.
+    """Serve a model to clients of OpenAI's API, and to people by a web page.
 
     It listens on this machine alone unless --host says otherwise, and then asks for a key. SIGTERM or Ctrl-C lets what
     runs end.
     """
-    if key := os.environ.get("QWENLET_API_KEY"):
-        server["api_key"] = [*server.get("api_key", ()), key]
-    config = ServerConfig(**server)
+    server["api_key"] = [*server.get("api_key", ()), *keys_of_environment()]
+    start(model, ServerConfig(**server), loading, engine, quiet=quiet)
+
+
+def keys_of_environment() -> list[str]:
+    key = os.environ.get("QWENLET_API_KEY")
+    return [key] if key else []
+
+
+def start(
+    model: str,
+    config: ServerConfig,
+    loading: dict[str, Any],
+    engine: dict[str, Any],
+    *,
+    quiet: bool,
+    listening: Callable[[str], None] | None = None,
+) -> None:
+    """Serves until a signal comes; `listening` is told the address."""
+    adapter_names(loading)
     try:
         from qwenlet.server import serve as run
     except ImportError as problem:
@@ -51,4 +69,4 @@ def serve(
         with console.Progress() as progress:
             return load(model, progress=progress.update, **loading, **engine)
 
-    run(model, config, loaded, console.note)
+    run(model, config, loaded, console.note, listening)

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import difflib
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qwenlet.cli import console
+from qwenlet.cli import console, saved
 from qwenlet.cli.conversation import CHAT_PARAMS, parse_param
 from qwenlet.cli.reply import stats_line
 from qwenlet.cli.session import Session
 from qwenlet.config import DEFAULT_NEW_TOKENS
 from qwenlet.errors import RequestError
+from qwenlet.store import title_of
 
 MARKS = {"length": "[cut: no room for more, see max_new_tokens in /show]", "cancelled": "[stopped]"}
 
@@ -66,7 +67,8 @@ def _exit(session: Session, argument: str) -> None:
 
 def _clear(session: Session, argument: str) -> None:
     conversation = session.conversation
-    conversation.change("/clear", replace(conversation.state, exchanges=()))
+    conversation.change("/clear", replace(conversation.state, exchanges=(), talk=None))
+    session.unanswered = None
     console.note("a new conversation; /undo brings the old one back")
 
 
@@ -81,9 +83,11 @@ def _system(session: Session, argument: str) -> None:
 def _history(session: Session, argument: str) -> None:
     if not session.conversation.exchanges:
         console.note("nothing has been said yet")
-    for exchange in session.conversation.exchanges:
-        console.message("you> ", style="bold", end="")
+    for number, exchange in enumerate(session.conversation.exchanges, 1):
+        console.message(f"{number} you> ", style="bold", end="")
         console.message(exchange.user)
+        for step in exchange.steps:
+            console.note(step_line(step))
         console.message(exchange.assistant)
         if exchange.finish_reason in MARKS:
             console.note(MARKS[exchange.finish_reason])
@@ -98,6 +102,74 @@ def _regen(session: Session, argument: str) -> None:
     session.regenerate(_seed_value(argument) if argument else None)
     if session.last is not None:
         console.note(f"seed {session.last.seed} for this reply")
+
+
+def _retry(session: Session, argument: str) -> None:
+    session.retry(_seed_value(argument) if argument else None)
+
+
+def _edit(session: Session, argument: str) -> None:
+    asked = [exchange.user for exchange in session.conversation.exchanges]
+    asked += [] if session.unanswered is None else [session.unanswered]
+    if not asked:
+        raise RequestError("there is no question to edit yet")
+    number = _number(argument, len(asked), "question", "/history numbers them") if argument else len(asked)
+    if session.edit is None:
+        raise RequestError("a question is edited on a terminal, and this is none")
+    text = session.edit(asked[number - 1])
+    if not text.strip():
+        console.note("nothing was asked")
+        return
+    session.revise(number, text)
+
+
+def _branches(session: Session, argument: str) -> None:
+    if session.keeper is None:
+        raise RequestError("this conversation is not kept, so it has no branches", hint="/undo goes back")
+    session.keep()
+    state = session.conversation.state
+    branches = session.keeper.branches(state)
+    here = state.exchanges[-1].leaf_id if state.exchanges else None
+    if argument:
+        number = _number(argument, len(branches), "branch", "/branches lists them")
+        new = session.keeper.branch(state, branches[number - 1][-1].id)
+        session.conversation.change(f"going to branch {number}", new)
+        session.unanswered = None
+        console.note(f"{session.conversation.length} in the conversation; /history shows it, /undo goes back")
+        return
+    for number, branch in enumerate(branches, 1):
+        question = next((one.content for one in reversed(branch) if one.role == "user"), "")
+        mark = "*" if branch[-1].id == here else " "
+        console.message(f"{mark} {number}  {len(branch)} messages  {title_of(question)}")
+        if branch[-1].role != "user":
+            console.note(f"      {title_of(branch[-1].content)}")
+    if not branches:
+        console.note("nothing has been said yet")
+
+
+def _title(session: Session, argument: str) -> None:
+    if session.keeper is None:
+        raise RequestError("this conversation is not kept, so it has no title")
+    if argument:
+        session.conversation.state = session.keeper.rename(session.conversation.state, argument)
+    talk = session.conversation.state.talk
+    stored = None if talk is None else session.keeper.store.conversation(talk)
+    console.message("nothing is stored yet" if stored is None else f"{stored.short_id}  {stored.title}")
+
+
+def _number(text: str, count: int, what: str, hint: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= count:
+        raise RequestError(f"there is no {what} {text!r:.40}; there are {count}", hint=hint)
+    return int(text)
+
+
+def step_line(step: Mapping[str, Any]) -> str:
+    """What stands between a question and its reply, in one line: a call, a result, a thought."""
+    calls = [call["function"] for call in step.get("tool_calls") or ()]
+    if calls:
+        return "; ".join(f"called {call['name']}({call.get('arguments', '')})" for call in calls)
+    words = " ".join(step["content"].split())
+    return f"{step['role']}: {words[:200]}{'…' if len(words) > 200 else ''}"
 
 
 def _seed(session: Session, argument: str) -> None:
@@ -147,15 +219,19 @@ def _show(session: Session, argument: str) -> None:
 
 def _save(session: Session, argument: str) -> None:
     path = _path(argument)
-    session.conversation.save(path)
+    saved.write(path, session.conversation.model, session.conversation.state)
     console.note(f"saved {path}; {session.conversation.length} in the conversation")
 
 
 def _load(session: Session, argument: str) -> None:
     path = _path(argument)
-    model = session.conversation.load(path)
+    tree = saved.read(path)
+    model = tree.conversation.model
+    state, _ = saved.state_of(tree, session.llm.default_system)
+    session.conversation.change(f"loading {path}", state)
+    session.unanswered = None
     console.note(f"loaded {path}; {session.conversation.length} in the conversation; /undo brings the old one back")
-    if model != session.conversation.model:
+    if model and model != session.conversation.model:
         console.note(f"it was held with {model}; {session.conversation.model} goes on with it")
 
 
@@ -193,7 +269,11 @@ COMMANDS = {
     "system": Command(_system, "[TEXT]", 'show or set the system prompt; "" removes it'),
     "history": Command(_history, "", "show the conversation"),
     "undo": Command(_undo, "", "take back the last exchange, or the last change by a command"),
+    "retry": Command(_retry, "[SEED]", "ask the last question again, also one that brought no reply"),
     "regen": Command(_regen, "[SEED]", "draw the last reply again, with this seed or a fresh one"),
+    "edit": Command(_edit, "[NUMBER]", "change the last question, or an earlier one, and ask it; the old branch stays"),
+    "branches": Command(_branches, "[NUMBER]", "list what was said on other branches, or go to one"),
+    "title": Command(_title, "[TEXT]", "show or change what the conversation is called in the history"),
     "seed": Command(_seed, "[N|random]", "show or fix the seed of every reply"),
     "set": Command(_set, "NAME VALUE", "change a setting; the value default resets it"),
     "show": Command(_show, "", "show model, system prompt and the settings in force"),

@@ -37,6 +37,8 @@ class ServerConfig:
         max_concurrent: requests of one key, or of one address where there are no keys, at a time; more are turned away
             with 429.
         max_per_minute: requests of one key, or of one address, in a minute; more are turned away with 429.
+        max_tokens_per_minute: tokens of prompts and replies of one key, or of one address, in a minute; who has used
+            them up is turned away with 429 until they have come back.
         cors_origin: web pages of these origins may call the server from a browser, "*" those of any.
         allowed_host: names, beside this machine's own, under which the server is asked for; any where it listens on an
             address that other machines reach and none is given.
@@ -46,6 +48,8 @@ class ServerConfig:
         drain_timeout: seconds that requests get to end after SIGTERM.
         write_timeout: seconds that a client may take to read what was sent, until its request is ended.
         idle_timeout: seconds after which a connection without requests is closed.
+        history: keep the conversations of the web page, in the file that `qwenlet chat` keeps its own in. Where several
+            keys are known, or anyone may call, none are kept, for all clients would share them.
         ping_interval: seconds of silence in a stream until a comment shows that the server lives.
     """
 
@@ -57,6 +61,7 @@ class ServerConfig:
     max_queue: int = 256
     max_concurrent: int | None = None
     max_per_minute: int | None = None
+    max_tokens_per_minute: int | None = None
     cors_origin: Sequence[str] | None = None
     allowed_host: Sequence[str] | None = None
     max_body: int = 8_000_000
@@ -66,6 +71,7 @@ class ServerConfig:
     write_timeout: float = 60.0
     idle_timeout: float = 75.0
     ping_interval: float = 10.0
+    history: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "api_key", tuple(self.api_key or ()))
@@ -82,6 +88,6 @@ class ServerConfig:
                 raise ConfigError(f"{name} is {value}, expected a number above 0")
         if self.max_queue < 0:
             raise ConfigError(f"max_queue is {self.max_queue}, expected 0 or more")
-        for name in ("max_concurrent", "max_per_minute"):
+        for name in ("max_concurrent", "max_per_minute", "max_tokens_per_minute"):
             if (limit := getattr(self, name)) is not None and limit < 1:
                 raise ConfigError(f"{name} is {limit}, expected 1 or more")

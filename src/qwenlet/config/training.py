@@ -74,6 +74,7 @@ class TrainingConfig:
         save_every: steps between two checkpoints to go on from; as often as is evaluated unless given.
         keep: checkpoints that stay.
         seed: of the order, of new weights and of dropout.
+        dpo_beta: of DPO: how dear it is to leave the model as it was.
         parallel: how several processes share the work: each with the whole model, or with a part of it.
     """
 
@@ -98,11 +99,12 @@ class TrainingConfig:
     save_every: int | None = None
     keep: int = 2
     seed: int = 0
+    dpo_beta: float = 0.1
     parallel: Literal["ddp", "fsdp"] = "ddp"
 
     def __post_init__(self) -> None:
         _check_choices(self)
-        _check_range(self, 0, "epochs", "lr", open=True)
+        _check_range(self, 0, "epochs", "lr", "dpo_beta", open=True)
         _check_range(self, 0, "warmup", "min_lr", "weight_decay", "clip", "beta1", "beta2", "seed")
         _check_range(self, 1, "max_steps", "batch_size", "accumulation", "eval_every", "patience", "save_every", "keep")
         for name in ("beta1", "beta2", "min_lr"):

@@ -9,17 +9,19 @@ scheduler    who runs next, with how many tokens and which pages
 speculation  guesses from the text itself
 runner       lays out rows and pages, calls the model
 stop         end tokens, stop sequences, stop texts
-errands      work between two steps that is no reply
+pooling      hidden states -> one vector
 replies      from logits to tokens, text and chunks
 stats        counters
 engine       the step that ties them together
 driver       the thread that calls it
 streams      a request's chunks, for threads and for event loops
+bell         wakes the loops, once a step
 """
 
 from qwenlet.engine.driver import Health
 from qwenlet.engine.engine import Engine
 from qwenlet.engine.intake import check_prompt
+from qwenlet.engine.pooling import MeanState
 from qwenlet.engine.records import Chunk, Completion, Timings
 from qwenlet.engine.request import Request
 from qwenlet.engine.stats import Stats
@@ -32,6 +34,7 @@ __all__ = [
     "Completion",
     "Engine",
     "Health",
+    "MeanState",
     "Request",
     "Stats",
     "Stream",

@@ -11,7 +11,6 @@ import secrets
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import replace
 
 import torch
@@ -20,8 +19,8 @@ from torch import Tensor
 from qwenlet.cache import PagePool, pages_for
 from qwenlet.config import DEFAULT_NEW_TOKENS, EngineConfig, GenerationDefaults, SamplingParams
 from qwenlet.engine.driver import Driver, Health
-from qwenlet.engine.errands import Errands
 from qwenlet.engine.intake import check_ids, check_prompt
+from qwenlet.engine.pooling import MeanState
 from qwenlet.engine.prefix import PrefixCache
 from qwenlet.engine.records import FinishReason
 from qwenlet.engine.replies import Replies, line
@@ -35,6 +34,7 @@ from qwenlet.engine.stop import StopTexts, StopTokens
 from qwenlet.engine.streams import AsyncStream, AsyncStreams, Stream
 from qwenlet.errors import ContextLengthError, DeadlineError, EngineError, RequestError
 from qwenlet.grammar import Grammars
+from qwenlet.lora.rows import LoadedAdapter
 from qwenlet.model import Qwen
 from qwenlet.program import obstacle
 from qwenlet.sampling import TokenCounts, needs_counts
@@ -84,9 +84,9 @@ class Engine:
         self._replies = Replies(self.scheduler, self.prefix, self.speculation, self._stats)
         self._grammars = None if tokenizer is None else Grammars(tokenizer, model.config.vocab_size, self.stop_ids)
         self._lock = threading.RLock()
-        self._errands = Errands()
         self._in_flight: frozenset[Request] = frozenset()
         self._failures, self._reason = 0, ""
+        self._adapters: dict[str, LoadedAdapter] = {}
         self._driver = Driver(self)
 
     # ---------------------------------------------------------------------------------------------- requests
@@ -118,6 +118,7 @@ class Engine:
             raise RequestError(f"timeout is {timeout!r}, expected seconds above 0")
         reserved = params.max_new_tokens
         resolved = params.resolve(self.defaults)
+        adapter = self.adapter(params.adapter)
         room = self.context_length - len(ids)
         if room < (reserved or 1):
             raise ContextLengthError(len(ids), self.context_length, reserved or 1)
@@ -134,13 +135,18 @@ class Engine:
         limit = reserved or min(room, resolved.max_new_tokens or DEFAULT_NEW_TOKENS)
         seed = secrets.randbits(32) if resolved.seed is None else resolved.seed
         resolved = replace(resolved, max_new_tokens=limit, seed=seed)
-        alpha = self.model.config.ntk_alpha(len(ids) + (limit if self.options.ntk == "reserve" else 0))
+        alpha = self.ntk_alpha(len(ids), limit)
         requests = [self._request(ids, resolved, alpha, choice) for choice in range(params.n)]
         for request in requests:
             request.dropped_turns, request.priority, request.timeout = dropped_turns, priority, timeout
+            request.adapter = adapter
         leader, *leader.followers = requests
         self._enter(leader)
         return requests
+
+    def ntk_alpha(self, prompt: int, reply: int) -> float:
+        """The dynamic NTK factor of a request with so many tokens, whose reply may have so many."""
+        return self.model.config.ntk_alpha(prompt + (reply if self.options.ntk == "reserve" else 0))
 
     def _request(self, prompt: tuple[int, ...], params: SamplingParams, alpha: float, choice: int) -> Request:
         own = () if params.ignore_eos else self.stop_ids
@@ -170,8 +176,14 @@ class Engine:
         *,
         priority: int = 0,
         timeout: float | None = None,
+        adapter: str | None = None,
+        hidden: bool = False,
     ) -> Request:
-        """Queues ids whose logits from position `first` on `reader` gets, piece by piece, on the model's device."""
+        """Queues ids whose logits from position `first` on `reader` gets, piece by piece, on the model's device.
+
+        With `hidden` it gets the last hidden states, normed, of all positions instead.
+        """
+        assert not (hidden and first), "hidden states are read from the first position on"
         if len(ids) > self.context_length:
             raise ContextLengthError(len(ids), self.context_length, 0)
         request = Request(
@@ -182,30 +194,65 @@ class Engine:
             stop_texts=StopTexts(()),
             reader=reader,
             read_from=first,
+            reads_hidden=hidden,
             priority=priority,
             timeout=timeout,
+            adapter=self.adapter(adapter),
         )
         self._enter(request)
         return request
 
-    def logits(self, ids: Sequence[int], alpha: float, first: int = 0) -> Tensor:
+    def logits(self, ids: Sequence[int], alpha: float, first: int = 0, *, adapter: str | None = None) -> Tensor:
         """Float32 logits [len(ids) - first, V] on the CPU from position `first` on, by the kernels that generate."""
         parts: list[Tensor] = []
-        request = self.read(ids, alpha, first, lambda _, logits: parts.append(logits.cpu()))
+        request = self.read(ids, alpha, first, lambda _, logits: parts.append(logits.cpu()), adapter=adapter)
         for _ in self.stream(request):
             pass
         return torch.cat(parts)
 
-    def embed(self, ids: Sequence[int], alpha: float) -> Future[Tensor]:
-        """Mean of the last hidden states, normed: float32 [C] on the CPU, from a pass of its own between two steps."""
-        if len(ids) > self.context_length:
-            raise ContextLengthError(len(ids), self.context_length, 0)
+    def embed(
+        self, ids: Sequence[int], alpha: float, *, priority: int = 0, timeout: float | None = None,
+        adapter: str | None = None,
+    ) -> tuple[Request, MeanState]:  # fmt: skip
+        """Queues ids whose hidden states are averaged; the mean is there when the request has ended."""
+        state = MeanState()
+        request = self.read(ids, alpha, 0, state, priority=priority, timeout=timeout, hidden=True, adapter=adapter)
+        return request, state
+
+    # ---------------------------------------------------------------------------------------------- adapters
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that requests may ask for."""
+        return tuple(self._adapters)
+
+    def adapter(self, name: str | None) -> LoadedAdapter | None:
+        """Raises RequestError for a name that no loaded adapter has."""
+        if name is None:
+            return None
+        adapters = self._adapters  # one look: another thread may put a new table in its place
+        if name not in adapters:
+            loaded = f"loaded are {', '.join(adapters)}" if adapters else "none is loaded"
+            raise RequestError(
+                f"adapter is {name!r:.200}, but {loaded}",
+                hint="load it with --adapter NAME=DIR, or llm.add_adapter(name, folder)",
+            )
+        return adapters[name]
+
+    def add_adapter(self, adapter: LoadedAdapter) -> None:
+        """Lets requests ask for an adapter, in place of one that had its name. What runs goes on with the old one."""
         with self._lock:
-            self._check_takes()
-            future = self._errands.add(lambda: self.runner.hidden(ids, alpha).mean(0))
-        self.start()
-        self._driver.wake()
-        return future
+            self._set_adapters(self._adapters | {adapter.name: adapter})
+
+    def remove_adapter(self, name: str) -> None:
+        """Raises RequestError if there is none of that name. What runs goes on with it."""
+        self.adapter(name)
+        with self._lock:
+            self._set_adapters({other: one for other, one in self._adapters.items() if other != name})
+
+    def _set_adapters(self, adapters: dict[str, LoadedAdapter]) -> None:
+        self._adapters = adapters
+        self.runner.wanted = tuple(adapters.values())
 
     def _check_takes(self) -> None:
         if self._driver.closed or self._driver.draining:
@@ -224,8 +271,9 @@ class Engine:
                 return
             if request in self._in_flight:
                 request.cancelled = True
-            else:
-                self._replies.finish(request, "cancelled")
+                return
+            self._replies.finish(request, "cancelled")
+            self._replies.tell()
 
     def stream(self, request: Request) -> Stream:
         """The request's chunks; the engine's thread runs from now on."""
@@ -237,10 +285,10 @@ class Engine:
         self.start()
         return AsyncStream(self, request)
 
-    def astreams(self, requests: Sequence[Request]) -> AsyncStreams:
-        """Several requests read together, for the event loop that runs here."""
+    def astreams(self, requests: Sequence[Request], patience: float | None = None) -> AsyncStreams:
+        """Several requests read together, for the event loop that runs here; `patience` as AsyncStreams has it."""
         self.start()
-        return AsyncStreams(self, requests)
+        return AsyncStreams(self, requests, patience)
 
     # ---------------------------------------------------------------------------------------------- life
 
@@ -265,14 +313,15 @@ class Engine:
         """Cancels what has not ended and ends the thread. Harmless the second time."""
         self._driver.close()
         self._end_all("cancelled", None)
+        self.runner.close()
 
     def _end_all(self, reason: FinishReason, error: Exception | None) -> None:
         with self._lock:
-            self._errands.drop(error or EngineError("the engine was shut down", hint="load the model again"))
             while requests := [*self.scheduler.running, *self.scheduler.waiting]:
                 for request in requests:
                     request.failure = request.failure or error
                     self._replies.finish(request, reason, error=None if error is None else line(error))
+            self._replies.tell()
 
     # ---------------------------------------------------------------------------------------------- the step
 
@@ -283,11 +332,10 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        return bool(self.scheduler.running or self.scheduler.waiting or self._errands)
+        return bool(self.scheduler.running or self.scheduler.waiting)
 
     def step(self) -> bool:
-        """Runs the model once, after an errand if one waits; False if there was nothing to run."""
-        errand = self._errands.run_one()
+        """Runs the model once; False if there was nothing to run."""
         began = time.perf_counter()
         with self._lock:
             self._expire(began)
@@ -296,8 +344,10 @@ class Engine:
             for one in work:
                 one.request.started_at = one.request.started_at or began
             self._in_flight = frozenset(one.request for one in work)
+            # of the step before, and only now: woken loops hold this thread's Python up, but not the model
+            self._replies.tell()
         if not work:
-            return errand
+            return False
         scheduled = time.perf_counter()
         try:
             logits = self.runner.run(work)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from qwenlet.cache import PAGE_TOKENS
+from qwenlet.engine.bell import Listener, tell
 from qwenlet.engine.prefix import PrefixCache
 from qwenlet.engine.records import Chunk, FinishReason
 from qwenlet.engine.request import Request
@@ -24,6 +25,7 @@ class Replies:
         self, scheduler: Scheduler, prefix: PrefixCache | None, speculation: Speculation | None, stats: Stats
     ) -> None:
         self.scheduler, self.prefix, self.speculation, self.stats = scheduler, prefix, speculation, stats
+        self._unheard: list[Listener] = []
 
     def give_up(self, request: Request, error: Exception) -> None:
         request.failure = error
@@ -65,8 +67,8 @@ class Replies:
 
     def _read(self, request: Request, work: Work, logits: Tensor) -> None:
         assert request.reader is not None, "only readers come here"
-        if work.wanted:
-            request.reader(request.stored + len(work.tokens) - work.wanted, logits)
+        if len(logits):  # or hidden states
+            request.reader(request.stored + len(work.tokens) - len(logits), logits)
         self._stored(request, len(work.tokens))
         if request.stored == len(request.known):
             self.finish(request, "length")
@@ -194,8 +196,14 @@ class Replies:
                 error=error,
             )
         )
-        if request.on_chunk is not None:
-            request.on_chunk()
+        if request.listener is not None:
+            self._unheard.append(request.listener)
+
+    def tell(self) -> None:
+        """Wakes whoever waits for the chunks that were written since."""
+        unheard, self._unheard = self._unheard, []
+        if unheard:
+            tell(unheard)
 
 
 def line(error: Exception) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from qwenlet.config import SamplingParams
+from qwenlet.engine.bell import Listener
 from qwenlet.engine.records import Chunk, FinishReason, Timings
 from qwenlet.engine.speculation import Lookup
 from qwenlet.engine.stop import StopTexts, StopTokens
@@ -20,8 +21,9 @@ from qwenlet.tokenizer import StreamDecoder
 
 if TYPE_CHECKING:
     from qwenlet.grammar import Matcher
+    from qwenlet.lora.rows import LoadedAdapter
 
-# takes float32 logits [n, V] of the positions from the first number on
+# takes float32 logits [n, V], or hidden states [n, C], of the positions from the first number on
 Reader = Callable[[int, Tensor], None]
 
 _arrivals = itertools.count()
@@ -39,11 +41,13 @@ class Request:
         priority: lower goes first; equal ones in the order they came.
         timeout: seconds from submission within which the request has to end; None: any time.
         followers: other choices of the same prompt, which take over its pages when it is stored.
+        adapter: that the request goes with; None: the model alone.
         reader, read_from: gets the logits of positions from `read_from` on; such a request has no reply.
+        reads_hidden: the reader gets hidden states instead.
         cached: tokens of the prompt whose keys and values were found.
         indexed: full pages that the prefix cache knows.
         drafted: guesses among the tokens of the step that runs.
-        on_chunk: told when a chunk was put into the outbox.
+        listener: told when chunks were put into the outbox.
     """
 
     prompt: tuple[int, ...]
@@ -56,8 +60,10 @@ class Request:
     dropped_turns: int = 0
     priority: int = 0
     timeout: float | None = None
+    adapter: LoadedAdapter | None = None
     reader: Reader | None = None
     read_from: int = 0
+    reads_hidden: bool = False
     counts: TokenCounts | None = None
     matcher: Matcher | None = None
     lookup: Lookup | None = None
@@ -74,7 +80,7 @@ class Request:
     finish_reason: FinishReason | None = None
     failure: Exception | None = None
     outbox: SimpleQueue[Chunk] = field(default_factory=SimpleQueue)
-    on_chunk: Callable[[], None] | None = None
+    listener: Listener | None = None
 
     arrival: int = field(default_factory=lambda: next(_arrivals))
     submitted_at: float = field(default_factory=time.perf_counter)
@@ -93,7 +99,7 @@ class Request:
     @property
     def root(self) -> Hashable:
         """What keys and values depend on beside the tokens."""
-        return ("root", self.alpha)
+        return ("root", self.alpha, None if self.adapter is None else self.adapter.number)
 
     @property
     def reply(self) -> Sequence[int]:

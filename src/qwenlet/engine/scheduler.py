@@ -117,7 +117,9 @@ class Scheduler:
         if not self._make_room(request, len(tokens)):
             return 0
         end = request.stored + len(tokens)
-        if request.reader is not None:
+        if request.reads_hidden:
+            wanted = 0
+        elif request.reader is not None:
             wanted = max(end - max(request.read_from, request.stored), 0)
         else:
             wanted = int(end == len(request.known))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from qwenlet.cache import PAGE_TOKENS, pages_for
@@ -11,6 +9,7 @@ from qwenlet.config import EngineConfig, ModelConfig
 from qwenlet.errors import ConfigError
 from qwenlet.linear import QuantLinear
 from qwenlet.model import Qwen
+from qwenlet.plan import available_memory
 
 _CACHE_DTYPES = {"int8": torch.int8, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -60,9 +59,4 @@ def _free_bytes(device: torch.device) -> int | None:
     """Memory that can be had now; None where the system doesn't say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        rows = dict(line.split(":", 1) for line in lines)
-        return int(rows["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
+    return available_memory()

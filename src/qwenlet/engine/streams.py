@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import queue
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import suppress
 from typing import Protocol
 
+from qwenlet.engine.bell import Listener, bell
 from qwenlet.engine.records import Chunk
 from qwenlet.engine.request import Request
 from qwenlet.errors import EngineError
@@ -67,13 +67,7 @@ class AsyncStream(AsyncIterator[Chunk]):
         self._engine, self._request = engine, request
         self._ended = False
         self._ready = asyncio.Event()
-        loop = asyncio.get_running_loop()
-
-        def tell() -> None:
-            with suppress(RuntimeError):  # the loop was closed before its stream
-                loop.call_soon_threadsafe(self._ready.set)
-
-        request.on_chunk = tell
+        request.listener = Listener(bell(), self._ready.set)
 
     async def __anext__(self) -> Chunk:
         if self._ended:
@@ -105,43 +99,62 @@ class AsyncStreams:
     """Several requests of one caller, read together by the event loop where it was made; `close` cancels them.
 
     What a slow reader left waiting comes as one chunk of each request.
+
+    Args: patience: seconds of silence after which `next` returns with nothing; None: it waits.
     """
 
-    def __init__(self, engine: Canceller, requests: Sequence[Request]) -> None:
-        self._engine, self._requests = engine, tuple(requests)
+    def __init__(self, engine: Canceller, requests: Sequence[Request], patience: float | None = None) -> None:
+        self._engine, self._requests, self._patience = engine, tuple(requests), patience
         self._open = set(range(len(self._requests)))
-        self._ready = asyncio.Event()
-        loop = asyncio.get_running_loop()
-
-        def tell() -> None:
-            with suppress(RuntimeError):  # the loop was closed before its streams
-                loop.call_soon_threadsafe(self._ready.set)
-
+        self._loop = asyncio.get_running_loop()
+        self._waiter: asyncio.Future[None] | None = None
+        # one timer for all waits: a new one for each would cost more than the wait
+        self._timer: asyncio.TimerHandle | None = None
+        self._since = 0.0
+        listener = Listener(bell(), self._wake)
         for request in self._requests:
-            request.on_chunk = tell
+            request.listener = listener
 
     @property
     def ended(self) -> bool:
         return not self._open
 
-    async def next(self, seconds: float | None = None) -> list[tuple[int, Chunk]]:
-        """What has come since, as (number of the request, chunk); empty if nothing came within `seconds`.
+    async def next(self) -> list[tuple[int, Chunk]]:
+        """What has come since, as (number of the request, chunk); empty if nothing came for `patience` seconds.
 
         A request that failed raises what made it fail.
         """
-        self._ready.clear()
-        if not (came := self._take()):
-            try:
-                async with asyncio.timeout(seconds):
-                    await self._ready.wait()
-            except TimeoutError:
-                return []
-            came = self._take()
-        return came
+        if came := self._take():
+            return came
+        self._since = self._loop.time()
+        if self._timer is None and self._patience is not None:
+            self._timer = self._loop.call_later(self._patience, self._look)
+        self._waiter = self._loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+        return self._take()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _look(self) -> None:
+        """Ends a wait that has been silent for long enough, or looks again when it will have been."""
+        assert self._patience is not None, "else there is no timer"
+        self._timer = None
+        if self._waiter is None:
+            return
+        left = self._since + self._patience - self._loop.time()
+        if left <= 0.0:
+            self._wake()
+        else:
+            self._timer = self._loop.call_later(left, self._look)
 
     def _take(self) -> list[tuple[int, Chunk]]:
         came = []
-        for number in sorted(self._open):
+        for number in sorted(self._open) if len(self._open) > 1 else list(self._open):
             request, chunks = self._requests[number], []
             while not request.outbox.empty():
                 chunks.append(request.outbox.get_nowait())
@@ -157,6 +170,9 @@ class AsyncStreams:
     def close(self) -> None:
         """Ends what has not ended; its pages are free within a step."""
         self._open.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         for request in self._requests:
             self._engine.cancel(request)
 

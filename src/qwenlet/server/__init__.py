@@ -14,6 +14,7 @@ events       server-sent events
 items, output     of /v1/responses: what goes in becomes messages, what comes out items and events
 chat, completions, responses, messages, ollama, models, embeddings, tokens, operations, metrics     one module
              per family of endpoints
+page, conversations     the web page as it was built, and the door to the store that it alone may use
 reference    the fields written down, for people
 app          all of them together
 run          sockets, signals, and the order of starting and stopping

@@ -16,6 +16,7 @@ from qwenlet.errors import QwenletError
 from qwenlet.server import (
     chat,
     completions,
+    conversations,
     embeddings,
     errors,
     messages,
@@ -23,6 +24,7 @@ from qwenlet.server import (
     models,
     ollama,
     operations,
+    page,
     reference,
     responses,
     tokens,
@@ -31,7 +33,20 @@ from qwenlet.server.errors import ApiError
 from qwenlet.server.gate import Gate
 from qwenlet.server.service import Service
 
-FAMILIES = (chat, completions, responses, messages, ollama, models, embeddings, tokens, operations, metrics)
+FAMILIES = (
+    chat,
+    completions,
+    responses,
+    messages,
+    ollama,
+    models,
+    embeddings,
+    tokens,
+    operations,
+    metrics,
+    page,
+    conversations,
+)
 REQUESTS = (
     ("/v1/chat/completions", chat.ChatRequest),
     ("/v1/completions", completions.CompletionRequest),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -38,6 +38,10 @@ def decoded(raw: bytes, decoder: msgspec.json.Decoder[Body]) -> Body:
         raise ApiError(400, words if valid else f"the body is not JSON: {words}", param=param) from None
 
 
+def json_answer(answer: Any, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(answer), headers=headers, media_type="application/json")
+
+
 def post(
     app: FastAPI,
     path: str,
@@ -48,6 +52,7 @@ def post(
 ) -> None:
     """Routes POST `path` to `handler`; fields of the body that have no effect are named in `x-qwenlet-ignored`.
 
+    A handler adds to `request.state.ignored` what it finds to have none.
     `prompt` is the field to blame for a prompt that does not fit the context.
     """
     decoder = msgspec.json.Decoder(kind)
@@ -55,7 +60,7 @@ def post(
     async def endpoint(request: Request) -> Response:
         raw = await request.body()
         body = decoded(raw, decoder)
-        without = [*check_effects(body), *_unknown(msgspec.json.decode(raw), kind, body)]
+        without = request.state.ignored = [*check_effects(body), *_unknown(msgspec.json.decode(raw), kind, body)]
         try:
             response = await while_connected(request.receive, handler(body, request))
         except ContextLengthError as problem:
@@ -64,7 +69,7 @@ def post(
             error.param = prompt
             raise error from None
         if without:
-            response.headers["x-qwenlet-ignored"] = ", ".join(without)
+            response.headers["x-qwenlet-ignored"] = ", ".join(dict.fromkeys(without))
         return response
 
     schema = {"$ref": f"#/components/schemas/{kind.__name__}"}

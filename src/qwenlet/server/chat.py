@@ -10,7 +10,6 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Annotated, Any
 
-import msgspec
 from fastapi import FastAPI, Request
 from msgspec import UNSET, Meta, Struct
 from starlette.responses import Response
@@ -19,20 +18,33 @@ from qwenlet.config import SamplingParams
 from qwenlet.engine import Chunk, Completion
 from qwenlet.engine.request import Request as EngineRequest
 from qwenlet.server import parsed, replies
-from qwenlet.server.bodies import post
-from qwenlet.server.dialogue import ChatMessage, Delta, Dialogue, converse, toolbox_of
-from qwenlet.server.errors import ApiError, refused
+from qwenlet.server.bodies import json_answer, post
+from qwenlet.server.dialogue import ChatMessage, Delta, Dialogue, Format, converse, format_of, toolbox_of
+from qwenlet.server.errors import ApiError
 from qwenlet.server.events import DONE, PING, EventStream, event
-from qwenlet.server.fields import Anything, Count, SamplingFields, ignored, only, sampling, stop_texts, unsupported
+from qwenlet.server.fields import (
+    Account,
+    Anything,
+    CacheKey,
+    CacheRules,
+    Count,
+    SamplingFields,
+    SchemaNotes,
+    Thinking,
+    Tier,
+    Verbosity,
+    ignored,
+    only,
+    sampling,
+    stop_texts,
+    unsupported,
+)
 from qwenlet.server.parsed import Parsed
 from qwenlet.server.service import Service
 
 
-class JsonSchema(Struct, kw_only=True, forbid_unknown_fields=True):
-    name: Annotated[str | None, ignored("the model is held to the schema, not told of it")] = None
-    description: Annotated[str | None, ignored("the model is held to the schema, not told of it")] = None
+class JsonSchema(SchemaNotes, kw_only=True, forbid_unknown_fields=True):
     schema: dict[str, Any] | None = None
-    strict: Annotated[bool | None, ignored("a schema always holds")] = None
 
 
 class ResponseFormat(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -60,12 +72,13 @@ class ChatRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True):
     parallel_tool_calls: Annotated[bool | None, Meta(description="Left out: one call, as the model was taught.")] = None
     store: Annotated[Anything, ignored("nothing is kept here")] = UNSET
     metadata: Annotated[Anything, ignored("nothing is kept here")] = UNSET
-    service_tier: Annotated[Anything, ignored("there is one")] = UNSET
-    reasoning_effort: Annotated[Anything, ignored("the model does not think first")] = UNSET
-    verbosity: Annotated[Anything, ignored("the model was not taught it")] = UNSET
-    safety_identifier: Annotated[Anything, ignored("clients are told apart by their keys")] = UNSET
-    prompt_cache_key: Annotated[Anything, ignored("prompts that begin alike are found without")] = UNSET
-    prompt_cache_retention: Annotated[Anything, ignored("the cache keeps what has room")] = UNSET
+    safety_identifier: Account = UNSET
+    service_tier: Tier = UNSET
+    prompt_cache_key: CacheKey = UNSET
+    prompt_cache_retention: CacheRules = UNSET
+    prompt_cache_options: CacheRules = UNSET
+    reasoning_effort: Thinking = UNSET
+    verbosity: Verbosity = UNSET
     chat_template_kwargs: Annotated[Anything, ignored("the format has no settings")] = UNSET
     modalities: Annotated[Anything, ignored("replies are text")] = UNSET
     audio: Annotated[Anything, unsupported("the model writes text alone")] = UNSET
@@ -74,7 +87,6 @@ class ChatRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True):
     chat_template: Annotated[Anything, unsupported("the format is the checkpoint's")] = UNSET
     echo: Annotated[bool | None, only(False, "a conversation is not given back")] = None
     moderation: Annotated[Anything, unsupported("nothing moderates")] = UNSET
-    prompt_cache_options: Annotated[Anything, ignored("the cache keeps what has room")] = UNSET
     json_schema: Annotated[dict[str, Any] | None, Meta(description="llama-server's.")] = None
     functions: Annotated[list[dict[str, Any]] | None, Meta(description="The old name of `tools`.")] = None
     function_call: Annotated[Any, Meta(description="The old name of `tool_choice`.")] = None
@@ -84,13 +96,16 @@ def add(app: FastAPI, service: Service) -> None:
     async def complete(body: ChatRequest, request: Request) -> Response:
         service.check_model(body.model)
         dialogue = await asyncio.to_thread(_dialogue, service, body)
-        params = _params(service, body, dialogue)
+        params = _params(body, dialogue, request.state.ignored)
         with replies.held(service, params.n) as held:
-            requests = await replies.submit(service, [dialogue.ids], params, held, priority=body.priority or 0)
+            client, priority = request.state.client, body.priority or 0
+            requests = await replies.submit(
+                service, client, [dialogue.ids], params, held, model=body.model, priority=priority
+            )
             if body.stream:
                 return EventStream(_stream(service, body, dialogue, requests), held.pop_all())
             done = await parsed.whole(service, dialogue, requests)
-            return Response(msgspec.json.encode(_whole(service, body, dialogue, done)), media_type="application/json")
+            return json_answer(_whole(service, body, dialogue, done))
 
     post(app, "/v1/chat/completions", ChatRequest, complete, prompt="messages")
 
@@ -107,7 +122,7 @@ def _dialogue(service: Service, body: ChatRequest) -> Dialogue:
     )
 
 
-def _params(service: Service, body: ChatRequest, dialogue: Dialogue) -> SamplingParams:
+def _params(body: ChatRequest, dialogue: Dialogue, ignored: list[str]) -> SamplingParams:
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
     more: dict[str, Any] = {
@@ -115,46 +130,29 @@ def _params(service: Service, body: ChatRequest, dialogue: Dialogue) -> Sampling
         "logprobs": (body.top_logprobs or 0) if body.logprobs else None,
         "stop": (*stop_texts(body), *dialogue.stop),
     }
-    if dialogue.grammar is not None:
-        more[dialogue.grammar.kind] = dialogue.grammar.source
-    elif (wanted := body.response_format) is not None:
-        more |= _format(wanted)
-    elif body.json_schema is not None:
-        more["json_schema"] = body.json_schema
-    check_format(dialogue, more, "response_format")
-    return sampling(body, **more)
+    if body.response_format is None and body.json_schema is not None:
+        held = dialogue.held_to(Format(body.json_schema), "json_schema", ignored)
+    else:
+        held = dialogue.held_to(_format(body.response_format), "response_format", ignored)
+    return sampling(body, **more | held)
 
 
-def check_format(dialogue: Dialogue, more: dict[str, Any], param: str) -> None:
-    """Raises ApiError for a format that would keep a reply from the calls it may make."""
-    if dialogue.may_call and {"json_schema", "json_object"} & more.keys():
-        words = "holds the reply to a format, in which no tool can be called; use tool_choice none or required"
-        raise refused(param, words)
-
-
-def _format(wanted: ResponseFormat) -> dict[str, Any]:
+def _format(wanted: ResponseFormat | None) -> Format | None:
+    if wanted is None:
+        return None
     schema = wanted.schema if wanted.json_schema is None else wanted.json_schema.schema
-    if wanted.type == "text":
-        return {}
-    if wanted.type not in ("json_object", "json_schema"):
-        words = f"response_format.type is {wanted.type!r:.80}, expected text, json_object or json_schema"
-        raise ApiError(400, words, param="response_format.type")
-    if schema is not None:
-        return {"json_schema": schema}
-    if wanted.type == "json_schema":
-        raise ApiError(400, "response_format has no schema", param="response_format.json_schema.schema")
-    return {"json_object": True}
+    return format_of(wanted.type, schema, "response_format", ".json_schema")
 
 
 # ------------------------------------------------------------------------------------------------------------- answers
 
 
-def _head(service: Service, kind: str) -> dict[str, Any]:
+def _head(service: Service, model: str | None, kind: str) -> dict[str, Any]:
     return {
         "id": f"chatcmpl-{secrets.token_hex(12)}",
         "object": kind,
         "created": int(time.time()),
-        "model": service.names[0],
+        "model": service.called(model),
         "system_fingerprint": None,
     }
 
@@ -170,7 +168,7 @@ def _whole(service: Service, body: ChatRequest, dialogue: Dialogue, done: Sequen
         for number, one in enumerate(done)
     ]
     told = [one.completion for one in done]
-    answer = _head(service, "chat.completion")
+    answer = _head(service, body.model, "chat.completion")
     return answer | {"choices": choices, "usage": replies.usage(told, len(told)), "timings": replies.timings(told[0])}
 
 
@@ -216,7 +214,7 @@ def _logprobs(service: Service, body: ChatRequest, one: Chunk | Completion) -> d
 async def _stream(
     service: Service, body: ChatRequest, dialogue: Dialogue, requests: Sequence[EngineRequest]
 ) -> AsyncGenerator[bytes, None]:
-    head, options = _head(service, "chat.completion.chunk"), body.stream_options
+    head, options = _head(service, body.model, "chat.completion.chunk"), body.stream_options
     counted = options is not None and bool(options.include_usage)
     always = options is not None and bool(options.continuous_usage_stats)
     last: dict[int, Chunk] = {}
@@ -234,7 +232,7 @@ async def _stream(
         return event(data)
 
     for number in range(len(requests)):
-        yield chunk(number, {"role": "assistant", "content": None if dialogue.grammar else ""})
+        yield chunk(number, {"role": "assistant", "content": None if dialogue.must_call else ""})
     async with aclosing(parsed.steps(service, dialogue, requests)) as stepped:
         async for batch in stepped:
             if not batch:

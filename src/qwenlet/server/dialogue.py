@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol
 
@@ -10,7 +10,6 @@ from msgspec import UNSET, Meta, Struct
 
 from qwenlet import chat, tools
 from qwenlet.api import LLM
-from qwenlet.config import GrammarSpec
 from qwenlet.errors import RequestError
 from qwenlet.server.errors import ApiError, refused
 from qwenlet.server.fields import Anything, ignored, unsupported
@@ -134,23 +133,80 @@ class ReactReader:
         return self._parser.done
 
 
+_NO_TOOLS = Toolbox()
+
+
 @dataclass(frozen=True)
 class Dialogue:
     """What the engine is asked.
 
     Attributes:
         ids: the prompt.
-        grammar: what the reply is held to because a call is forced; None leaves that to the request.
-        stop: texts that end the reply beside the client's own.
-        reader: makes a reader for each choice.
-        may_call: tools are offered, and the reply decides.
+        toolbox: what the reply may or must call.
+        thinking: the prompt ends within a thought.
     """
 
     ids: list[int]
-    grammar: GrammarSpec | None = None
-    stop: tuple[str, ...] = ()
-    reader: Callable[[], ReplyReader] = PlainReader
-    may_call: bool = False
+    toolbox: Toolbox = _NO_TOOLS
+    thinking: bool = False
+
+    @property
+    def plain(self) -> bool:
+        return not self.toolbox and not self.thinking
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """Texts that end the reply beside the client's own."""
+        return () if self.plain else (tools.STOP_TEXT,)
+
+    @property
+    def must_call(self) -> bool:
+        return self.toolbox.choice.mode == "required"
+
+    def reader(self) -> ReplyReader:
+        """For one choice."""
+        return PlainReader() if self.plain else ReactReader(self.toolbox, self.thinking)
+
+    def held_to(self, answer: Format | None, param: str, ignored: list[str]) -> dict[str, Any]:
+        """The grammar of the reply, as SamplingParams names it: calls as the tools ask, the answer as the client does.
+
+        Args:
+            answer: the client's format.
+            param: its field; put among `ignored` where every reply is a call.
+        """
+        if self.must_call:
+            if answer is not None:
+                ignored.append(param)
+            return {"lark": tools.forced_reply(self.toolbox, thinking=self.thinking)}
+        if answer is None:
+            return {}
+        if not self.toolbox:
+            return {"json_object": True} if answer.schema is None else {"json_schema": answer.schema}
+        schema = {"type": "object"} if answer.schema is None else answer.schema
+        return {"lark": tools.forced_reply(self.toolbox, thinking=self.thinking, answer=schema)}
+
+
+@dataclass(frozen=True)
+class Format:
+    """What a client holds an answer to. Attributes: schema: JSON schema; None: any object."""
+
+    schema: Mapping[str, Any] | None = None
+
+
+def format_of(kind: str, schema: Mapping[str, Any] | None, param: str, place: str = "") -> Format | None:
+    """From OpenAI's text, json_object and json_schema; None for text. Raises ApiError 400 that names the field.
+
+    Args:
+        param: the format's field; `place`: where in it the schema's object is.
+    """
+    if kind == "text":
+        return None
+    if kind not in ("json_object", "json_schema"):
+        words = f"{param}.type is {kind!r:.80}, expected text, json_object or json_schema"
+        raise ApiError(400, words, param=f"{param}.type")
+    if kind == "json_schema" and schema is None:
+        raise ApiError(400, f"{param} has no schema", param=f"{param}{place}.schema")
+    return Format(schema)
 
 
 def toolbox_of(
@@ -201,7 +257,7 @@ def asked(
 
     Raises RequestError for an order that has no meaning.
     """
-    toolbox, told = toolbox or Toolbox(), list(conversation)
+    toolbox, told = toolbox or _NO_TOOLS, list(conversation)
     if instructions is not None:
         told.insert(0, ToolMessage("system", instructions))
     if all(message.role != "system" for message in told) and llm.default_system:
@@ -209,16 +265,7 @@ def asked(
     plain = tools.react_messages(told, toolbox)
     ids = chat.render(llm.tokenizer, plain, add_generation_prompt, continue_final=continue_final)
     thinking = tools.continues_thought(plain)
-    if not toolbox and not thinking:
-        return Dialogue(ids)
-    forced = tools.forced_reply(toolbox, thinking=thinking)
-    return Dialogue(
-        ids,
-        None if forced is None else GrammarSpec("lark", forced),
-        (tools.STOP_TEXT,),
-        lambda: ReactReader(toolbox, thinking),
-        may_call=bool(toolbox) and forced is None,
-    )
+    return Dialogue(ids, toolbox, thinking)
 
 
 def _told(message: ChatMessage, place: str) -> ToolMessage:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import asyncio
 import base64
 import struct
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-import msgspec
 from fastapi import FastAPI, Request
 from msgspec import UNSET, Meta, Struct
 from starlette.responses import Response
 from torch import Tensor
 
+from qwenlet.engine import MeanState, check_prompt
+from qwenlet.engine.request import Request as EngineRequest
 from qwenlet.server import replies
-from qwenlet.server.bodies import post
+from qwenlet.server.bodies import json_answer, post
 from qwenlet.server.completions import prompt_ids
 from qwenlet.server.errors import ApiError
-from qwenlet.server.fields import Anything, ignored
+from qwenlet.server.fields import Account
 from qwenlet.server.service import Service
 
 
@@ -31,7 +33,7 @@ class EmbeddingRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     model: str | None = None
     encoding_format: Annotated[Literal["float", "base64"] | None, Meta(description="float if left out.")] = None
     dimensions: Annotated[int, Meta(ge=1, description="The model's own number alone.")] | None = None
-    user: Annotated[Anything, ignored("clients are told apart by their keys")] = UNSET
+    user: Account = UNSET
 
 
 def add(app: FastAPI, service: Service) -> None:
@@ -43,21 +45,13 @@ def add(app: FastAPI, service: Service) -> None:
             raise ApiError(400, words, param="dimensions", code="unsupported_parameter")
         inputs = await asyncio.to_thread(prompt_ids, service.llm, body.input, "input")
         with replies.held(service, len(inputs)):
-            waiting = [asyncio.wrap_future(service.llm.embedding(ids)) for ids in inputs]
-            try:
-                async with asyncio.timeout(service.config.request_timeout):
-                    vectors = await asyncio.gather(*waiting)
-            except TimeoutError:
-                words = f"the request did not end within its {service.config.request_timeout:.3g} s"
-                raise ApiError(504, words, "server_error", code="timeout") from None
-            finally:
-                for each in waiting:
-                    each.cancel()
+            vectors = await _vectors(service, inputs, service.adapter(body.model))
+        service.limits.spend(request.state.client.name, sum(map(len, inputs)))
         encoded = _floats if body.encoding_format != "base64" else _base64
         count = sum(map(len, inputs))
         answer = {
             "object": "list",
-            "model": service.names[0],
+            "model": service.called(body.model),
             "data": [
                 {"object": "embedding", "index": number, "embedding": encoded(vector)}
                 for number, vector in enumerate(vectors)
@@ -65,9 +59,29 @@ def add(app: FastAPI, service: Service) -> None:
             "usage": {"prompt_tokens": count, "total_tokens": count},
         }
         kind = {"x-qwenlet-embedding": "mean-pooled last hidden states"}
-        return Response(msgspec.json.encode(answer), headers=kind, media_type="application/json")
+        return json_answer(answer, kind)
 
     post(app, "/v1/embeddings", EmbeddingRequest, embed, prompt="input")
+
+
+async def _vectors(service: Service, inputs: Sequence[Sequence[int]], adapter: str | None) -> list[Tensor]:
+    """Float32 [C] of each input. They run among the replies, piece by piece."""
+    engine, config = service.llm.engine, service.llm.config
+    for ids in inputs:
+        check_prompt(ids, config.vocab_size)
+    requests: list[EngineRequest] = []
+    states: list[MeanState] = []
+    try:
+        for ids in inputs:
+            alpha, timeout = config.ntk_alpha(len(ids)), service.config.request_timeout
+            request, state = engine.embed(ids, alpha, timeout=timeout, adapter=adapter)
+            requests.append(request)
+            states.append(state)
+        await replies.ended(service, requests)
+    finally:
+        for request in requests:
+            engine.cancel(request)
+    return [state.mean for state in states]
 
 
 def _floats(vector: Tensor) -> Any:

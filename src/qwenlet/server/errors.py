@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from pathlib import Path
 
 import msgspec
 from starlette.responses import Response
@@ -12,11 +14,14 @@ from qwenlet.errors import (
     DeadlineError,
     EngineError,
     MissingExtraError,
+    NotStoredError,
     QwenletError,
     RequestError,
     StoreError,
     TokenizerError,
 )
+
+logger = logging.getLogger("qwenlet.server")
 
 RETRY_SECONDS = 2  # what a client that is turned away is told to wait
 
@@ -76,16 +81,39 @@ def explained(problem: Exception) -> ApiError | None:
         return ApiError(504, words, "server_error", code="timeout")
     if isinstance(problem, EngineError):
         return ApiError(503, words, "server_error", code="engine", headers={"retry-after": str(RETRY_SECONDS)})
+    if isinstance(problem, NotStoredError):
+        return ApiError(404, words, "not_found_error", code="not_found")
     if isinstance(problem, StoreError):
+        logger.error("the store failed: %s", words)  # clients need not learn where files lie
+        words = "what is kept between calls can't be read or written; the server's log says why"
         return ApiError(500, words, "server_error", code="store")
     if isinstance(problem, MissingExtraError):
         return ApiError(501, words, "server_error", code="missing_extra")
     return None
 
 
+def told(problem: Exception, request_id: str) -> ApiError:
+    """The answer to any error. Of the server's own faults nothing leaves; the log has them under the same id."""
+    error = explained(problem)
+    if error is None:
+        # its words could hold a prompt, its place does not
+        logger.error("%s failed: %s", request_id, _place(problem))
+        error = internal(request_id)
+    return error
+
+
 def internal(request_id: str) -> ApiError:
-    """Nothing of the inside leaves; the log has it under the same id."""
     return ApiError(500, f"the server failed; its log says why under {request_id}", "server_error")
+
+
+def _place(problem: Exception) -> str:
+    """What kind of error, and where it was raised."""
+    trace = problem.__traceback__
+    places = []
+    while trace is not None:
+        places.append(f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}")
+        trace = trace.tb_next
+    return f"{type(problem).__name__} at {' > '.join(places[-6:])}"
 
 
 _ANTHROPIC = {

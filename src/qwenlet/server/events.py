@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncGenerator, Callable
 from contextlib import ExitStack, aclosing, suppress
 from typing import Any
@@ -15,8 +14,6 @@ from starlette.types import Receive, Scope, Send
 from qwenlet.server import errors
 from qwenlet.server.bodies import while_connected
 from qwenlet.server.errors import ApiError
-
-logger = logging.getLogger("qwenlet.server")
 
 PING = b": the server is at work\n\n"
 DONE = b"data: [DONE]\n\n"
@@ -62,11 +59,9 @@ class EventStream(Response):
             try:
                 async for one in self._events:
                     await send({"type": "http.response.body", "body": one, "more_body": True})
-            except Exception as problem:
-                request_id = scope["state"]["request_id"]
-                error = errors.explained(problem)
-                if error is None:
-                    logger.error("%s failed: %s", request_id, type(problem).__name__)
-                    error = errors.internal(request_id)
+            except ClientDisconnect:
+                raise  # nobody is there to be told
+            except Exception as problem:  # of any kind: its status has gone out, so the stream itself has to say it
+                error = errors.told(problem, scope["state"]["request_id"])
                 await send({"type": "http.response.body", "body": self._failed(error), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

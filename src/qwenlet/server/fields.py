@@ -87,6 +87,21 @@ def _check(value: Any, place: str, kind: str, without: dict[str, None]) -> None:
 
 Anything = Any | UnsetType
 Count = Annotated[int, Meta(ge=1)]
+# what several families are sent, and have no use for
+Account = Annotated[Anything, ignored("clients are told apart by their keys")]
+Tier = Annotated[Anything, ignored("there is one")]
+CacheKey = Annotated[Anything, ignored("prompts that begin alike are found without")]
+CacheRules = Annotated[Anything, ignored("the cache keeps what has room")]
+Thinking = Annotated[Anything, ignored("the model does not think first")]
+Verbosity = Annotated[Anything, ignored("the model was not taught it")]
+
+
+class SchemaNotes(Struct, kw_only=True, forbid_unknown_fields=True):
+    """What stands beside a JSON schema."""
+
+    name: Annotated[str | None, ignored("the model is held to the schema, not told of it")] = None
+    description: Annotated[str | None, ignored("the model is held to the schema, not told of it")] = None
+    strict: Annotated[bool | None, ignored("a schema always holds")] = None
 
 
 class SamplingFields(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -111,7 +126,7 @@ class SamplingFields(Struct, kw_only=True, forbid_unknown_fields=True):
     stream_options: StreamOptions | None = None
     priority: Annotated[int, Meta(ge=-100, le=100, description="Lower goes first.")] | None = None
     return_progress: Annotated[bool | None, Meta(description="Chunks that say how much of the prompt is done.")] = None
-    user: Annotated[Anything, ignored("clients are told apart by their keys")] = UNSET
+    user: Account = UNSET
     logit_bias: Annotated[dict[str, float] | None, Meta(description="By token id, -100 to 100.")] = None
     min_tokens: Annotated[int, Meta(ge=0, description="No end token before.")] | None = None
     guided_json: Annotated[dict[str, Any] | str | None, Meta(description="vLLM's: a JSON schema.")] = None

@@ -12,17 +12,16 @@ import logging
 import re
 import secrets
 import time
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qwenlet.config import is_loopback
-from qwenlet.server import errors
+from qwenlet.server import errors, page
 from qwenlet.server.errors import ApiError
-from qwenlet.server.limits import Limits
-from qwenlet.server.service import Service
+from qwenlet.server.patience import Patience
+from qwenlet.server.service import Client, Service
 
 logger = logging.getLogger("qwenlet.server")
 
@@ -39,6 +38,10 @@ class Keys:
     def __bool__(self) -> bool:
         return bool(self._digests)
 
+    def owner(self, number: int) -> str:
+        """Under what the holder of a key keeps things: the same in every order of keys, and the key can't be shown."""
+        return hashlib.sha256(b"qwenlet owner " + self._digests[number]).hexdigest()
+
     def find(self, shown: bytes) -> int | None:
         """The number of the key that was shown."""
         digest, found = hashlib.sha256(shown).digest(), None
@@ -54,7 +57,7 @@ class Gate:
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app, self._service = app, service
         self._keys = Keys(tuple(service.config.api_key or ()))
-        self._limits = Limits(service.config)
+        self._limits = service.limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -66,6 +69,7 @@ class Gate:
         request_id = given.decode() if _GOOD_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
         scope.setdefault("state", {})["request_id"] = request_id
         status, complete = 0, False
+        patience = Patience(self._service.config.write_timeout)
 
         async def answer(message: Message) -> None:
             nonlocal status, complete
@@ -78,29 +82,23 @@ class Gate:
                     (b"x-request-id", request_id.encode()),
                     (b"openai-processing-ms", took),
                 ]
-            try:
-                async with asyncio.timeout(self._service.config.write_timeout):
-                    await send(message)
-            except TimeoutError:
-                logger.warning("%s is not read by its client", request_id)
-                raise ClientDisconnect from None
+            await patience.write(send(message))
 
         try:
             await self._admitted(scope, headers, receive, answer)
         except ClientDisconnect:
             status = status or 499
-        except Exception as problem:
-            error = errors.explained(problem)
-            if error is None:
-                # the reason stays here: its words could hold a prompt, its place does not
-                logger.error("%s failed: %s", request_id, _place(problem))
-                error = errors.internal(request_id)
+        except Exception as problem:  # of any kind: no client is left without an answer, and none sees the inside
+            error = errors.told(problem, request_id)
             if status:
                 if complete:
                     return  # answered by the application's own handler
                 raise  # too late for another answer: the connection is cut
             await errors.response(error, scope["path"])(scope, receive, answer)
         finally:
+            patience.close()
+            if patience.lost:
+                logger.warning("%s is not read by its client", request_id)
             self._service.answers[status] += 1
             took_ms = (time.perf_counter() - began) * 1e3
             logger.info("%s %s %s %d %.0f ms", request_id, scope["method"], _shown(scope["path"]), status, took_ms)
@@ -108,18 +106,25 @@ class Gate:
     async def _admitted(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
         self._check_host(headers)
         client = self._client(scope, headers)
+        scope["state"]["client"] = client
+        if scope["path"].startswith(page.API):
+            # keeping what was said is no request of the model, and takes no share of its limits
+            page.check_origin(headers)
+            await self._app(scope, self._bounded(headers, receive), send)
+            return
         if scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        left = self._limits.take(client)
+        self._limits.take(client.name)
 
         async def answer(message: Message) -> None:
-            if left and message["type"] == "http.response.start":
+            if message["type"] == "http.response.start":
+                left = self._limits.told(client.name)
                 more = [(name.encode(), value.encode()) for name, value in left.items()]
                 message["headers"] = [*message.get("headers", ()), *more]
             await send(message)
 
-        with self._limits.running(client):
+        with self._limits.running(client.name):
             await self._app(scope, self._bounded(headers, receive), answer)
 
     def _check_host(self, headers: dict[bytes, bytes]) -> None:
@@ -135,17 +140,17 @@ class Gate:
             words = f"this server is not known as {name!r:.100}; --allowed-host tells it its names"
             raise ApiError(403, words, "permission_error", code="host_not_allowed")
 
-    def _client(self, scope: Scope, headers: dict[bytes, bytes]) -> str:
+    def _client(self, scope: Scope, headers: dict[bytes, bytes]) -> Client:
         """Whose limits count. Raises ApiError 401 without a good key, where one is needed."""
-        if not self._keys or scope["path"] in OPEN_PATHS:
-            return str((scope.get("client") or ("",))[0])
+        if not self._keys or scope["path"] in OPEN_PATHS or scope["path"] in page.paths():
+            return Client(str((scope.get("client") or ("",))[0]))
         kind, _, token = headers.get(b"authorization", b"").partition(b" ")
         shown = token.strip() if kind.lower() == b"bearer" else headers.get(b"x-api-key", b"")
         number = self._keys.find(shown)
         if number is None:
             seen = "this API key is not known" if shown else "an API key is needed: Authorization: Bearer KEY"
             raise ApiError(401, seen, "authentication_error", code="invalid_api_key")
-        return f"key {number}"
+        return Client(f"key {number}", self._keys.owner(number))
 
     def _bounded(self, headers: dict[bytes, bytes], receive: Receive) -> Receive:
         """`receive`, which raises ApiError for a body that is too large or too slow."""
@@ -178,13 +183,3 @@ class Gate:
 
 def _shown(path: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in path[:200])
-
-
-def _place(problem: Exception) -> str:
-    """What kind of error, and where it was raised."""
-    trace = problem.__traceback__
-    places = []
-    while trace is not None:
-        places.append(f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}")
-        trace = trace.tb_next
-    return f"{type(problem).__name__} at {' > '.join(places[-6:])}"

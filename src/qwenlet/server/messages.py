@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import secrets
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Annotated, Any
 
-import msgspec
 from fastapi import FastAPI, Request
 from msgspec import UNSET, Meta, Struct
 from starlette.responses import Response
@@ -18,16 +18,28 @@ from qwenlet.config import SamplingParams
 from qwenlet.engine import Chunk
 from qwenlet.engine.request import Request as EngineRequest
 from qwenlet.server import parsed, replies
-from qwenlet.server.bodies import post
+from qwenlet.server.bodies import json_answer, post
 from qwenlet.server.dialogue import Delta, Dialogue, asked, toolbox_of
 from qwenlet.server.errors import ApiError, anthropic, refused
 from qwenlet.server.events import EventStream, named_event
-from qwenlet.server.fields import Anything, Count, ignored
+from qwenlet.server.fields import Anything, Count, Thinking, Tier, ignored
 from qwenlet.server.parsed import arguments_object
 from qwenlet.server.service import Service
 from qwenlet.tools import Call, ToolMessage
 
+_NUMBER = re.compile(r"\[\d+\]")
 PING = named_event("ping", {"type": "ping"})
+# what is read of an object of each kind; other fields have no effect, and are named
+_KNOWN = {
+    "message": {"role", "content"},
+    "text": {"type", "text"},
+    "thinking": {"type", "thinking", "signature"},
+    "redacted_thinking": {"type", "data"},
+    "tool_use": {"type", "id", "name", "input"},
+    "tool_result": {"type", "tool_use_id", "content", "is_error"},
+    "tool": {"type", "name", "description", "input_schema"},
+    "tool_choice": {"type", "name", "disable_parallel_tool_use"},
+}
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
@@ -39,7 +51,7 @@ class CountRequest(Struct, kw_only=True):
     system: str | list[dict[str, Any]] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: dict[str, Any] | None = None
-    thinking: Annotated[Anything, ignored("the model does not think first")] = UNSET
+    thinking: Thinking = UNSET
 
 
 class MessagesRequest(CountRequest, kw_only=True):
@@ -52,16 +64,18 @@ class MessagesRequest(CountRequest, kw_only=True):
     stop_sequences: list[str] | None = None
     stream: bool | None = None
     metadata: Annotated[Anything, ignored("nothing is kept here")] = UNSET
-    service_tier: Annotated[Anything, ignored("there is one")] = UNSET
+    service_tier: Tier = UNSET
 
 
 def add(app: FastAPI, service: Service) -> None:
     async def write(body: MessagesRequest, request: Request) -> Response:
         service.check_model(body.model)
-        dialogue = await asyncio.to_thread(_dialogue, service, body)
+        dialogue = await asyncio.to_thread(_dialogue, service, body, request.state.ignored)
         params = _params(body, dialogue)
         with replies.held(service, 1) as held:
-            requests = await replies.submit(service, [dialogue.ids], params, held)
+            requests = await replies.submit(
+                service, request.state.client, [dialogue.ids], params, held, model=body.model
+            )
             writing = Writing(service, body)
             if body.stream:
                 return EventStream(_stream(service, writing, dialogue, requests), held.pop_all(), _failed)
@@ -69,29 +83,28 @@ def add(app: FastAPI, service: Service) -> None:
                 async for batch in stepped:
                     for step in batch:
                         writing.take(step)
-            return _json(writing.message())
+            return json_answer(writing.message())
 
     async def count(body: CountRequest, request: Request) -> Response:
         service.check_model(body.model)
-        dialogue = await asyncio.to_thread(_dialogue, service, body)
-        return _json({"input_tokens": len(dialogue.ids)})
+        dialogue = await asyncio.to_thread(_dialogue, service, body, request.state.ignored)
+        return json_answer({"input_tokens": len(dialogue.ids)})
 
     post(app, "/v1/messages", MessagesRequest, write, prompt="messages")
     post(app, "/v1/messages/count_tokens", CountRequest, count, prompt="messages")
 
 
-def _json(answer: Any) -> Response:
-    return Response(msgspec.json.encode(answer), media_type="application/json")
-
-
 # ---------------------------------------------------------------------------------------------------- what is asked
 
 
-def _dialogue(service: Service, body: CountRequest) -> Dialogue:
+def _dialogue(service: Service, body: CountRequest, ignored: list[str]) -> Dialogue:
     if not body.messages:
         raise ApiError(400, "messages is empty, expected one or more", param="messages")
-    told = [one for place, each in enumerate(body.messages) for one in _told(each, f"messages[{place}]")]
-    system = None if body.system is None else _texts(body.system, "system")
+    told = [one for place, each in enumerate(body.messages) for one in _told(each, f"messages[{place}]", ignored)]
+    system = None if body.system is None else _texts(body.system, "system", ignored)
+    for tool in body.tools or ():
+        _name_others(tool, "tool", "tools[]", ignored)
+    _name_others(body.tool_choice or {}, "tool_choice", "tool_choice", ignored)
     choice, parallel = _choice(body.tool_choice)
     toolbox = toolbox_of([_tool(tool) for tool in body.tools or ()], choice, parallel)
     final = told[-1].role == "assistant" and not told[-1].calls  # a beginning that the reply goes on from
@@ -118,9 +131,17 @@ def _choice(choice: Mapping[str, Any] | None) -> tuple[Any, bool | None]:
     return _CHOICES[kind], parallel
 
 
-def _told(message: Mapping[str, Any], place: str) -> list[ToolMessage]:
+def _name_others(given: Any, kind: str, place: str, ignored: list[str]) -> None:
+    """Puts the fields of an object that nothing reads among `ignored`, such as a block's cache_control."""
+    if isinstance(given, Mapping):
+        others = sorted(name[:40] for name in given.keys() - _KNOWN[kind] if name.isascii() and name.isprintable())
+        ignored += [name for name in (f"{place}.{one}" for one in others[:20]) if name not in ignored]
+
+
+def _told(message: Mapping[str, Any], place: str, ignored: list[str]) -> list[ToolMessage]:
     """Results come first, each a message of its own."""
     role, content = message.get("role"), message.get("content")
+    _name_others(message, "message", "messages[]", ignored)
     if role not in ("user", "assistant", "system"):
         raise ApiError(400, f"{place}.role is {role!r:.80}, expected user or assistant", param=f"{place}.role")
     if isinstance(content, str):
@@ -133,6 +154,8 @@ def _told(message: Mapping[str, Any], place: str) -> list[ToolMessage]:
     for number, block in enumerate(content):
         here = f"{place}.content[{number}]"
         kind = block.get("type") if isinstance(block, Mapping) else None
+        if isinstance(kind, str) and kind in _KNOWN:
+            _name_others(block, kind, "messages[].content[]", ignored)
         if kind == "text":
             text += _string(block, "text", here)
         elif kind == "thinking" and role == "assistant":
@@ -141,7 +164,7 @@ def _told(message: Mapping[str, Any], place: str) -> list[ToolMessage]:
             arguments = json.dumps(block.get("input") or {}, ensure_ascii=False)
             calls.append(Call(_string(block, "id", here), _string(block, "name", here), arguments))
         elif kind == "tool_result" and role == "user":
-            told = _texts(block.get("content") or "", f"{here}.content")
+            told = _texts(block.get("content") or "", f"{here}.content", ignored)
             told = f"Error: {told}" if block.get("is_error") is True else told
             results.append(ToolMessage("tool", told, call_id=_string(block, "tool_use_id", here)))
         elif not (kind == "redacted_thinking" and role == "assistant"):
@@ -151,7 +174,7 @@ def _told(message: Mapping[str, Any], place: str) -> list[ToolMessage]:
     return [*results, ToolMessage(role, text, tuple(calls), thought)]
 
 
-def _texts(content: Any, place: str) -> str:
+def _texts(content: Any, place: str, ignored: list[str]) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -159,6 +182,7 @@ def _texts(content: Any, place: str) -> str:
     for number, block in enumerate(content):
         if not isinstance(block, Mapping) or block.get("type") != "text":
             raise refused(f"{place}[{number}].type", "is not text, and the model reads text alone")
+        _name_others(block, "text", f"{_NUMBER.sub('[]', place)}[]", ignored)
     return "\n".join(_string(block, "text", f"{place}[{number}]") for number, block in enumerate(content))
 
 
@@ -170,10 +194,10 @@ def _string(block: Mapping[str, Any], name: str, place: str) -> str:
 
 
 def _params(body: MessagesRequest, dialogue: Dialogue) -> SamplingParams:
-    held = {} if dialogue.grammar is None else {dialogue.grammar.kind: dialogue.grammar.source}
     if "" in (body.stop_sequences or ()):
         raise ApiError(400, "stop_sequences holds an empty text, which would end every reply", param="stop_sequences")
-    fields: dict[str, Any] = {"stop": (*(body.stop_sequences or ()), *dialogue.stop)} | held
+    fields: dict[str, Any] = {"stop": (*(body.stop_sequences or ()), *dialogue.stop)}
+    fields |= dialogue.held_to(None, "", [])  # this protocol has no formats
     return SamplingParams(
         max_new_tokens=body.max_tokens, temperature=body.temperature, top_p=body.top_p, top_k=body.top_k, **fields
     )
@@ -186,7 +210,7 @@ class Writing:
     """One message while it is written, block by block."""
 
     def __init__(self, service: Service, body: MessagesRequest) -> None:
-        self._tokenizer, self._model = service.llm.tokenizer, service.names[0]
+        self._tokenizer, self._model = service.llm.tokenizer, service.called(body.model)
         self._stops = tuple(body.stop_sequences or ())
         self._id = f"msg_{secrets.token_hex(12)}"
         self._blocks: list[dict[str, Any]] = []

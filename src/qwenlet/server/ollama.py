@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from datetime import UTC, datetime
@@ -19,11 +18,11 @@ from qwenlet.config import SamplingParams
 from qwenlet.engine import Chunk
 from qwenlet.engine.request import Request as EngineRequest
 from qwenlet.server import parsed, replies
-from qwenlet.server.bodies import post
-from qwenlet.server.dialogue import Dialogue, asked, toolbox_of
+from qwenlet.server.bodies import json_answer, post
+from qwenlet.server.dialogue import Dialogue, Format, asked, toolbox_of
 from qwenlet.server.errors import ApiError, refused
 from qwenlet.server.events import EventStream
-from qwenlet.server.fields import Anything, ignored, unsupported
+from qwenlet.server.fields import Anything, Thinking, ignored, unsupported
 from qwenlet.server.parsed import arguments_object
 from qwenlet.server.service import Service
 from qwenlet.tools import Call, ToolMessage
@@ -56,7 +55,7 @@ class Asked(Struct, kw_only=True):
     format: str | dict[str, Any] | None = None
     options: Options | None = None
     keep_alive: Annotated[Anything, ignored("the model stays loaded")] = UNSET
-    think: Annotated[Anything, ignored("the model does not think first")] = UNSET
+    think: Thinking = UNSET
     template: Annotated[Anything, unsupported("the format is the checkpoint's")] = UNSET
 
 
@@ -93,42 +92,43 @@ class LineStream(EventStream):
 def add(app: FastAPI, service: Service) -> None:
     async def chat(body: OllamaChatRequest, request: Request) -> Response:
         _check_model(service, body.model)
-        return await _answer(service, body, "message", None if not body.messages else lambda: _chat(service, body))
+        built = None if not body.messages else lambda: _chat(service, body)
+        return await _answer(service, request, body, "message", built)
 
     async def generate(body: OllamaGenerateRequest, request: Request) -> Response:
         _check_model(service, body.model)
         for name in ("suffix", "images"):
             if getattr(body, name):
                 raise refused(name, "is not supported: the model reads text, and was not taught to fill gaps")
-        return await _answer(service, body, "response", None if not body.prompt else lambda: _prompt(service, body))
+        built = None if not body.prompt else lambda: _prompt(service, body)
+        return await _answer(service, request, body, "response", built)
 
     async def show(body: OllamaShowRequest, request: Request) -> Response:
         _check_model(service, body.model or body.name)
-        return _json(_shown(service))
+        return json_answer(_shown(service))
 
     post(app, "/api/chat", OllamaChatRequest, chat, prompt="messages")
     post(app, "/api/generate", OllamaGenerateRequest, generate, prompt="prompt")
     post(app, "/api/show", OllamaShowRequest, show)
 
+    async def cards(**more: Any) -> dict[str, Any]:
+        digest = await asyncio.to_thread(service.llm.source.digest)
+        return {"models": [_card(service, name, digest) | more for name in service.names]}
+
     @app.get("/api/tags")
     async def tags() -> dict[str, Any]:
         """The loaded model, under all its names."""
-        return {"models": [_card(service, name) for name in service.names]}
+        return await cards()
 
     @app.get("/api/ps")
     async def running() -> dict[str, Any]:
         """The same: what is there is loaded."""
-        more = {"expires_at": _FOREVER, "size_vram": 0, "context_length": service.llm.context_length}
-        return {"models": [_card(service, name) | more for name in service.names]}
+        return await cards(expires_at=_FOREVER, size_vram=0, context_length=service.llm.context_length)
 
     @app.get("/api/version")
     async def version() -> dict[str, str]:
         """qwenlet's."""
         return {"version": qwenlet.__version__}
-
-
-def _json(answer: Any) -> Response:
-    return Response(msgspec.json.encode(answer), media_type="application/json")
 
 
 def _check_model(service: Service, name: str | None) -> None:
@@ -173,17 +173,15 @@ def _prompt(service: Service, body: OllamaGenerateRequest) -> Dialogue:
     return asked(service.llm, [ToolMessage("user", body.prompt)], instructions=body.system)
 
 
-def _params(body: Asked, dialogue: Dialogue) -> SamplingParams:
+def _params(body: Asked, dialogue: Dialogue, ignored: list[str]) -> SamplingParams:
     options = body.options or Options()
-    held: dict[str, Any] = {}
+    answer = None
     if body.format == "json":
-        held = {"json_object": True}
+        answer = Format()
     elif isinstance(body.format, dict):
-        held = {"json_schema": body.format}
+        answer = Format(body.format)
     elif body.format:
         raise ApiError(400, f"format is {body.format!r:.80}, expected json or a JSON schema", param="format")
-    if held and dialogue.may_call:
-        raise refused("format", "holds the reply to a format, in which no tool can be called")
     stop = (options.stop,) if isinstance(options.stop, str) else tuple(options.stop or ())
     limit = options.num_predict
     return SamplingParams(
@@ -197,32 +195,32 @@ def _params(body: Asked, dialogue: Dialogue) -> SamplingParams:
         presence_penalty=options.presence_penalty or 0.0,
         frequency_penalty=options.frequency_penalty or 0.0,
         stop=(*stop, *dialogue.stop),
-        **held,
+        **dialogue.held_to(answer, "format", ignored),
     )
 
 
 # --------------------------------------------------------------------------------------------------------- answers
 
 
-async def _answer(service: Service, body: Asked, field: str, built: Any) -> Response:
+async def _answer(service: Service, request: Request, body: Asked, field: str, built: Any) -> Response:
     """`field`: where the text stands; `built`: makes the dialogue, None where there is nothing to say."""
     if built is None:  # Ollama's way to load a model
         end = {"done": True, "done_reason": "load"}
-        return _json(_head(service) | {field: _text(field, "")} | end)
+        return json_answer(_head(service, body.model) | {field: _text(field, "")} | end)
     dialogue = await asyncio.to_thread(built)
-    params = _params(body, dialogue)
+    params = _params(body, dialogue, request.state.ignored)
     with replies.held(service, 1) as held:
-        requests = await replies.submit(service, [dialogue.ids], params, held)
+        requests = await replies.submit(service, request.state.client, [dialogue.ids], params, held, model=body.model)
         if body.stream is not False:
-            return LineStream(_lines(service, field, dialogue, requests), held.pop_all(), _failed)
+            return LineStream(_lines(service, body.model, field, dialogue, requests), held.pop_all(), _failed)
         (one,) = await parsed.whole(service, dialogue, requests)
         calls = [(call.name, call.arguments) for call in one.calls]
         said = _text(field, one.text, one.thought, calls)
-        return _json(_head(service) | {field: said} | _end(one.completion, one.finish))
+        return json_answer(_head(service, body.model) | {field: said} | _end(one.completion, one.finish))
 
 
 async def _lines(
-    service: Service, field: str, dialogue: Dialogue, requests: Sequence[EngineRequest]
+    service: Service, model: str | None, field: str, dialogue: Dialogue, requests: Sequence[EngineRequest]
 ) -> AsyncGenerator[bytes, None]:
     """Calls come whole, in the last line but one."""
     calls: list[tuple[str, str]] = []
@@ -231,27 +229,27 @@ async def _lines(
             for step in batch:
                 delta = step.delta
                 if delta.text or delta.thought:
-                    yield _line(service, field, {"done": False}, delta.text, delta.thought)
+                    yield _line(service, model, field, {"done": False}, delta.text, delta.thought)
                 for call in delta.calls:
                     if call.name is not None:
                         calls.append((call.name, ""))
                     calls[call.index] = (calls[call.index][0], calls[call.index][1] + call.arguments)
                 if step.finish is not None:
                     if calls:
-                        yield _line(service, field, {"done": False}, "", "", calls)
-                    yield _line(service, field, _end(step.chunk, step.finish))
+                        yield _line(service, model, field, {"done": False}, "", "", calls)
+                    yield _line(service, model, field, _end(step.chunk, step.finish))
 
 
-def _line(service: Service, field: str, more: dict[str, Any], *said: Any) -> bytes:
-    return msgspec.json.encode(_head(service) | {field: _text(field, *(said or ("",)))} | more) + b"\n"
+def _line(service: Service, model: str | None, field: str, more: dict[str, Any], *said: Any) -> bytes:
+    return msgspec.json.encode(_head(service, model) | {field: _text(field, *(said or ("",)))} | more) + b"\n"
 
 
 def _failed(error: ApiError) -> bytes:
     return msgspec.json.encode({"error": error.message}) + b"\n"
 
 
-def _head(service: Service) -> dict[str, Any]:
-    return {"model": service.names[0], "created_at": datetime.now(UTC).isoformat()}
+def _head(service: Service, model: str | None) -> dict[str, Any]:
+    return {"model": service.called(model), "created_at": datetime.now(UTC).isoformat()}
 
 
 def _text(field: str, text: str, thought: str = "", calls: Sequence[tuple[str, str]] = ()) -> Any:
@@ -285,32 +283,40 @@ def _end(one: Chunk | Any, finish: str) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------------------------- the model
 
 
-def _card(service: Service, name: str) -> dict[str, Any]:
+def _card(service: Service, name: str, digest: str) -> dict[str, Any]:
     return {
         "name": name,
         "model": name,
         "modified_at": datetime.fromtimestamp(service.created, UTC).isoformat(),
-        "size": 0,
-        "digest": hashlib.sha256(name.encode()).hexdigest(),  # of the name: files are not read again for it
+        "size": service.llm.source.size,
+        "digest": digest,
         "details": _details(service),
     }
 
 
 def _details(service: Service) -> dict[str, Any]:
-    count = service.llm.config.parameter_count
-    size = f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.0f}M"
-    more = {"parameter_size": size, "quantization_level": "unknown"}
-    return {"parent_model": "", "format": "qwenlet", "family": "qwen", "families": ["qwen"], **more}
+    llm = service.llm
+    count, family = llm.config.parameter_count, llm.config.model_type
+    return {
+        "parent_model": "",
+        "format": llm.source.format,
+        "family": family,
+        "families": [family],
+        "parameter_size": f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.0f}M",
+        "quantization_level": llm.precision.upper(),
+    }
 
 
 def _shown(service: Service) -> dict[str, Any]:
     config = service.llm.config
+    family = config.model_type
     known = {
-        "general.architecture": "qwen",
+        "general.architecture": family,
         "general.parameter_count": config.parameter_count,
-        "qwen.context_length": service.llm.context_length,
-        "qwen.embedding_length": config.hidden_size,
-        "qwen.vocab_size": config.vocab_size,
+        f"{family}.context_length": service.llm.context_length,
+        f"{family}.embedding_length": config.hidden_size,
+        f"{family}.block_count": config.num_hidden_layers,
+        f"{family}.vocab_size": config.vocab_size,
     }
     return {
         "modelfile": "",

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 from qwenlet.config import SamplingParams
 from qwenlet.engine import AsyncStreams, Chunk, Completion
 from qwenlet.engine.request import Request
 from qwenlet.sampling import TokenLogprob
-from qwenlet.server.service import Service
+from qwenlet.server.service import Client, Service
 from qwenlet.tokenizer import Tokenizer
 
 Batch = list[tuple[int, Chunk]]
@@ -25,20 +26,30 @@ def held(service: Service, requests: int) -> ExitStack:
 
 
 async def submit(
-    service: Service, prompts: Sequence[Sequence[int]], params: SamplingParams, held: ExitStack, *, priority: int = 0
+    service: Service,
+    client: Client,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+    held: ExitStack,
+    *,
+    model: str | None,
+    priority: int = 0,
 ) -> list[Request]:
     """Queues all prompts, n requests each: number prompt * n + choice; they are cancelled when `held` is closed.
+    `model`: what was asked for, the model or one of its adapters.
 
     Compiling a grammar stays off the event loop.
     """
     engine, timeout = service.llm.engine, service.config.request_timeout
+    params = replace(params, adapter=service.adapter(model))
     requests: list[Request] = []
 
-    def cancel() -> None:
+    def end() -> None:
         for request in requests:
             engine.cancel(request)
+        service.limits.spend(client.name, sum(request.reply_length for request in requests))
 
-    held.callback(cancel)
+    held.callback(end)
 
     def enter() -> None:
         for ids in prompts:
@@ -50,24 +61,32 @@ async def submit(
     except asyncio.CancelledError:  # the client has gone, but the thread may still submit
         await asyncio.gather(entering, return_exceptions=True)
         raise
+    service.limits.spend(client.name, sum(map(len, prompts)))
     return requests
 
 
 @contextmanager
 def reading(service: Service, requests: Sequence[Request]) -> Iterator[AsyncStreams]:
     """The requests' streams; what has not ended at the block's end is cancelled."""
-    streams = service.llm.engine.astreams(requests)
+    streams = service.llm.engine.astreams(requests, service.config.ping_interval)
     try:
         yield streams
     finally:
         streams.close()
 
 
+async def ended(service: Service, requests: Sequence[Request]) -> None:
+    """Waits for requests that have no reply."""
+    with reading(service, requests) as streams:
+        while not streams.ended:
+            await streams.next()
+
+
 async def batches(service: Service, requests: Sequence[Request]) -> AsyncGenerator[Batch, None]:
     """Chunks as they come; an empty batch where nothing came for a while."""
     with reading(service, requests) as streams:
         while not streams.ended:
-            yield await streams.next(service.config.ping_interval)
+            yield await streams.next()
 
 
 async def completions(service: Service, requests: Sequence[Request]) -> list[Completion]:

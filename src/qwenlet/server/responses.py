@@ -10,9 +10,8 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
-import msgspec
 from fastapi import FastAPI, Request
 from msgspec import UNSET, Meta, Struct
 from starlette.responses import Response
@@ -20,11 +19,24 @@ from starlette.responses import Response
 from qwenlet.config import SamplingParams
 from qwenlet.engine.request import Request as EngineRequest
 from qwenlet.server import parsed, replies
-from qwenlet.server.bodies import post
-from qwenlet.server.dialogue import Dialogue, asked, toolbox_of
-from qwenlet.server.errors import ApiError, refused
+from qwenlet.server.bodies import json_answer, post
+from qwenlet.server.dialogue import Dialogue, asked, format_of, toolbox_of
+from qwenlet.server.errors import ApiError
 from qwenlet.server.events import PING, EventStream, named_event
-from qwenlet.server.fields import Anything, Count, ignored, only, unsupported
+from qwenlet.server.fields import (
+    Account,
+    Anything,
+    CacheKey,
+    CacheRules,
+    Count,
+    SchemaNotes,
+    Thinking,
+    Tier,
+    Verbosity,
+    ignored,
+    only,
+    unsupported,
+)
 from qwenlet.server.items import conversation, items_of
 from qwenlet.server.output import Output, usage
 from qwenlet.server.service import Service
@@ -36,19 +48,16 @@ MAX_CHAIN = 1000  # responses that may lead to one
 _LOGPROBS = "message.output_text.logprobs"
 
 
-class TextFormat(Struct, kw_only=True, forbid_unknown_fields=True):
+class TextFormat(SchemaNotes, kw_only=True, forbid_unknown_fields=True):
     """text, json_object or json_schema, flat."""
 
-    type: Literal["text", "json_object", "json_schema"]
+    type: str
     schema: dict[str, Any] | None = None
-    name: Annotated[str | None, ignored("the model is held to the schema, not told of it")] = None
-    description: Annotated[str | None, ignored("the model is held to the schema, not told of it")] = None
-    strict: Annotated[bool | None, ignored("a schema always holds")] = None
 
 
 class TextSettings(Struct, kw_only=True, forbid_unknown_fields=True):
     format: TextFormat | None = None
-    verbosity: Annotated[Anything, ignored("the model was not taught it")] = UNSET
+    verbosity: Verbosity = UNSET
 
 
 class TokensRequest(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -63,7 +72,7 @@ class TokensRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     parallel_tool_calls: bool | None = None
     text: TextSettings | None = None
     truncation: Annotated[str | None, only("disabled", "a prompt is never cut in silence")] = None
-    reasoning: Annotated[Anything, ignored("the model does not think first")] = UNSET
+    reasoning: Thinking = UNSET
     conversation: Annotated[Anything, unsupported("previous_response_id continues a response")] = UNSET
 
 
@@ -81,12 +90,12 @@ class ResponsesRequest(TokensRequest, kw_only=True, forbid_unknown_fields=True):
     background: Annotated[bool | None, only(False, "a response lives as long as its client listens")] = None
     stream_options: Annotated[Anything, ignored("events are as long as their text")] = UNSET
     max_tool_calls: Annotated[Anything, ignored("it counts built-in tools, and there are none")] = UNSET
-    user: Annotated[Anything, ignored("clients are told apart by their keys")] = UNSET
-    safety_identifier: Annotated[Anything, ignored("clients are told apart by their keys")] = UNSET
-    service_tier: Annotated[Anything, ignored("there is one")] = UNSET
-    prompt_cache_key: Annotated[Anything, ignored("prompts that begin alike are found without")] = UNSET
-    prompt_cache_retention: Annotated[Anything, ignored("the cache keeps what has room")] = UNSET
-    prompt_cache_options: Annotated[Anything, ignored("the cache keeps what has room")] = UNSET
+    user: Account = UNSET
+    safety_identifier: Account = UNSET
+    service_tier: Tier = UNSET
+    prompt_cache_key: CacheKey = UNSET
+    prompt_cache_retention: CacheRules = UNSET
+    prompt_cache_options: CacheRules = UNSET
     client_metadata: Annotated[Anything, ignored("nothing is known of it")] = UNSET
     context_management: Annotated[Anything, unsupported("a prompt is never cut in silence")] = UNSET
     moderation: Annotated[Anything, unsupported("nothing moderates")] = UNSET
@@ -98,11 +107,14 @@ def add(app: FastAPI, service: Service) -> None:
         service.check_model(body.model)
         toolbox = toolbox_of(body.tools, body.tool_choice, body.parallel_tool_calls)
         items = items_of(body.input)
-        dialogue = await _dialogue(service, body, items, toolbox)
-        params = _params(body, dialogue)
+        owner = request.state.client.owner
+        dialogue = await _dialogue(service, owner, body, items, toolbox)
+        params = _params(body, dialogue, request.state.ignored)
         with replies.held(service, 1) as held:
-            requests = await replies.submit(service, [dialogue.ids], params, held)
-            running = Running(service, body, toolbox, items, params.logprobs is not None)
+            requests = await replies.submit(
+                service, request.state.client, [dialogue.ids], params, held, model=body.model
+            )
+            running = Running(service, owner, body, toolbox, items, params.logprobs is not None)
             if body.stream:
                 return EventStream(_stream(running, dialogue, requests), held.pop_all(), running.failed)
             async with aclosing(parsed.steps(service, dialogue, requests)) as stepped:
@@ -110,43 +122,49 @@ def add(app: FastAPI, service: Service) -> None:
                     for step in batch:
                         running.take(step)
             await running.keep()
-            return _json(running.body)
+            return json_answer(running.body)
 
     async def tokens(body: TokensRequest, request: Request) -> Response:
         service.check_model(body.model)
         toolbox = toolbox_of(body.tools, body.tool_choice, body.parallel_tool_calls)
-        dialogue = await _dialogue(service, body, items_of(body.input), toolbox)
-        return _json({"object": "response.input_tokens", "input_tokens": len(dialogue.ids)})
+        dialogue = await _dialogue(service, request.state.client.owner, body, items_of(body.input), toolbox)
+        return json_answer({"object": "response.input_tokens", "input_tokens": len(dialogue.ids)})
 
     post(app, "/v1/responses", ResponsesRequest, respond, prompt="input")
     post(app, "/v1/responses/input_tokens", TokensRequest, tokens, prompt="input")
 
     @app.get("/v1/responses/{id}", response_model=None)
-    async def read(id: str) -> Response:
+    async def read(id: str, request: Request) -> Response:
         """A response that was kept."""
-        return _json((await _found(service, id)).body)
+        return json_answer((await _found(service, request, id)).body)
 
     @app.delete("/v1/responses/{id}", response_model=None)
-    async def delete(id: str) -> Response:
+    async def delete(id: str, request: Request) -> Response:
         """Keeps a response no longer."""
-        if not await kept(service, lambda store: store.delete_response(id)):
+        owner = request.state.client.owner
+        if not await kept(service, lambda store: store.delete_response(id, owner=owner)):
             raise _missing(id)
-        return _json({"id": id, "object": "response", "deleted": True})
+        return json_answer({"id": id, "object": "response", "deleted": True})
 
     @app.post("/v1/responses/{id}/cancel", response_model=None)
-    async def cancel(id: str) -> Response:
+    async def cancel(id: str, request: Request) -> Response:
         """Ends a background response; there are none."""
-        await _found(service, id)
+        await _found(service, request, id)
         raise ApiError(400, f"the response {id} does not run in the background, so it can't be cancelled", param="id")
 
     @app.get("/v1/responses/{id}/input_items", response_model=None)
     async def input_items(
-        id: str, limit: int = 20, order: str = "desc", after: str | None = None, include: str | None = None
+        id: str,
+        request: Request,
+        limit: int = 20,
+        order: str = "desc",
+        after: str | None = None,
+        include: str | None = None,
     ) -> Response:
         """What a response was asked, page by page."""
         if not 1 <= limit <= 100 or order not in ("asc", "desc"):
             raise ApiError(400, f"limit is {limit} and order {order!r:.20}, expected 1 to 100, and asc or desc")
-        items = list((await _found(service, id)).input)
+        items = list((await _found(service, request, id)).input)
         items = items if order == "asc" else items[::-1]
         if after is not None:
             places = [place for place, item in enumerate(items) if item.get("id") == after]
@@ -155,11 +173,7 @@ def add(app: FastAPI, service: Service) -> None:
             items = items[places[0] + 1 :]
         page = items[:limit]
         ends = {"first_id": page[0].get("id") if page else None, "last_id": page[-1].get("id") if page else None}
-        return _json({"object": "list", "data": page, **ends, "has_more": len(items) > limit})
-
-
-def _json(answer: Any) -> Response:
-    return Response(msgspec.json.encode(answer), media_type="application/json")
+        return json_answer({"object": "list", "data": page, **ends, "has_more": len(items) > limit})
 
 
 async def kept(service: Service, work: Callable[[Store], Result]) -> Result:
@@ -171,17 +185,21 @@ def _missing(id: str) -> ApiError:
     return ApiError(404, f"there is no response {id!r:.80}", "not_found_error", param="id", code="response_not_found")
 
 
-async def _found(service: Service, id: str) -> StoredResponse:
-    found = await kept(service, lambda store: store.response(id))
+async def _found(service: Service, request: Request, id: str) -> StoredResponse:
+    """One that the caller's key made; others are not there for it."""
+    owner = request.state.client.owner
+    found = await kept(service, lambda store: store.response(id, owner=owner))
     if found is None:
         raise _missing(id)
     return found
 
 
-async def _dialogue(service: Service, body: TokensRequest, items: list[dict[str, Any]], toolbox: Toolbox) -> Dialogue:
+async def _dialogue(
+    service: Service, owner: str, body: TokensRequest, items: list[dict[str, Any]], toolbox: Toolbox
+) -> Dialogue:
     earlier: list[Any] = []
     if body.previous_response_id is not None:
-        earlier = await kept(service, lambda store: _chain(store, body.previous_response_id))
+        earlier = await kept(service, lambda store: _chain(store, owner, body.previous_response_id))
 
     def built() -> Dialogue:
         told = conversation(earlier, "previous_response_id") + conversation(items, "input")
@@ -190,11 +208,11 @@ async def _dialogue(service: Service, body: TokensRequest, items: list[dict[str,
     return await asyncio.to_thread(built)
 
 
-def _chain(store: Store, id: str | None) -> list[Any]:
+def _chain(store: Store, owner: str, id: str | None) -> list[Any]:
     """Input and output items of the responses that led here, the oldest first; without their instructions."""
     turns: list[list[Any]] = []
     while id is not None:
-        found = store.response(id)
+        found = store.response(id, owner=owner)
         if found is None or len(turns) >= MAX_CHAIN:
             why = "is not kept here" if found is None else f"has more than {MAX_CHAIN} before it"
             code = "previous_response_not_found"
@@ -204,18 +222,10 @@ def _chain(store: Store, id: str | None) -> list[Any]:
     return [item for turn in reversed(turns) for item in turn]
 
 
-def _params(body: ResponsesRequest, dialogue: Dialogue) -> SamplingParams:
+def _params(body: ResponsesRequest, dialogue: Dialogue, ignored: list[str]) -> SamplingParams:
     wanted = body.text.format if body.text is not None else None
-    held: dict[str, Any] = {}
-    if dialogue.grammar is not None:
-        held[dialogue.grammar.kind] = dialogue.grammar.source
-    elif wanted is not None and wanted.type != "text":
-        if wanted.type == "json_schema" and wanted.schema is None:
-            raise ApiError(400, "text.format has no schema", param="text.format.schema")
-        if dialogue.may_call:
-            words = "holds the reply to a format, in which no tool can be called; use tool_choice none or required"
-            raise refused("text.format", words)
-        held = {"json_object": True} if wanted.schema is None else {"json_schema": wanted.schema}
+    answer = None if wanted is None else format_of(wanted.type, wanted.schema, "text.format")
+    held = dialogue.held_to(answer, "text.format", ignored)
     asked_for = body.top_logprobs is not None or _LOGPROBS in (body.include or ())
     return SamplingParams(
         max_new_tokens=body.max_output_tokens,
@@ -235,9 +245,15 @@ class Running:
     """
 
     def __init__(
-        self, service: Service, body: ResponsesRequest, toolbox: Toolbox, items: list[dict[str, Any]], logprobs: bool
+        self,
+        service: Service,
+        owner: str,
+        body: ResponsesRequest,
+        toolbox: Toolbox,
+        items: list[dict[str, Any]],
+        logprobs: bool,
     ) -> None:
-        self.service, self._items, self._store = service, items, body.store is not False
+        self.service, self._owner, self._items, self._store = service, owner, items, body.store is not False
         self._previous = body.previous_response_id
         self._output = Output(service.llm.tokenizer, logprobs)
         self._number = 0
@@ -262,7 +278,7 @@ class Running:
     async def keep(self) -> None:
         if self._store:
             id, body, items, previous = self.body["id"], self.body, tuple(self._items), self._previous
-            await kept(self.service, lambda store: store.save_response(id, body, items, previous))
+            await kept(self.service, lambda store: store.save_response(id, body, items, previous, owner=self._owner))
 
     def failed(self, error: ApiError) -> bytes:
         """The last events of a response that could not be made."""
@@ -314,7 +330,7 @@ def _object(service: Service, body: ResponsesRequest, toolbox: Toolbox) -> dict[
         "instructions": body.instructions,
         "max_output_tokens": body.max_output_tokens,
         "max_tool_calls": None,
-        "model": service.names[0],
+        "model": service.called(body.model),
         "output": [],
         "parallel_tool_calls": bool(body.parallel_tool_calls),
         "previous_response_id": body.previous_response_id,

@@ -20,22 +20,35 @@ from qwenlet.server.app import build
 from qwenlet.server.service import Service
 
 
-def serve(name: str, config: ServerConfig, load: Callable[[], LLM], say: Callable[[str], None]) -> None:
+def serve(
+    name: str,
+    config: ServerConfig,
+    load: Callable[[], LLM],
+    say: Callable[[str], None],
+    listening: Callable[[str], None] | None = None,
+) -> None:
     """Serves until a signal comes. `say` tells a person where, and when the model is there.
+
+    Args:
+        listening: called with the server's address as soon as connections are taken, before the model is there.
 
     Raises:
         ConfigError: an address that others reach without a key, or one that can't be had.
         QwenletError: what `load` raises.
     """
     check_exposed(config)
-    listening = _listen(config)
+    taken = _listen(config)
     service = Service(name, config)
-    host, port = listening.getsockname()[:2]
-    say(f"http://{f'[{host}]' if ':' in host else host}:{port}: loading {service.names[0]}")
+    host, port = taken.getsockname()[:2]
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    say(f"{address}: loading {service.own_names[0]}")
+    if listening is not None:
+        listening(address)
     try:
-        asyncio.run(_serve(service, listening, load, say))
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            runner.run(_serve(service, taken, load, say))
     finally:
-        listening.close()
+        taken.close()
 
 
 def check_exposed(config: ServerConfig) -> None:
@@ -66,6 +79,15 @@ def _listen(config: ServerConfig) -> socket.socket:
             hint="another --port, or --port 0 for any that is free",
         ) from None
     return listening
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+    """uvloop's where it is: a stream's event costs a fifth less; it knows no Windows."""
+    try:
+        from uvloop import new_event_loop
+    except ImportError:
+        return asyncio.new_event_loop
+    return new_event_loop
 
 
 async def _serve(

@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import Annotated
 
-import msgspec
 from fastapi import FastAPI, Request
 from msgspec import Meta, Struct
 from starlette.responses import Response
 
-from qwenlet.server.bodies import post
+from qwenlet.server.bodies import json_answer, post
 from qwenlet.server.dialogue import ChatMessage, converse
 from qwenlet.server.errors import ApiError
 from qwenlet.server.service import Service
@@ -47,12 +46,12 @@ def add(app: FastAPI, service: Service) -> None:
 
         tokens = await asyncio.to_thread(ids)
         answer = {"tokens": tokens, "count": len(tokens), "max_model_len": service.llm.context_length}
-        return Response(msgspec.json.encode(answer), media_type="application/json")
+        return json_answer(answer)
 
     async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
         service.check_model(body.model)
         text = service.llm.tokenizer.decode(body.tokens)
-        return Response(msgspec.json.encode({"prompt": text, "content": text}), media_type="application/json")
+        return json_answer({"prompt": text, "content": text})
 
     post(app, "/tokenize", TokenizeRequest, tokenize)
     post(app, "/detokenize", DetokenizeRequest, detokenize)

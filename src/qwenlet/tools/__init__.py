@@ -3,6 +3,7 @@
 Toolbox          the tools of a request, and which of them the reply may or must call
 ToolMessage      a message of a conversation with calls and results
 react_messages   such a conversation -> plain messages for `chat.render`
+fit              the same, cut to fit the context
 forced_reply     a grammar that holds the whole reply to a call
 ReplyParser      the reply, piece by piece -> text, thoughts and calls
 parse_reply      the same for a whole reply
@@ -13,6 +14,7 @@ parse_reply("Thought: I look.\\nAction: clock\\nAction Input: {}", toolbox).call
 """
 
 from qwenlet.tools.declared import Call, Tool, Toolbox, ToolChoice
+from qwenlet.tools.fitting import fit
 from qwenlet.tools.forced import forced_reply
 from qwenlet.tools.prompt import ToolMessage, continues_thought, react_messages
 from qwenlet.tools.reply import STOP_TEXT, Arguments, CallBegun, Event, Reply, ReplyParser, Text, Thought, parse_reply
@@ -32,6 +34,7 @@ __all__ = [
     "ToolMessage",
     "Toolbox",
     "continues_thought",
+    "fit",
     "forced_reply",
     "parse_reply",
     "react_messages",

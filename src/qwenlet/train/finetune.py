@@ -1,4 +1,4 @@
-"""A checkpoint and data -> an adapter, or a checkpoint: full, LoRA and Q-LoRA.
+"""A checkpoint and data -> an adapter, or a checkpoint: full, LoRA, Q-LoRA, and DPO by an adapter or in full.
 
 Finetune   everything read and checked, the plan made, nothing trained yet; `run` trains and writes
 """
@@ -9,6 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -36,16 +37,18 @@ from qwenlet.lora import add_lora, load_adapter, save_adapter
 from qwenlet.model import Qwen
 from qwenlet.tokenizer import Tokenizer
 from qwenlet.train.checkpoints import FOLDER
+from qwenlet.train.dpo import Preference
 from qwenlet.train.forecast import Forecast, forecast
-from qwenlet.train.objective import NextToken
+from qwenlet.train.objective import NextToken, Objective
+from qwenlet.train.preferences import Pairs, load_pairs
 from qwenlet.train.processes import Processes, processes
 from qwenlet.train.samples import Samples, load_samples
 from qwenlet.train.trainer import Outcome, Trainer
 
-Method = Literal["full", "lora", "qlora"]
-METHODS: tuple[Method, ...] = ("full", "lora", "qlora")
-# published for full and for adapters
-_LR = {"full": 1e-5, "lora": 3e-4, "qlora": 3e-4}
+Method = Literal["full", "lora", "qlora", "dpo", "dpo-full"]
+METHODS: tuple[Method, ...] = ("full", "lora", "qlora", "dpo", "dpo-full")
+# published for full and for adapters; preferences move a model that knows how to answer, so less at a time
+_LR = {"full": 1e-5, "lora": 3e-4, "qlora": 3e-4, "dpo": 5e-5, "dpo-full": 5e-7}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,10 +87,22 @@ class Job:
             raise ConfigError("no data are given")
         if self.eval_data and self.held_out:
             raise ConfigError("eval_data and held_out are both given", hint="measure on one of them")
-        if self.method == "full" and self.adapter is not None:
-            raise ConfigError("an adapter is given, but method is 'full'", hint="merge it first, or use method 'lora'")
+        if self.moves_all and self.adapter is not None:
+            raise ConfigError(
+                f"an adapter is given, but method is {self.method!r}", hint="merge it first, or use method 'lora'"
+            )
         if self.training.patience is not None and not (self.eval_data or self.held_out):
             raise ConfigError("patience is given, but nothing is measured", hint="give eval_data or held_out")
+
+    @property
+    def moves_all(self) -> bool:
+        """Whether every weight learns, and no adapter."""
+        return self.method in ("full", "dpo-full")
+
+    @property
+    def prefers(self) -> bool:
+        """Whether the data are pairs."""
+        return self.method in ("dpo", "dpo-full")
 
 
 @dataclass(frozen=True)
@@ -134,6 +149,8 @@ class Finetune:
         if isinstance(tokenizer, MissingTokenizerError):
             raise tokenizer
         self.tokenizer: Tokenizer = tokenizer
+        self.pairs: Pairs | None = None
+        self.held_pairs: Pairs | None = None
         self.samples, self.held_out = self._samples()
         self.dtype = self._dtype()
         self.model = self._model(progress)
@@ -151,6 +168,8 @@ class Finetune:
                 "has neither dynamic NTK nor log-n attention, as published"
             )
         system = {"auto": self.checkpoint.default_system, "none": None}.get(job.samples.system, job.samples.system)
+        if job.prefers:
+            return self._pairs(system)
         cache = hub.cache_dir() / "tokens"
         read = partial(load_samples, tokenizer=self.tokenizer, config=job.samples, system=system, cache=cache)
         samples = read(job.data)
@@ -161,6 +180,19 @@ class Finetune:
         if job.held_out:
             return samples.split(job.held_out, job.training.seed)
         return samples, None
+
+    def _pairs(self, system: str | None) -> tuple[Samples, Samples | None]:
+        """The same of preferences: the two of a pair count as one sample."""
+        job = self.job
+        pairs = load_pairs(job.data, self.tokenizer, job.samples, system=system)
+        for line in pairs.each.report.lines(job.samples.max_length):
+            self.note(line)
+        if job.eval_data:
+            self.held_pairs = load_pairs(job.eval_data, self.tokenizer, job.samples, system=system)
+        elif job.held_out:
+            pairs, self.held_pairs = pairs.split(job.held_out, job.training.seed)
+        self.pairs = pairs
+        return pairs.both, None if self.held_pairs is None else self.held_pairs.both
 
     # ------------------------------------------------------------------------------------------------------- the model
 
@@ -186,7 +218,7 @@ class Finetune:
         torch.manual_seed(job.training.seed)
         grown = self.tokenizer.vocab_size > model.config.vocab_size
         kept = set(job.lora.modules_to_save)
-        if grown and job.method != "full" and not {"wte", "lm_head"} <= kept:
+        if grown and not job.moves_all and not {"wte", "lm_head"} <= kept:
             raise ConfigError(
                 f"the vocabulary has {self.tokenizer.vocab_size} tokens, but the model {model.config.vocab_size}: the "
                 "rows of the new ones have to learn",
@@ -194,7 +226,7 @@ class Finetune:
             )
         if grown:
             model.resize_vocabulary(self.tokenizer.vocab_size)
-        if job.method == "full":
+        if job.moves_all:
             model.requires_grad_(True)
         elif job.adapter is not None:
             load_adapter(model, job.adapter)
@@ -213,7 +245,7 @@ class Finetune:
         job = self.job
         learning = [p for p in self.model.parameters() if p.requires_grad]
         count = sum(p.numel() for p in learning)
-        adapted = 0 if job.method == "full" else sum(
+        adapted = 0 if job.moves_all else sum(
             p.numel() for name, p in self.model.named_parameters() if p.requires_grad and "lora_" in name
         )  # fmt: skip
         frozen = sum(p.nbytes for name, p in self.model.named_parameters() if not p.requires_grad and "wte" not in name)
@@ -242,7 +274,8 @@ class Finetune:
 
     def _batch_tokens(self) -> int:
         training, longest = self.job.training, int(self.samples.lengths.max())
-        return training.batch_size * (self.job.samples.max_length if training.packed else longest)
+        both = 2 if self.job.prefers and training.packed else 1  # a pair is two samples, one where it is measured
+        return training.batch_size * both * (self.job.samples.max_length if training.packed else longest)
 
     # --------------------------------------------------------------------------------------------------------- the run
 
@@ -255,20 +288,21 @@ class Finetune:
             TrainingError, CheckpointError: as `Trainer.run`.
         """
         job = self.job
-        budget = job.training.batch_size * job.samples.max_length if job.training.packed else None
+        budget = self._batch_tokens() if job.training.packed else None
+        objective, held_out = self._objectives(progress)
         trainer = Trainer(
             self.model,
-            NextToken(self.samples),
+            objective,
             job.training,
             lr=job.training.lr or _LR[job.method],
             dtype=self.dtype,
             device=self.device,
             out=job.out,
             run=self._run(),
-            held_out=None if self.held_out is None else NextToken(self.held_out),
+            held_out=held_out,
             group=self.group,
             export=self._export,
-            export_always=job.method != "full",
+            export_always=not job.moves_all,
             budget=budget,
             progress=progress,
             note=self.note,
@@ -288,6 +322,19 @@ class Finetune:
         self.group.wait()
         return outcome
 
+    def _objectives(self, progress: Progress | None) -> tuple[Objective, Objective | None]:
+        """What is made smaller and what is measured, before a weight has moved."""
+        if self.pairs is None:
+            return NextToken(self.samples), None if self.held_out is None else NextToken(self.held_out)
+        made = [Preference(pairs, self.job.training.dpo_beta) for pairs in (self.pairs, self.held_pairs) if pairs]
+        fresh = not self.job.moves_all and self.job.adapter is None and not self.job.lora.modules_to_save
+        if not fresh or self.group.count > 1:
+            autocast = nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
+            for one in made:
+                with autocast:
+                    one.prepare(self.model, self.device, progress=progress)
+        return made[0], made[1] if len(made) > 1 else None
+
     def _run(self) -> dict[str, Any]:
         """What the weights depend on."""
         job = self.job
@@ -299,13 +346,13 @@ class Finetune:
             "held_out": None if self.held_out is None else self.held_out.fingerprint,
             "training": {name: value for name, value in asdict(job.training).items() if name not in free},
             "max_length": job.samples.max_length,
-            "lora": None if job.method == "full" else str(job.lora),
+            "lora": None if job.moves_all else str(job.lora),
             "adapter": None if job.adapter is None else str(job.adapter),
             "processes": self.group.count,
         }
 
     def _export(self, folder: Path) -> None:
-        if self.job.method != "full":
+        if not self.job.moves_all:
             save_adapter(self.model, folder, base=str(self.path))
             return
         folder.mkdir(parents=True)

@@ -35,18 +35,23 @@ def head_loss(head: nn.Module, x: Tensor, targets: Tensor, *, chunk_elements: in
         return x.float().sum() * 0.0  # keeps every parameter in the graph
     if isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward and head.bias is None:
         return _HeadLoss.apply(x, head.weight, targets, chunk_elements)
+    return token_losses(head, x, targets, chunk_elements=chunk_elements).sum()
+
+
+def token_losses(head: nn.Module, x: Tensor, targets: Tensor, *, chunk_elements: int = CHUNK_ELEMENTS) -> Tensor:
+    """The cross-entropy of each: x [R, C], targets [R], none of them IGNORED -> [R] float32; any head."""
     rows = max(1, chunk_elements // int(head.out_features))  # type: ignore[arg-type]
-    total = x.new_zeros((), dtype=torch.float32)
+    parts = []
     for part, wanted in zip(x.split(rows), targets.split(rows), strict=True):
         if torch.is_grad_enabled():
-            total = total + checkpoint(_rows_loss, head, part, wanted, use_reentrant=False)
+            parts.append(checkpoint(_losses, head, part, wanted, use_reentrant=False))
         else:
-            total = total + _rows_loss(head, part, wanted)
-    return total
+            parts.append(_losses(head, part, wanted))
+    return torch.cat(parts)
 
 
-def _rows_loss(head: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(head(x).float(), targets, reduction="sum")
+def _losses(head: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(head(x).float(), targets, reduction="none")
 
 
 class _HeadLoss(torch.autograd.Function):

@@ -100,7 +100,7 @@ def read_records(paths: Sequence[str | Path], *, skip_bad: bool = False) -> tupl
     records: list[Record] = []
     bad = Bad()
     for path in map(Path, paths):
-        for line, value in _values(path):
+        for line, value in read_values(path):
             where = f"{path}:{line}"
             try:
                 records.append(read_record(value, where))
@@ -289,7 +289,7 @@ def _dialogue(raw: Any, tools: Any, where: str, form: str, dropped: int = 0) -> 
 # ----------------------------------------------------------------------------------------------------------- the files
 
 
-def _values(path: Path) -> Iterator[tuple[int, Any]]:
+def read_values(path: Path) -> Iterator[tuple[int, Any]]:
     """(line it begins on, parsed record) of a file."""
     try:
         text = path.read_text(encoding="utf-8-sig")

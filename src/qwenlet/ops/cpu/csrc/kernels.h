@@ -14,7 +14,7 @@ constexpr int kTile = 16;
 constexpr int kPage = 64;
 // Most rows a call of linear_tiles may have, and bytes of scratch a thread needs for it and for attention.
 constexpr int64_t kMaxBatch = 1024;
-constexpr int64_t kScratch = kMaxBatch * 4 * kTile * 4;  // sums of four tiles in float32, the largest need
+constexpr int64_t kScratch = 1 << 20;  // the largest need: 128 rows' tables and four tiles unpacked, for 8,192 columns
 // Rows of one sequence that attention takes together.
 constexpr int kQueryBlock = 16;
 

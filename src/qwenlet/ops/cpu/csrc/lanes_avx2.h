@@ -17,6 +17,7 @@ struct I {
 using Line = I;
 
 constexpr int kGemmRows = 3, kGemmRowsOfBytes = 2, kGemmTiles = 1, kGemvTiles = 1, kGemvSums = 2, kStreamTiles = 1;
+constexpr bool kCodesAhead = false;
 constexpr int kFp32Rows = 6, kFp32Tiles = 1;
 
 inline F f_set(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }

@@ -12,8 +12,17 @@ using F = __m512;
 using I = __m512i;
 using Line = __m512i;
 
-// rows (of eight-bit weights, which keep two sums) and tiles of a block in registers; tiles streamed side by side for one row, sums for each, and tiles for a few rows
-constexpr int kGemmRows = 6, kGemmRowsOfBytes = 4, kGemmTiles = 2, kGemvTiles = 1, kGemvSums = 2, kStreamTiles = 2;
+// rows (of eight-bit weights, which keep two sums) and tiles of a block in registers; tiles streamed side by side for one
+// row, sums for each, and tiles for a few rows; whether codes are fetched ahead. Processors with AMX want more streams and
+// fetching ahead, which others (Zen 4) do without (measured).
+constexpr int kGemmRows = 6, kGemmRowsOfBytes = 4, kGemmTiles = 2, kStreamTiles = 2;
+#if defined(__AMX_TILE__)
+constexpr int kGemvTiles = 4, kGemvSums = 1;
+constexpr bool kCodesAhead = true;
+#else
+constexpr int kGemvTiles = 1, kGemvSums = 2;
+constexpr bool kCodesAhead = false;
+#endif
 // rows and tiles of a block of float32
 constexpr int kFp32Rows = 6, kFp32Tiles = 4;
 

@@ -62,7 +62,6 @@ struct Sums {
     }
 };
 
-// For bfloat16 only: for fewer bits the hardware keeps up by itself (measured the same or better without).
 constexpr int64_t kAheadBytes = 2048;
 
 // R rows, C tiles, weights streamed. Neighbouring lines go to U sums of their own, so that products needn't wait for each
@@ -88,6 +87,7 @@ void stream_quant(const TileWeight& w, const Inputs& x, int64_t row, int64_t til
         for (int64_t l = 0; l < lines; l += U)
             for (int c = 0; c < C; ++c)
                 for (int u = 0; u < U; ++u) {
+                    if (kCodesAhead) prefetch(at[c] + (l + u) * 64 + kAheadBytes);
                     const Line line = line_load(at[c] + (l + u) * 64);
                     const Line first = Bits == 4 ? line_low(line) : line, second = Bits == 4 ? line_high(line) : line;
                     for (int r = 0; r < R; ++r) dot[r][c].add(u, first, second, codes[r] + (l + u) * 8);

@@ -11,15 +11,15 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenlet import store as store_module
-from qwenlet.errors import StoreError
-from qwenlet.store import SCHEMA_VERSION, Store, data_dir
+from qwenlet.errors import NotStoredError, StoreError
+from qwenlet.store import SCHEMA_VERSION, Conversation, Store, data_dir, database, title_of
 
 
 @pytest.fixture
@@ -92,6 +92,92 @@ def test_list_rename_delete(store: Store):
             missing()
 
 
+def test_a_conversation_is_called_after_its_first_question(store: Store):
+    talk = store.new_conversation()
+    store.append(talk.id, "system", "Speak like a pirate.")
+    store.append(talk.id, "user", "\n  What is   rain?\nAnd snow?")
+    assert store.conversation(talk.id).title == "What is rain?"
+    store.append(talk.id, "user", "And hail?")
+    assert store.conversation(talk.id).title == "What is rain?"
+    assert title_of("雨" * 100) == "雨" * 59 + "…"
+    assert title_of(" \n ") == ""
+
+
+def test_settings_stay_with_the_conversation(store: Store):
+    talk = store.new_conversation(settings={"system": "短く", "sampling": {"top_p": 0.5}})
+    assert store.conversation(talk.id).settings == {"system": "短く", "sampling": {"top_p": 0.5}}
+    store.set_settings(talk.id, {"system": ""})
+    assert store.tree(talk.id).conversation.settings == {"system": ""}
+    with pytest.raises(StoreError, match="there is no conversation"):
+        store.set_settings("x", {})
+    with pytest.raises(StoreError, match="not JSON"):
+        store.set_settings(talk.id, {"top_p": float("nan")})
+
+
+def test_going_back_leaves_what_followed_on_a_branch_of_its_own(store: Store):
+    talk = store.new_conversation()
+    question, answer = store.append(talk.id, "user", "France?"), store.append(talk.id, "assistant", "Paris.")
+    store.append(talk.id, "user", "Italy?")
+    store.go_back(talk.id, answer.id)
+    store.append(talk.id, "user", "Spain?")
+    assert contents(store, talk.id) == ["France?", "Paris.", "Spain?"]
+    store.go_back(talk.id, None)
+    assert contents(store, talk.id) == []
+    assert [m.content for m in store.messages(talk.id)] == ["France?", "Paris.", "Italy?", "Spain?"]
+    with pytest.raises(StoreError, match="another conversation"):
+        store.go_back(store.new_conversation().id, question.id)
+    with pytest.raises(StoreError, match="there is no conversation"):
+        store.go_back("x", None)
+
+
+def test_a_message_is_told_as_clients_tell_it(store: Store):
+    talk = store.new_conversation()
+    calls = [{"id": "call_1", "type": "function", "function": {"name": "clock", "arguments": "{}"}}]
+    store.append(talk.id, "assistant", "", {"tool_calls": calls, "reasoning_content": None, "finish_reason": "stop"})
+    store.append(talk.id, "tool", "noon", {"tool_call_id": "call_1"})
+    assert [message.as_told() for message in store.path(talk.id)] == [
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "tool", "content": "noon", "tool_call_id": "call_1"},
+    ]
+
+
+def test_adopted_conversations_get_ids_of_their_own_and_all_come_or_none(store: Store):
+    talk = store.new_conversation("a", settings={"system": "s"})
+    question = store.append(talk.id, "user", "France?")
+    store.append(talk.id, "assistant", "Paris.")
+    store.branch(question.id, "Italy?")
+    tree = store.tree(talk.id)
+    (copy,) = store.adopt([tree])
+    assert copy.id != talk.id
+    assert (copy.title, copy.settings, copy.updated) == ("a", {"system": "s"}, tree.conversation.updated)
+    assert contents(store, copy.id) == ["Italy?"]
+    assert [m.content for m in store.messages(copy.id)] == ["France?", "Paris.", "Italy?"]
+    bad = replace(tree, messages=(replace(tree.messages[0], content="\ud800"),))
+    bad = replace(bad, conversation=replace(tree.conversation, current=None))
+    with pytest.raises(StoreError, match="surrogate"):
+        store.adopt([tree, bad])
+    assert len(store.conversations()) == 2
+
+
+def test_an_excerpt_is_one_line_around_the_word(store: Store):
+    talk = store.new_conversation("t")
+    store.append(talk.id, "user", "x" * 100 + "\nHail\tand snow\n" + "y" * 100)
+    (hit,) = store.search("hail")
+    assert hit.excerpt == "…" + "x" * 39 + " Hail and snow " + "y" * 26 + "…"
+
+
+def test_a_conversation_is_found_by_the_beginning_of_its_id(store: Store):
+    one, two = store.new_conversation("a"), store.new_conversation("b")
+    assert store.find(one.id) == store.find(one.short_id) == one
+    with store._write() as db:
+        db.execute("UPDATE conversations SET id = 'conv_' || substr(?, 6, 4) || 'xyz' WHERE id = ?", (one.id, two.id))
+    with pytest.raises(StoreError, match="several conversations"):
+        store.find(one.short_id[:4])
+    for wrong in ("", "conv_", "zz", "%", "_"):
+        with pytest.raises(NotStoredError, match="there is no conversation"):
+            store.find(wrong)
+
+
 def test_a_message_stays_in_its_own_conversation(store: Store):
     one, other = store.new_conversation(), store.new_conversation()
     message = store.append(one.id, "user", "q")
@@ -132,13 +218,14 @@ def test_no_query_breaks_the_search_and_a_message_is_found_by_itself(long_lived:
     talk = long_lived.new_conversation()
     long_lived.append(talk.id, "user", text)
     for hit in long_lived.search(query):
-        assert hit.message is not None
-        assert hit.message.content == text
+        assert hit.conversation.title == title_of(text) if hit.message is None else hit.message.content == text
+        assert "\n" not in hit.excerpt
     assert long_lived.path(talk.id)[0].content == text
     words = text.replace("\0", " ").split()
-    if words and "\0" not in text:
-        assert [hit.message.content for hit in long_lived.search(text) if hit.message] == [text]
+    found = [hit.message.content for hit in long_lived.search(text) if hit.message]
     long_lived.delete(talk.id)
+    if words and "\0" not in text:
+        assert found == [text]
 
 
 def test_responses(store: Store):
@@ -152,6 +239,11 @@ def test_responses(store: Store):
         {"status": "completed"},
         ({"role": "user", "content": "q"},),
     )
+    # what one key's holder keeps is not there for others, nor can they replace or delete it
+    assert store.response("resp_1", owner="b") is None
+    store.save_response("resp_1", {"status": "stolen"}, owner="b")
+    assert store.response("resp_1") == kept
+    assert not store.delete_response("resp_1", owner="b")
     assert store.delete_response("resp_1")
     assert not store.delete_response("resp_1")
     with pytest.raises(StoreError, match="not JSON"):
@@ -227,7 +319,7 @@ def test_threads_share_a_store(store: Store):
 
 
 def test_a_file_that_stays_locked_is_said_to_be(store: Store, path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(store_module, "_LOCK_SECONDS", 0.05)
+    monkeypatch.setattr(database, "_LOCK_SECONDS", 0.05)
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     with Store.open(path) as second, pytest.raises(StoreError, match="locked by another process"):
@@ -292,21 +384,34 @@ def test_a_newer_file(path: Path):
 def test_an_older_file_is_brought_up_to_date(path: Path, monkeypatch: pytest.MonkeyPatch):
     with Store.open(path) as store:
         talk = store.new_conversation("kept")
-    more = (*store_module._MIGRATIONS, ("ALTER TABLE responses ADD COLUMN extra TEXT",))
-    monkeypatch.setattr(store_module, "_MIGRATIONS", more)
-    monkeypatch.setattr(store_module, "SCHEMA_VERSION", len(more))
+    more = (*database._MIGRATIONS, ("ALTER TABLE responses ADD COLUMN extra TEXT",))
+    monkeypatch.setattr(database, "_MIGRATIONS", more)
+    monkeypatch.setattr(database, "SCHEMA_VERSION", len(more))
     with Store.open(path) as store:
         assert store.conversation(talk.id).title == "kept"
         assert store._read("PRAGMA user_version") == [(len(more),)]
         assert store._read("SELECT extra FROM responses") == []
 
 
+def test_a_file_of_the_first_version_is_brought_up_to_date(path: Path, monkeypatch: pytest.MonkeyPatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(database, "_MIGRATIONS", database._MIGRATIONS[:1])
+        patch.setattr(database, "SCHEMA_VERSION", 1)
+        Store.open(path).close()
+    db = sqlite3.connect(path)
+    db.execute("INSERT INTO conversations VALUES ('conv_1', 'old', 'demo', NULL, 1.0, 2.0)")
+    db.commit()
+    db.close()
+    with Store.open(path) as store:
+        assert store.conversations() == [Conversation("conv_1", "old", "demo", None, 1.0, 2.0, {})]
+
+
 def test_a_migration_that_fails_changes_nothing(path: Path, monkeypatch: pytest.MonkeyPatch):
     Store.open(path).close()
-    wrong = (*store_module._MIGRATIONS, ("CREATE TABLE half (x)", "nonsense"))
+    wrong = (*database._MIGRATIONS, ("CREATE TABLE half (x)", "nonsense"))
     with monkeypatch.context() as patch:
-        patch.setattr(store_module, "_MIGRATIONS", wrong)
-        patch.setattr(store_module, "SCHEMA_VERSION", len(wrong))
+        patch.setattr(database, "_MIGRATIONS", wrong)
+        patch.setattr(database, "SCHEMA_VERSION", len(wrong))
         with pytest.raises(StoreError, match="nonsense"):
             Store.open(path)
     with Store.open(path) as store:
@@ -324,7 +429,7 @@ def test_a_folder_that_can_t_be_written(tmp_path: Path):
 def test_a_closed_store_says_so(path: Path):
     store = Store.open(path)
     store.close()
-    with pytest.raises(StoreError, match="closed"):
+    with pytest.raises(StoreError, match="can't be used: Cannot operate on a closed database"):
         store.conversations()
 
 
@@ -337,10 +442,12 @@ def test_where_the_file_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert data_dir().name == "qwenlet"
 
 
-def test_two_thousand_messages_are_read_at_once(store: Store):
+def test_two_thousand_messages_are_read_at_once_and_removed_at_once(store: Store):
     talk = store.new_conversation()
     for number in range(2000):
         store.append(talk.id, "user", str(number))
     began = time.perf_counter()
     assert len(store.path(talk.id)) == 2000
     assert time.perf_counter() - began < 1
+    store.delete(talk.id)
+    assert store.search("1999") == []
