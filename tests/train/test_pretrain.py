@@ -1,4 +1,4 @@
-"""Pre-training: documents that don't see each other, cut vocabularies, baselines against values by hand, and a small run."""
+"""Pre-training: corpora, cut vocabularies, baselines against values by hand, and a small run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.engine.tiny import byte_tokenizer
+from tests.train.tiny import CPU, TINY
 
 import qwenlet
 from qwenlet.checkpoint import Checkpoint
@@ -20,8 +22,6 @@ from qwenlet.train.baselines import longest_overlap, ngram_loss
 from qwenlet.train.corpus import Corpus, build
 from qwenlet.train.pretrain import PretrainJob, cut_vocabulary, new_model, pretrain, sized
 from qwenlet.train.samples import Report, Samples
-from tests.engine.tiny import byte_tokenizer
-from tests.train.tiny import CPU, TINY
 
 
 def of_ids(*documents: list[int]) -> Samples:
@@ -121,7 +121,8 @@ def test_a_small_model_learns_and_loads_as_any_checkpoint(story: Path, tmp_path:
         eos_id=256, pad_id=256,
     )  # fmt: skip
     job = PretrainJob(
-        data=[story], out=tmp_path / "out", vocabulary=vocabulary, length=64, held_out=0.1, baselines=(1, 3), prompt="The ",
+        data=[story], out=tmp_path / "out", vocabulary=vocabulary, length=64, held_out=0.1, baselines=(1, 3),
+        prompt="The ",
         config=sized(TINY, vocab_size=320, hidden_size=32, num_attention_heads=2, tie_word_embeddings=tied),
         training=TrainingConfig(epochs=25, batch_size=8, accumulation=1, lr=1e-2, dtype="fp32", warmup=5),
     )  # fmt: skip
