@@ -81,7 +81,7 @@ def main() -> None:
     subprocess.run(
         [sys.executable, "-m", "qwenlet", "finetune", "demo", str(data), "--eval-data", str(held_out), "--out",
          str(adapter), "--max-length", "384", "--batch-size", "3", "--accumulation", "1", "--epochs", options.epochs,
-         "--eval-every", "25", "--lr", "1e-3", "--rank", "32", "--alpha", "32"],
+         "--eval-every", "40", "--lr", "1e-3", "--rank", "32", "--alpha", "32"],
         check=True,
     )  # fmt: skip
     minutes = (time.perf_counter() - begun) / 60

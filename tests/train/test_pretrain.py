@@ -56,7 +56,7 @@ def test_a_corpus_is_made_once(story: Path, tmp_path: Path):
     before = file.stat().st_mtime_ns
     build([story], byte_tokenizer(), tmp_path / "made", held_out=0.1)
     assert file.stat().st_mtime_ns == before
-    file.write_bytes(b"short")
+    file.write_bytes(b"shorter!")
     with pytest.raises(DataError, match="expected"):
         Corpus.open(file)
 

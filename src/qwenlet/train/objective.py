@@ -65,10 +65,11 @@ def rows_of(samples: Samples, batch: Batch, model: Qwen, device: torch.device) -
     """ids [N] and targets [N] int64, row after row: a target is the id behind, where that is learned."""
     ids, targets, lengths = [], [], []
     for index in batch:
-        tokens, learned = (torch.from_numpy(part) for part in samples[index])
+        mapped = samples[index]  # of a file that can't be written, in 16 bits
+        tokens, learned = torch.from_numpy(mapped[0].astype("int64")), torch.from_numpy(mapped[1].copy())
         wanted = torch.full((len(tokens),), IGNORED, dtype=torch.long)
-        wanted[:-1] = torch.where(learned[1:], tokens[1:].long(), IGNORED)
-        ids.append(tokens.long())
+        wanted[:-1] = torch.where(learned[1:], tokens[1:], IGNORED)
+        ids.append(tokens)
         targets.append(wanted)
         lengths.append(len(tokens))
     rows = Rows.fresh(lengths, [model.config.ntk_alpha(length) for length in lengths], device)
