@@ -305,8 +305,8 @@ def sized(config: ModelConfig, **changes: Any) -> ModelConfig:
         ConfigError: sizes that contradict each other.
     """
     given = {name: value for name, value in changes.items() if value is not None}
-    made = replace(config, **given)
-    heads = made.num_attention_heads
-    if made.hidden_size % heads:
-        raise ConfigError(f"hidden_size {made.hidden_size} is no multiple of {heads} heads")
-    return replace(made, num_key_value_heads=heads, head_dim=made.hidden_size // heads)
+    hidden = given.get("hidden_size", config.hidden_size)
+    heads = given.get("num_attention_heads", config.num_attention_heads)
+    if hidden % heads:
+        raise ConfigError(f"hidden_size {hidden} is no multiple of {heads} heads")
+    return replace(config, **given, num_key_value_heads=heads, head_dim=hidden // heads)
