@@ -12,6 +12,8 @@
     │   └── DiskSpaceError                   ... because they would not fit
     ├── RequestError          (ValueError)   a prompt or a sampling parameter that can't be served
     │   └── ContextLengthError               prompt + reply don't fit the context (counts inside)
+    ├── DataError             (ValueError)   training data that can't be read or used (file and line inside)
+    ├── TrainingError                        a training run that can't start or go on
     ├── StoreError                           the file of conversations can't be used
     │   └── NotStoredError                       ... or does not have what was named
     ├── EvalError                            data of an evaluation, or the folder of a run, that can't be used
@@ -92,6 +94,14 @@ class ContextLengthError(RequestError):
         self.prompt_tokens = prompt_tokens
         self.context_length = context_length
         self.max_new_tokens = max_new_tokens
+
+
+class DataError(QwenletError, ValueError):
+    """Training data can't be read or used; the message names the file and the line."""
+
+
+class TrainingError(QwenletError):
+    """A training run can't start or go on."""
 
 
 class StoreError(QwenletError):
