@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qwenlet.cli import console
-from qwenlet.cli.doctor import available_memory
 from qwenlet.cli.options import Flags, expand, new_app
 from qwenlet.config import DataConfig, LoraConfig, TrainingConfig
+from qwenlet.plan import available_memory
 
 if TYPE_CHECKING:
     from qwenlet.train.finetune import Finetune
