@@ -21,7 +21,7 @@ No code of a checkpoint is executed.
 """
 
 from qwenlet.checkpoint.cached import load_quantized
-from qwenlet.checkpoint.convert import TARGETS, Change, convert, left_behind, write_trained
+from qwenlet.checkpoint.convert import TARGETS, Change, convert, left_behind, write_new, write_trained
 from qwenlet.checkpoint.dtypes import DTYPES, auto_dtype, check_dtype, device_by_name, dtype_by_name, dtype_name
 from qwenlet.checkpoint.load import DEFAULT_SYSTEM, Checkpoint, LoadReport, Progress, load_model, read_tokenizer
 from qwenlet.checkpoint.quantized import WeightOf, write_quantized, write_rounded
@@ -51,6 +51,7 @@ __all__ = [
     "load_quantized",
     "new_folder",
     "read_tokenizer",
+    "write_new",
     "write_quantized",
     "write_random",
     "write_rounded",

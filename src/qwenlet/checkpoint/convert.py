@@ -19,7 +19,7 @@ from qwenlet.chat import CHAT_TEMPLATE
 from qwenlet.checkpoint.dtypes import dtype_by_name, dtype_name
 from qwenlet.checkpoint.files import WeightFile, read_parts
 from qwenlet.checkpoint.gguf_out import FILE_TYPES, GGUFOut
-from qwenlet.checkpoint.load import Checkpoint, Progress, plan_reading
+from qwenlet.checkpoint.load import QWEN_CHAT_DEFAULTS, Checkpoint, Progress, plan_reading
 from qwenlet.checkpoint.names import Layout, Part, split
 from qwenlet.checkpoint.save import (
     SHARD_BYTES,
@@ -154,6 +154,27 @@ def write_trained(folder: Path, checkpoint: Checkpoint, model: Qwen, dtype: torc
         _published_files(folder, checkpoint, config, dtype)
     else:
         _qwen2_files(folder, checkpoint, config, dtype, dynamic_rope=False)
+    _write_parameters(folder, model, dtype)
+
+
+def write_new(folder: Path, model: Qwen, vocabulary: Vocabulary, dtype: torch.dtype) -> None:
+    """A model that comes from no checkpoint, in the published layout, into an empty folder.
+
+    Raises:
+        ConfigError: the published layout can't express this model.
+    """
+    tokenizer = Tokenizer(vocabulary)
+    ends = () if vocabulary.eos_id is None else (vocabulary.eos_id,)
+    write_published_configs(folder, model.config, dtype, replace(QWEN_CHAT_DEFAULTS, eos_token_ids=ends))
+    if tokenizer.is_qwen:
+        tokenizer.save(folder)
+    else:
+        write_tokenizer_json(folder, vocabulary, CHAT_TEMPLATE, tokenizer_class="PreTrainedTokenizerFast")
+    _write_parameters(folder, model, dtype)
+
+
+def _write_parameters(folder: Path, model: Qwen, dtype: torch.dtype) -> None:
+    config = model.config
     writer = ShardWriter(folder)
     for name, parameter in model.named_parameters():
         for theirs, tensor in split(name, parameter.detach().to("cpu", dtype), _layout(config), config):

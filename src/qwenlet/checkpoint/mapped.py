@@ -58,7 +58,7 @@ def copied_bytes(
     free = available_memory()
     if size < _LEAST or not offered or free is None or free < size + spare:
         return None
-    memory = mmap.mmap(-1, size)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory has pages of its own
     memory.madvise(mmap.MADV_HUGEPAGE)
     whole = memoryview(memory)
 

@@ -23,6 +23,7 @@ VERBS = {
     "plan": "Say how much memory a model will take, whether it fits, and what to change where it doesn't.",
     "quantize": "Write a model in four or eight bits, and measure what it cost.",
     "finetune": "Teach a model from examples: all of it, or a small adapter beside it.",
+    "pretrain": "Train a model on text, from nothing or further.",
     "merge": "Write a model with an adapter merged into its weights, and measure what that changed.",
     "random": "Write a checkpoint of random weights, for tests and benchmarks.",
     "convert": "Write a checkpoint in another layout.",

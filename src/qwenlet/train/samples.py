@@ -92,7 +92,7 @@ class Samples:
     ids: npt.NDArray[np.int32]
     learned: npt.NDArray[np.bool_]
     starts: npt.NDArray[np.int64]
-    where: tuple[str, ...]
+    where: Sequence[str]
     report: Report
 
     def __len__(self) -> int:
