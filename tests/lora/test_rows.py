@@ -82,14 +82,20 @@ def test_beside_codes_the_adapter_is_bfloat16(kind: str) -> None:
     engine.close()
 
 
-def test_embeddings_go_by_the_modules_and_have_the_adapter_too() -> None:
+def test_embeddings_have_the_adapter_too() -> None:
     model, adapter = random_model("fp32"), random_adapter(random_model("fp32"), 1, 8, whole=True)
     engine = small_engine(model)
     engine.add_adapter(LoadedAdapter.beside(model, "a", adapter))
-    found = engine.embed(PROMPTS[1], 1.0, adapter="a").result()
+
+    def embedded(name: str | None) -> torch.Tensor:
+        request, state = engine.embed(PROMPTS[1], 1.0, adapter=name)
+        for _ in engine.stream(request):
+            pass
+        return state.mean
+
     expected = with_added(model, adapter).hidden(torch.tensor(PROMPTS[1]), Rows.fresh([30], [1.0])).mean(0)
-    assert torch.allclose(found, expected, atol=1e-4)
-    assert not torch.allclose(engine.embed(PROMPTS[1], 1.0).result(), expected, atol=1e-2)
+    assert torch.allclose(embedded("a"), expected, atol=1e-4)
+    assert not torch.allclose(embedded(None), expected, atol=1e-2)
     engine.close()
 
 
@@ -163,6 +169,7 @@ def test_closing_leaves_the_model_as_it_was() -> None:
     model = plain_model()
     engine = small_engine(model)
     engine.add_adapter(LoadedAdapter.beside(model, "a", random_adapter(model, 1)))
+    engine.logits([1, 2], 1.0, adapter="a")
     assert any(module._forward_hooks for module in model.modules())
     engine.close()
     assert not any(module._forward_hooks for module in model.modules())
