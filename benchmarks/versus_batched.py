@@ -166,10 +166,10 @@ def streams(args: argparse.Namespace, llm: qwenlet.LLM) -> list[dict[str, Any]]:
     """Tokens a second of the two sides, in turn."""
     peer, params = Peer(args.folder, args.threads), qwenlet.SamplingParams(max_new_tokens=NEW, **GREEDY)
     ours: dict[int, list[float]] = {count: [] for count in TARGETS}
-    theirs: dict[int, dict[str, list[float]]] = {count: {variant: [] for variant in VARIANTS} for count in TARGETS}
+    theirs: dict[int, dict[str, list[float]]] = {count: {name: [] for name in args.variants} for count in TARGETS}
     for turn in range(args.rounds):
         for count in TARGETS:
-            for variant in VARIANTS:
+            for variant in args.variants:
                 theirs[count][variant].append(peer.measure(variant, count))
             ours[count].append(decode_speed(crowd(llm, count, turn, params)))
     return [_compared(count, ours[count], theirs[count]) for count in TARGETS]
@@ -295,6 +295,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default=",".join(EVERYTHING))
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="of llama.cpp's flags")
     args = parser.parse_args()
     asked = args.only.split(",")
     if unknown := set(asked) - set(EVERYTHING):

@@ -15,6 +15,7 @@ from qwenlet.chat import (
     Message,
     fit,
     history_to_messages,
+    label,
     make_context,
     parse_reply,
     render,
@@ -270,3 +271,62 @@ def test_history_to_messages():
     ]
     assert history_to_messages("q") == [Message("user", "q")]
     assert history_to_messages("q", system="")[0] == Message("system", "")
+
+
+# ------------------------------------------------------------------------------------------------- what training learns
+
+TOOL_TALK = [
+    SYSTEM,
+    {"role": "user", "content": "6 times 7?"},
+    {"role": "assistant", "content": "Thought: I count.\nAction: calc\nAction Input: 6*7"},
+    {"role": "tool", "content": "42, says the tool"},
+    {"role": "assistant", "content": "Thought: I know.\nFinal Answer: 42"},
+    {"role": "user", "content": "Thanks"},
+    {"role": "assistant", "content": "好"},
+]
+
+
+def learned_text(tokenizer: Tokenizer, ids: list[int], marks: list[bool]) -> str:
+    """Learned tokens as they are, each run of others as one bar."""
+    text, bar = "", False
+    for id, mark in zip(ids, marks, strict=True):
+        text += tokenizer.decode([id]) if mark else "" if bar else "|"
+        bar = not mark
+    return text
+
+
+def test_the_assistants_words_are_learned_and_no_others(qwen: Tokenizer):
+    ids, marks = label(qwen, TOOL_TALK)
+    assert ids == render(qwen, TOOL_TALK, add_generation_prompt=False)
+    assert learned_text(qwen, ids, marks) == (
+        "|Thought: I count.\nAction: calc\nAction Input: 6*7\nObservation:| I know.\nFinal Answer: 42<|im_end|>"
+        "|好<|im_end|>"
+    )
+
+
+def test_one_message_can_be_left_out_of_what_is_learned(qwen: Tokenizer):
+    ids, marks = label(qwen, TOOL_TALK, [False, False, False, False, False, False, True])
+    assert learned_text(qwen, ids, marks) == "|好<|im_end|>"
+    with pytest.raises(RequestError, match="2 flags"):
+        label(qwen, TOOL_TALK, [True, True])
+
+
+def test_published_labels_have_the_ends_of_every_role(qwen: Tokenizer):
+    """As finetune.py of the published code: <|im_start|>, <|im_end|> and its line break of all roles are learned."""
+    ids, marks = label(qwen, [SYSTEM, *TOOL_TALK[-2:]], published=True)
+    assert ids == [*render(qwen, [SYSTEM, *TOOL_TALK[-2:]], add_generation_prompt=False), *qwen.encode("\n")]
+    assert learned_text(qwen, ids, marks) == (
+        "<|im_start|>|<|im_end|>\n<|im_start|>|<|im_end|>\n<|im_start|>|好<|im_end|>\n"
+    )
+
+
+@given(st.lists(st.tuples(WILD_TEXT, WILD_TEXT, WILD_TEXT), min_size=1, max_size=3))
+def test_labels_are_made_for_exactly_what_is_rendered(qwen: Tokenizer, turns: list[tuple[str, str, str]]):
+    messages = []
+    for question, call, result in turns:
+        messages += [Message("user", question), Message("assistant", call), Message("tool", result)]
+        messages += [Message("assistant", "done")]
+    ids, marks = label(qwen, messages)
+    assert ids == render(qwen, messages, add_generation_prompt=False)
+    assert len(marks) == len(ids)
+    assert sum(mark for id, mark in zip(ids, marks, strict=True) if id == qwen.im_end_id) == len(turns)

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, overload
 
@@ -26,6 +27,7 @@ from qwenlet.checkpoint import (
     dtype_name,
     load_model,
     load_quantized,
+    read_tokenizer,
 )
 from qwenlet.config import (
     DEFAULT_NEW_TOKENS,
@@ -39,6 +41,7 @@ from qwenlet.config.quant import keeps_codes
 from qwenlet.engine import Completion, Engine, Request, Stream, check_prompt
 from qwenlet.errors import ConfigError, MissingTokenizerError, RequestError
 from qwenlet.linear import QuantLinear
+from qwenlet.lora import Adapter, LoadedAdapter
 from qwenlet.model import Qwen
 from qwenlet.ops import cpu
 from qwenlet.ops.attention import check_backend
@@ -75,6 +78,7 @@ def load(
     *,
     revision: str | None = None,
     progress: Progress | None = None,
+    adapters: Mapping[str, str | Path] | None = None,
     **engine_options: Any,
 ) -> LLM:
     """Loads a model, ready to chat.
@@ -95,6 +99,7 @@ def load(
         offline: True forbids any network use; None asks QWENLET_OFFLINE and HF_HUB_OFFLINE.
         revision: branch, tag or commit on the hub.
         progress: called with (bytes done, bytes in all, what) while files are fetched and weights are read.
+        adapters: folders of LoRA adapters by name, for `SamplingParams(adapter=name)`; as `LLM.add_adapter` loads them.
         engine_options: the fields of EngineConfig, such as max_context=4096.
     Raises:
         QwenletError: its branches say what was wrong with the name, the files, the configuration or an option.
@@ -119,14 +124,17 @@ def load(
     check_backend(options.attention, where, chosen)
     # the vocabulary is Python's work and the weights are the kernels': side by side they take half as long
     with ThreadPoolExecutor(1) as side:
-        reading = side.submit(_tokenizer, checkpoint)
+        reading = side.submit(read_tokenizer, checkpoint)
         if asked is not None or as_stored:
             model, report = _load_quantized(checkpoint, asked, options, progress)
         else:
             model, report = load_model(checkpoint, chosen, where, linear=options.linear, progress=progress)
         tokenizer = reading.result()
     report.notes.append(f"{dtype_name(chosen)} {f'because {reason}' if reason else 'asked for'}")
-    return LLM(str(name_or_path), checkpoint, model, tokenizer, where, chosen, options, report)
+    llm = LLM(str(name_or_path), checkpoint, model, tokenizer, where, chosen, options, report)
+    for name, folder in (adapters or {}).items():
+        llm.add_adapter(name, folder)
+    return llm
 
 
 def _runs_as_stored(
@@ -374,21 +382,47 @@ class LLM:
             return self.tokenizer.encode(prompt, allowed_special=set())
         return prompt.tolist() if hasattr(prompt, "tolist") else prompt
 
+    # ---------------------------------------------------------------------------------------------- adapters
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names that `SamplingParams.adapter` may have."""
+        return self.engine.adapters
+
+    def add_adapter(self, name: str, folder: str | Path) -> None:
+        """Loads a LoRA adapter beside the model, in peft's format, for requests that ask for it by name.
+
+        One of that name is replaced; requests that run go on with what they began with.
+
+        Raises:
+            CheckpointError: missing or damaged files, another model's adapter, or one that has to be merged first.
+            ConfigError: an adapter of a kind that isn't read.
+        """
+        if not name or not name.isprintable():
+            raise RequestError(f"an adapter's name is {name!r}, expected a printable text")
+        adapter = Adapter.read(folder, self.config)
+        self.engine.add_adapter(LoadedAdapter.beside(self.model, name, adapter))
+
+    def remove_adapter(self, name: str) -> None:
+        """Lets no request ask for it any more. Raises RequestError if there is none of that name."""
+        self.engine.remove_adapter(name)
+
     # ---------------------------------------------------------------------------------------------- logits
 
-    def logits(self, ids: Sequence[int] | Tensor) -> Tensor:
+    def logits(self, ids: Sequence[int] | Tensor, *, adapter: str | None = None) -> Tensor:
         """Float32 logits [T, vocab_size] of every position, from one prefill, on the CPU.
 
         Args:
             ids: token ids, a list or a LongTensor [T].
+            adapter: name of the adapter to go with.
         Raises:
             RequestError: not a list of ids of this vocabulary.
             ContextLengthError: more ids than the model has maths for.
         """
         tokens = check_prompt(self._ids(ids), self.config.vocab_size)
-        return self.engine.logits(tokens, self.config.ntk_alpha(len(tokens)))
+        return self.engine.logits(tokens, self.config.ntk_alpha(len(tokens)), adapter=adapter)
 
-    def score(self, prompt: Prompt, continuation: Prompt) -> Score:
+    def score(self, prompt: Prompt, continuation: Prompt, *, adapter: str | None = None) -> Score:
         """How likely the continuation is after the prompt, as generation sees it: the NTK factor is the prompt's.
 
         Text is tokenized in two pieces, prompt and continuation.
@@ -405,19 +439,20 @@ class LLM:
 
         # the last token's own logits would predict what comes after the continuation
         tokens = (*before, *after[:-1])
-        for _ in self.engine.stream(self.engine.read(tokens, self.config.ntk_alpha(len(before)), first, read)):
+        alpha = self.config.ntk_alpha(len(before))
+        for _ in self.engine.stream(self.engine.read(tokens, alpha, first, read, adapter=adapter)):
             pass
         logprobs = torch.cat(each)
         return Score(float(logprobs.sum()), all(greedy), tuple(logprobs.tolist()))
 
-    def embed(self, prompt: Prompt) -> Tensor:
+    def embed(self, prompt: Prompt, *, adapter: str | None = None) -> Tensor:
         """The mean of the last hidden states, normed: float32 [hidden_size], on the CPU.
 
         The model was trained to write: texts of one subject lie near each other, but a model that was trained to embed
         does this better.
         """
         ids = check_prompt(self._ids(prompt), self.config.vocab_size)
-        request, state = self.engine.embed(ids, self.config.ntk_alpha(len(ids)))
+        request, state = self.engine.embed(ids, self.config.ntk_alpha(len(ids)), adapter=adapter)
         for _ in self.engine.stream(request):
             pass
         return state.mean
@@ -447,16 +482,6 @@ class LLM:
 
 def _is_quantized(model: Qwen) -> bool:
     return any(isinstance(module, QuantLinear) for module in model.modules())
-
-
-def _tokenizer(checkpoint: Checkpoint) -> Tokenizer | MissingTokenizerError:
-    """The vocabulary, or the error that text calls will raise: without one the model still takes ids."""
-    try:
-        if checkpoint.header is not None:
-            return Tokenizer.from_gguf(checkpoint.header.metadata, str(checkpoint.path))
-        return Tokenizer.from_folder(checkpoint.path)
-    except MissingTokenizerError as error:
-        return error
 
 
 def _is_one(prompt: Prompt | Sequence[Prompt]) -> bool:

@@ -32,11 +32,13 @@ class Rows:
         positions: [N] int64, place of each token in its own row.
         lengths: new tokens of each row; they sum to N.
         alphas: dynamic NTK factor of each row.
+        logn: whether log-n attention acts in each row, where the model has it; None: in all.
     """
 
     positions: Tensor
     lengths: tuple[int, ...]
     alphas: tuple[float, ...]
+    logn: tuple[bool, ...] | None = None
 
     @classmethod
     def fresh(cls, lengths: Sequence[int], alphas: Sequence[float], device: torch.device | str = "cpu") -> Rows:

@@ -1,6 +1,7 @@
 """Messages to token ids and back: the one place where the dialogue format (ChatML) is known. No torch in here.
 
     render, render_text     messages -> ids, or the same as readable text
+    label                   ... and which of the ids training shall learn to write
     make_context            the published rule for query and history, truncation included
     fit                     our own rule: drops old turns until prompt and reply fit the context
     parse_reply, stop_ids   ids of a reply -> text, and where a reply ends
@@ -11,7 +12,7 @@ The words of tool use (ReAct prompt, calls) belong to another module; here a too
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, TypeVar, get_args
 
@@ -137,6 +138,50 @@ def render_text(messages: Messages, add_generation_prompt: bool = True) -> str:
     return "\n".join(turn.text for turn in _turns(_checked(messages), add_generation_prompt))
 
 
+def label(
+    tokenizer: Tokenizer, messages: Messages, learned: Sequence[bool] | None = None, *, published: bool = False
+) -> tuple[list[int], list[bool]]:
+    """What `render` gives for a whole conversation, and for each id whether training shall learn to write it.
+
+    That is what the assistant writes: its text and the token that ends its turn; of a tool's result the word
+    "Observation:", where a call ends, and nothing that the tool said.
+
+    Args:
+        learned: for each message whether it is learned, if it is the assistant's; None: all.
+        published: as the published fine-tuning code labels: of every role the tokens that begin and end a turn and the
+            line break behind it too.
+
+    Raises:
+        RequestError, TokenizerError: as `render`; `learned` is of another length.
+    """
+    chatml = _ChatML(tokenizer)
+    checked = _checked(messages)
+    wanted = [True] * len(checked) if learned is None else list(learned)
+    if len(wanted) != len(checked):
+        raise RequestError(f"{len(wanted)} flags of what is learned were given for {len(checked)} messages")
+    turns: list[tuple[Role, list[tuple[str, bool]]]] = []
+    for (message, opens, lead, content), want in zip(_placed(checked), wanted, strict=True):
+        if opens:
+            turns.append((message.role, []))
+        segments = turns[-1][1]
+        if message.role == "tool":
+            called = segments[-1][1]
+            segments += [(_OBSERVATION.rstrip(), called), (_OBSERVATION[-1] + content, False)]
+        else:
+            segments += [(lead, False), (content, want and message.role == "assistant")]
+    ids: list[int] = []
+    marks: list[bool] = []
+    for index, (role, segments) in enumerate(turns):
+        written, inside = chatml.encode_segments(segments)
+        head, end = chatml.head(role), segments[-1][1]
+        ids += [*head, *written, chatml.end]
+        marks += [published] + [False] * (len(head) - 1) + inside + [end or published]
+        if published or index < len(turns) - 1:
+            ids += chatml.newline
+            marks += [published] * len(chatml.newline)
+    return ids, marks
+
+
 def make_context(
     tokenizer: Tokenizer,
     query: str,
@@ -260,7 +305,7 @@ class _ChatML:
                 f"the vocabulary of {tokenizer.source} has no {missing}, which chats need",
                 hint="the model was not made for this dialogue format; generate from plain text instead",
             )
-        self._tokenizer, self._start, self._end = tokenizer, start, end
+        self._tokenizer, self._start, self.end = tokenizer, start, end
         self.newline = self._plain("\n")
 
     def _plain(self, text: str) -> list[int]:
@@ -268,8 +313,30 @@ class _ChatML:
 
     def encode(self, turn: _Turn) -> list[int]:
         # role, line break and content are encoded apart, as published: merges never cross from one to the next
-        ids = [self._start, *self._plain(turn.role), *self.newline, *self._plain(turn.content)]
-        return ids if turn.open else [*ids, self._end]
+        ids = [*self.head(turn.role), *self._plain(turn.content)]
+        return ids if turn.open else [*ids, self.end]
+
+    def head(self, role: Role) -> list[int]:
+        return [self._start, *self._plain(role), *self.newline]
+
+    def encode_segments(self, segments: Sequence[tuple[str, bool]]) -> tuple[list[int], list[bool]]:
+        """Ids of the segments' whole text, as `encode` makes them, each marked as the segment in which it begins."""
+        ids = self._plain("".join(text for text, _ in segments))
+        kinds = {mark for text, mark in segments if text}
+        if len(kinds) < 2:
+            return ids, [mark for mark in kinds for _ in ids]
+        marks, at = [], 0
+        ends: list[tuple[int, bool]] = []
+        for text, mark in segments:
+            at += len(self._tokenizer.normalize(text).encode())
+            ends.append((at, mark))
+        at = place = 0
+        for id in ids:
+            while place < len(ends) - 1 and ends[place][0] <= at:
+                place += 1
+            marks.append(ends[place][1])
+            at += len(self._tokenizer.token_bytes(id))
+        return ids, marks
 
     def join(self, turns: Sequence[list[int]]) -> list[int]:
         ids: list[int] = []
@@ -294,6 +361,20 @@ def _checked(messages: Messages) -> list[Message]:
 def _turns(messages: Sequence[Message], add_generation_prompt: bool) -> list[_Turn]:
     """Turns of a conversation: tool results, and what the assistant made of them, continue its turn."""
     turns: list[tuple[Role, list[str]]] = []
+    for message, opens, lead, content in _placed(messages):
+        if opens:
+            turns.append((message.role, []))
+        turns[-1][1].append(lead + content)
+    whole = [_Turn(role, "".join(parts)) for role, parts in turns]
+    if not add_generation_prompt:
+        return whole
+    if messages and messages[-1].role == "tool":
+        return [*whole[:-1], _Turn("assistant", whole[-1].content + _THOUGHT, open=True)]
+    return [*whole, _Turn("assistant", "", open=True)]
+
+
+def _placed(messages: Sequence[Message]) -> Iterator[tuple[Message, bool, str, str]]:
+    """Each message, whether it begins a turn, the words that lead to it where it continues one, and its own."""
     previous: Role | None = None
     for message in messages:
         if message.role == "tool":
@@ -302,19 +383,12 @@ def _turns(messages: Sequence[Message], add_generation_prompt: bool) -> list[_Tu
                     f"a tool message follows {'nothing' if previous is None else f'a {previous} message'}; "
                     "it belongs after the assistant message that called the tool"
                 )
-            turns[-1][1].append(_OBSERVATION + message.content)
+            yield message, False, _OBSERVATION, message.content
         elif message.role == "assistant" and previous == "tool":
-            thought = message.content.startswith(_THOUGHT.lstrip())
-            turns[-1][1].append(("\n" if thought else _THOUGHT) + message.content)
+            yield message, False, _THOUGHT, message.content.removeprefix(_THOUGHT.lstrip())
         else:
-            turns.append((message.role, [message.content]))
+            yield message, True, "", message.content
         previous = message.role
-    whole = [_Turn(role, "".join(parts)) for role, parts in turns]
-    if not add_generation_prompt:
-        return whole
-    if previous == "tool":
-        return [*whole[:-1], _Turn("assistant", whole[-1].content + _THOUGHT, open=True)]
-    return [*whole, _Turn("assistant", "", open=True)]
 
 
 def _checked_format(chat_format: Any) -> ChatFormat:

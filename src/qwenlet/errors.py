@@ -12,10 +12,14 @@
     │   └── DiskSpaceError                   ... because they would not fit
     ├── RequestError          (ValueError)   a prompt or a sampling parameter that can't be served
     │   └── ContextLengthError               prompt + reply don't fit the context (counts inside)
+    ├── DataError             (ValueError)   training data that can't be read or used (file and line inside)
+    ├── TrainingError                        a training run that can't start or go on
     ├── StoreError                           the file of conversations can't be used
     │   └── NotStoredError                       ... or does not have what was named
+    ├── EvalError                            data of an evaluation, or the folder of a run, that can't be used
     ├── EngineError                          the engine was shut down, or a step failed
     │   └── DeadlineError                    a request did not end within its time
+    ├── SandboxError                         model-written code can't be run here
     └── MissingExtraError     (ImportError)  an optional dependency is not installed
 
 A message says what was seen and what was expected; `hint` says what to do next.
@@ -92,6 +96,14 @@ class ContextLengthError(RequestError):
         self.max_new_tokens = max_new_tokens
 
 
+class DataError(QwenletError, ValueError):
+    """Training data can't be read or used; the message names the file and the line."""
+
+
+class TrainingError(QwenletError):
+    """A training run can't start or go on."""
+
+
 class StoreError(QwenletError):
     """The file of conversations and responses can't be used, or does not have what was asked for."""
 
@@ -100,12 +112,20 @@ class NotStoredError(StoreError):
     """A conversation or a message of that name is not there."""
 
 
+class EvalError(QwenletError):
+    """An evaluation's data is missing or altered, or a run's folder holds something else."""
+
+
 class EngineError(QwenletError):
     """The engine was shut down or can't go on."""
 
 
 class DeadlineError(EngineError):
     """A request did not end within its time."""
+
+
+class SandboxError(QwenletError):
+    """Model-written code can't be run here, because the sandbox for it is missing or can't start."""
 
 
 class MissingExtraError(QwenletError, ImportError):

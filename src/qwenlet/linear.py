@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +76,7 @@ class TiledLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [M, in] -> [M, out] in x's dtype; x rounded to bfloat16 if the weight is, sums in float32."""
-        return cpu.linear_tiles(x, self.tiles, self.bias)
+        return frozen_linear(x, self.tiles, self.bias)
 
 
 class QuantLinear(nn.Module):
@@ -94,10 +95,41 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [M, in] -> [M, out] in x's dtype; sums in float32."""
-        return cpu.linear_quant(x, self.tiles, self.bias)
+        return frozen_linear(x, self.tiles, self.bias)
 
     def unpack(self) -> QuantTensor:
         return from_tiles(self.tiles)
+
+
+class _Frozen(torch.autograd.Function):
+    """A linear by the kernels whose weight gets no gradient: forward as in generation, so that what is trained is what
+    will run; backward through the weight as it is worth, some columns at a time, never as a whole."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tiles: Tiles, bias: Tensor | None) -> Tensor:
+        ctx.tiles = tiles
+        return cpu.linear_quant(x, tiles, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return cpu.linear_back(grads[0], ctx.tiles), None, None
+
+
+def frozen_linear(x: Tensor, tiles: Tiles, bias: Tensor | None) -> Tensor:
+    """x W^T + b for x [..., in] -> [..., out] in x's dtype, with a gradient for x where one is wanted."""
+    rows = x.reshape(-1, x.shape[-1])
+    wanted = torch.is_grad_enabled() and x.requires_grad
+    y = _Frozen.apply(rows, tiles, bias) if wanted else cpu.linear_quant(rows, tiles, bias)
+    return y.view(*x.shape[:-1], tiles.rows)
+
+
+def float_weight(linear: nn.Module) -> Tensor:
+    """A linear's weight [out, in] in floats of memory of its own: as it is, or what its codes are worth in float32."""
+    tiles = getattr(linear, "tiles", None)
+    if isinstance(tiles, Tiles):
+        return cpu.tiles_to_float(tiles, torch.bfloat16 if tiles.bits == 16 else torch.float32)
+    assert isinstance(linear.weight, Tensor), f"{type(linear).__name__} has no weight in floats"
+    return linear.weight.detach().clone()
 
 
 class QuantEmbedding(nn.Module):

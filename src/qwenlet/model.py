@@ -20,12 +20,19 @@ Dimension letters: N tokens of all rows, H query heads, G key/value heads, D hea
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import lru_cache
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
 
 from qwenlet.cache import NoPast, Past, Rows
 from qwenlet.config import LOGN_TABLE_LENGTH, ModelConfig
@@ -72,7 +79,11 @@ class Rotation:
         self.cos, self.sin = angle.cos()[:, None], angle.sin()[:, None]
         self.logn: Tensor | None = None
         if extend and config.use_logn_attn and bool((rows.positions >= config.seq_length).any()):
-            self.logn = logn_table(config.seq_length, device)[rows.positions][:, None, None]
+            factor = logn_table(config.seq_length, device)[rows.positions]
+            if rows.logn is not None and not all(rows.logn):
+                acts = torch.tensor(rows.logn).repeat_interleave(torch.tensor(rows.lengths)).to(device)
+                factor = torch.where(acts, factor, 1.0)
+            self.logn = factor[:, None, None]
 
     def turn(self, x: Tensor) -> Tensor:
         """Rotates x [N, heads, D] by each token's angles: pairs are (i, i + D/2)."""
@@ -142,6 +153,33 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+Recompute = Literal["none", "products", "full"]
+"""What training computes again for a block's gradient: nothing, all but the products with its weights, or all."""
+
+# A product's inner size from which it costs more to compute again than to keep: not so a low-rank part's.
+_INNER_KEPT = 512
+
+
+def _keep_products() -> tuple[Any, Any]:
+    def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if operator in _ATTENTIONS:
+            return CheckpointPolicy.MUST_SAVE
+        # mm(x, w) and addmm(bias, x, w)
+        if operator in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default) and args[-1].shape[0] >= _INNER_KEPT:
+            return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+_ATTENTIONS = (
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+)
+
+
 class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -149,16 +187,17 @@ class Transformer(nn.Module):
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.ln_f = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.shape = config
-        self.gradient_checkpointing = False
+        self.recompute: Recompute = "none"
 
     def forward(self, x: Tensor, rows: Rows, past: Past) -> Tensor:
         """Embedded tokens x [N, C] -> last hidden states [N, C], normed."""
         rotation = Rotation(self.shape, rows, extend=not self.training)
         for block in self.h:
-            if self.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, rotation, past, use_reentrant=False)
-            else:
+            if self.recompute == "none" or not self.training:
                 x = block(x, rotation, past)
+            else:
+                contexts = _keep_products if self.recompute == "products" else noop_context_fn
+                x = checkpoint(block, x, rotation, past, use_reentrant=False, context_fn=contexts)
         return self.ln_f(x)
 
 
@@ -176,15 +215,31 @@ class Qwen(nn.Module):
     @property
     def gradient_checkpointing(self) -> bool:
         """Whether training computes a block again for its gradient instead of keeping what it needs."""
-        return self.transformer.gradient_checkpointing
+        return self.transformer.recompute != "none"
 
     @gradient_checkpointing.setter
     def gradient_checkpointing(self, on: bool) -> None:
-        self.transformer.gradient_checkpointing = on
+        self.transformer.recompute = "full" if on else "none"
 
     def tie_weights(self) -> None:
         """Makes head and embedding one parameter; needed again after either was assigned."""
         self.lm_head.weight = self.transformer.wte.weight
+
+    @torch.no_grad()
+    def resize_vocabulary(self, size: int) -> None:
+        """Gives embedding and head `size` rows; new ones begin as the mean of the old, which no token is far from."""
+        for module in (self.transformer.wte, self.lm_head):
+            old = module.weight
+            if len(old) == size:
+                continue  # the other one of a tied pair
+            new = old.new_empty(size, old.shape[1])
+            new[: len(old)] = old[:size]
+            new[len(old) :] = old.float().mean(0)
+            module.weight = nn.Parameter(new, requires_grad=old.requires_grad)
+        self.transformer.wte.num_embeddings = self.lm_head.out_features = size
+        self.config = self.transformer.shape = replace(self.config, vocab_size=size)
+        if self.config.tie_word_embeddings:
+            self.tie_weights()
 
     def initial_std(self, name: str) -> float | None:
         """Spread of a parameter's random start, as published: the initializer range, and range / sqrt(2 * layers) for

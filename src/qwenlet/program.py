@@ -8,7 +8,8 @@ Left out: what the program can't take (`obstacle` says what), which runs by the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from qwenlet.linear import QuantLinear, TiledLinear
 from qwenlet.model import Block, Qwen, Rotation
 from qwenlet.ops import cpu
 from qwenlet.ops.cpu.program import Form, Program
+from qwenlet.ops.packing import Tiles
 
 CACHE_DTYPES = (torch.int8, torch.bfloat16, torch.float16, torch.float32)
 _LARGEST_HEAD = 256
@@ -47,14 +49,28 @@ def obstacle(model: Qwen, cache_dtype: torch.dtype) -> str | None:
     return None
 
 
+@dataclass(frozen=True)
+class Sides:
+    """What an adapter adds to the forward pass of its rows: floats in tiles, all of one precision.
+
+    Attributes:
+        pairs: of linears by name, A [rank, in] and B [out, rank] with the scale in it.
+        head: takes the place of the head, if any.
+    """
+
+    pairs: Mapping[str, tuple[Tiles, Tiles]]
+    head: Tiles | None = None
+
+
 class QwenProgram:
     """The model's forward pass over a pool of pages.
 
     Args:
         capacity: most tokens of one call.
+        adapters: that rows may go with, by their number.
     """
 
-    def __init__(self, model: Qwen, pool: PagePool, capacity: int) -> None:
+    def __init__(self, model: Qwen, pool: PagePool, capacity: int, adapters: Sequence[Sides] = ()) -> None:
         reason = obstacle(model, pool.dtype)
         assert reason is None, reason
         assert pool.tiled, "the kernels keep keys in tiles"
@@ -63,9 +79,9 @@ class QwenProgram:
         self.native = Program(min(capacity, cpu.kernels().MAX_BATCH))
         self.capacity = self.native.capacity
         self._x = self.native.buffer(config.hidden_size)
-        self._record(model, pool, config)
+        self._record(model, pool, config, _Recorder(self.native, adapters))
 
-    def _record(self, model: Qwen, pool: PagePool, config: ModelConfig) -> None:
+    def _record(self, model: Qwen, pool: PagePool, config: ModelConfig, sides: _Recorder) -> None:
         p, x = self.native, self._x
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         qkv = p.buffer(heads + 2 * kv_heads, dim)
@@ -76,25 +92,42 @@ class QwenProgram:
             assert isinstance(block, Block)
             c_attn, c_proj = _native(block.attn.c_attn), _native(block.attn.c_proj)
             w1, w2, down = (_native(module) for module in (block.mlp.w1, block.mlp.w2, block.mlp.c_proj))
+            layer = f"transformer.h.{i}"
             source = p.inputs("hidden", _form(c_attn))
-            p.norm(x, block.ln_1.weight, block.ln_1.eps, [source])
+            side = sides.of("hidden", (f"{layer}.attn.c_attn", qkv.flatten(1)))
+            p.norm(x, block.ln_1.weight, block.ln_1.eps, [source], adapted=side.inputs)
+            side.down()
             p.linear("c_attn", c_attn.tiles, c_attn.bias, source, qkv.flatten(1))
+            side.up()
             p.attention(heads, pool.layer(i), qkv, codes, code_scales, answer)
             source = p.inputs("answer", _form(c_proj))
-            p.round(answer, [source])
+            side = sides.of("answer", (f"{layer}.attn.c_proj", x))
+            p.round(answer, [source], side.inputs)
+            side.down()
             p.linear("attn.c_proj", c_proj.tiles, c_proj.bias, source, x, add=True)
+            side.up()
             first, second = p.inputs("hidden", _form(w1)), p.inputs("hidden", _form(w2))
-            p.norm(x, block.ln_2.weight, block.ln_2.eps, sorted({first, second}))
+            side = sides.of("hidden", (f"{layer}.mlp.w1", up), (f"{layer}.mlp.w2", gate))
+            p.norm(x, block.ln_2.weight, block.ln_2.eps, sorted({first, second}), adapted=side.inputs)
+            side.down()
             p.linear("w1", w1.tiles, w1.bias, first, up, wait=False)
             p.linear("w2", w2.tiles, w2.bias, second, gate)
+            side.up()
             source = p.inputs("gated", _form(down))
-            p.swiglu(up, gate, [source])
+            side = sides.of("gated", (f"{layer}.mlp.c_proj", x))
+            p.swiglu(up, gate, [source], side.inputs)
+            side.down()
             p.linear("mlp.c_proj", down.tiles, down.bias, source, x, add=True)
+            side.up()
         head = _native(model.lm_head)
         source = p.inputs("last", _form(head))
         norm = model.transformer.ln_f
-        p.norm(x, norm.weight, norm.eps, [source], last_rows=True)
+        side = sides.of("last", ("lm_head", None))
+        p.norm(x, norm.weight, norm.eps, [source], adapted=side.inputs, last_rows=True)
+        side.down()
         p.linear("lm_head", head.tiles, head.bias, source, None)
+        side.up()
+        sides.finish()
 
     def forward(
         self,
@@ -104,6 +137,7 @@ class QwenProgram:
         starts: Sequence[int],
         logits_at: Tensor,
         seconds: Tensor | None = None,
+        adapted: Sequence[tuple[int, int]] = (),
     ) -> Tensor:
         """Stores the tokens' keys and values; float32 logits [len(logits_at), V].
 
@@ -113,6 +147,8 @@ class QwenProgram:
             starts: tokens each row has stored already.
             logits_at: [M] int64, indices of the tokens whose logits are wanted; may be empty.
             seconds: [steps] float64, filled with how long each step of `native.names` took.
+            adapted: an adapter's number and how many tokens go with it, for each that some do; they are the last ones,
+                in this order.
         """
         self._x[: len(ids)] = self._model.transformer.wte(ids)
         rotation = Rotation(self._model.config, rows, extend=True)
@@ -121,13 +157,102 @@ class QwenProgram:
         isa = cpu.status().isa
         assert isa is not None
         cos, sin = rotation.cos.contiguous(), rotation.sin.contiguous()
-        self.native.run(isa, rows.lengths, starts, tables, cos, sin, scale, logits_at, logits, seconds)
+        self.native.run(isa, rows.lengths, starts, tables, cos, sin, scale, logits_at, logits, seconds, adapted)
         return logits
 
     def hidden(self, count: int) -> Tensor:
         """Last hidden states, normed, of the first `count` tokens of the latest `forward`: float32 [count, C]."""
         normed: Tensor = self._model.transformer.ln_f(self._x[:count])
         return normed.float()
+
+
+class _Recorder:
+    """Records what adapters add beside the model's linears. Each linear that one of them adapts has two slots: A's
+    product goes beside the linear itself, B's is added to its result."""
+
+    def __init__(self, program: Program, adapters: Sequence[Sides]) -> None:
+        self.program, self.adapters = program, adapters
+        self.slots: list[list[tuple[int, int]]] = [[] for _ in adapters]
+        self._buffers: dict[tuple[str, int], Tensor] = {}
+
+    def of(self, place: str, *linears: tuple[str, Tensor | None]) -> _Side:
+        """Those of linears that read one place, each with where it writes (None: the run's output)."""
+        found = []
+        for name, y in linears:
+            pairs = [sides.pairs.get(name) for sides in self.adapters]
+            if any(pair is not None for pair in pairs):
+                found.append(_Slot(self, place, name, y, pairs))
+        return _Side(self, found, self._head(place) if linears[0][0] == "lm_head" else None)
+
+    def _head(self, place: str) -> int | None:
+        """The slot of whole heads."""
+        heads = [sides.head for sides in self.adapters]
+        if not any(head is not None for head in heads):
+            return None
+        slot = self.new_slot()
+        for number, head in enumerate(heads):
+            if head is not None:
+                source = self.program.inputs(place, Form.of(head))
+                self.slots[number][slot] = (self.program.weight(head, None), source)
+        return slot
+
+    def new_slot(self) -> int:
+        for slots in self.slots:
+            slots.append((-1, -1))
+        return len(self.slots[0]) - 1
+
+    def buffer(self, name: str, width: int) -> Tensor:
+        """[capacity, width], shared by the linears of one name."""
+        if (name, width) not in self._buffers:
+            self._buffers[name, width] = self.program.buffer(width)
+        return self._buffers[name, width]
+
+    def finish(self) -> None:
+        for slots in self.slots:
+            self.program.adapter(slots)
+
+
+class _Slot:
+    """One linear's adapters: slots of A and B, and room for what is between them."""
+
+    def __init__(
+        self, recorder: _Recorder, place: str, name: str, y: Tensor | None, pairs: Sequence[tuple[Tiles, Tiles] | None]
+    ) -> None:
+        p = recorder.program
+        self.name, self.y = name.rpartition(".")[2], y
+        self.down, self.up = recorder.new_slot(), recorder.new_slot()
+        present = [(number, *pair) for number, pair in enumerate(pairs) if pair is not None]
+        self.narrow = recorder.buffer(self.name, max(a.rows for _, a, _ in present))
+        (form, *others) = {(f.bits, f.columns): f for f in (Form.of(a) for _, a, _ in present)}.values()
+        assert not others, "adapters of one program have one precision"
+        self.source = p.inputs(place, form)
+        for number, a, b in present:
+            recorder.slots[number][self.down] = (p.weight(a, None), -1)
+            recorder.slots[number][self.up] = (p.weight(b, None), p.inputs(f"narrow {self.name}", Form.of(b)))
+
+
+class _Side:
+    """The steps beside some linears that read one place."""
+
+    def __init__(self, recorder: _Recorder, slots: Sequence[_Slot], head: int | None) -> None:
+        self._program, self._slots, self._head = recorder.program, slots, head
+        self.inputs = [slot.source for slot in slots]
+        if head is not None:
+            self.inputs += [slots[head][1] for slots in recorder.slots if slots[head][0] >= 0]
+
+    def down(self) -> None:
+        for slot in self._slots:
+            self._program.side(
+                f"{slot.name} A", slot.down, slot.source, slot.narrow, add=False, last_rows=slot.y is None, wait=False
+            )
+
+    def up(self) -> None:
+        if self._head is not None:
+            self._program.side("own head", self._head, 0, None, add=False, last_rows=True)
+        for slot in self._slots:
+            self._program.round_side(slot.narrow, slot.up, last_rows=slot.y is None)
+        for slot in self._slots:
+            self._program.side(f"{slot.name} B", slot.up, 0, slot.y, add=True, last_rows=slot.y is None)
 
 
 def _native(module: nn.Module) -> QuantLinear | TiledLinear:

@@ -10,11 +10,12 @@ is plain text. No torch in here, and nothing goes to the network.
 from __future__ import annotations
 
 import codecs
+import hashlib
 import logging
 import operator
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, SupportsIndex
 
@@ -301,6 +302,15 @@ class Tokenizer:
         return ids, mask
 
     # ---------------------------------------------------------------------------------------- well-known control ids
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The same for vocabularies that give every text the same ids."""
+        digest = hashlib.sha256(self._pre_tokenizer.engine_pattern.encode())
+        for id in sorted(self._bytes):
+            digest.update(b"%d %d " % (id, len(self._bytes[id])) + self._bytes[id])
+        digest.update(repr(sorted(self._surfaces.items())).encode())
+        return digest.hexdigest()
 
     @property
     def eod_id(self) -> int | None:

@@ -8,7 +8,10 @@ import pytest
 
 from qwenlet.cli import console
 from qwenlet.cli.calls import REFUSED
+from qwenlet.cli.reply import Reply
+from qwenlet.cli.session import Session
 from qwenlet.store import Store
+from qwenlet.tools import Call
 
 TOOLS = '''
 def clock(zone: str = "UTC") -> str:
@@ -90,6 +93,14 @@ def test_ctrl_c_at_the_question_ends_the_reply(run, api, tools, answers):
     result = run("chat", "--tools", tools, "-p", "clock {}")
     assert (result.code, result.out) == (130, "")
     assert len(api.llm.requests) == 1
+
+
+def test_a_call_that_ctrl_c_cuts_off_is_not_run(run, tools, monkeypatch):
+    half = Reply("", "cancelled", None, (Call("call_1", "clock", '{"zo'),))
+    monkeypatch.setattr(Session, "_turn", lambda *_: half)
+    result = run("chat", "--tools", tools, "--allow-calls", "-p", "clock {}")
+    assert (result.code, result.out) == (130, "")
+    assert "call clock" not in result.err
 
 
 def test_calls_are_kept_and_gone_on_with(run, api, tools):

@@ -43,6 +43,15 @@ def test_a_chat_goes_on_where_it_was_left(run, api):
     assert told(api)[1] == "hi"
 
 
+def test_a_model_s_folder_is_found_from_elsewhere(run, api, tmp_path, monkeypatch):
+    (tmp_path / "here" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    run("chat", "model", "-p", "hi")
+    monkeypatch.chdir(tmp_path)
+    run("chat", "-c", "-p", "again")
+    assert api.loaded[-1][0] == str(tmp_path / "here" / "model")
+
+
 def test_an_answer_as_json_names_its_conversation(run):
     answer = json.loads(run("chat", "-p", "hi", "--json").out)
     assert answer["reply"] == "You said hi (101)"

@@ -135,6 +135,26 @@ def test_a_question_without_reply_can_be_asked_again_or_edited(session, store, s
     assert stored(store)[2:] == ["nothing!", "You said nothing! (104)"]
 
 
+def test_an_edit_without_reply_is_asked_again_in_its_place(session, store, say, monkeypatch):
+    for line in ("one", "two"):
+        say(line)
+    session.edit = lambda text: "nothing"
+    say("/edit 1")
+    assert stored(store)[::2] == ["one", "two"]
+    monkeypatch.setattr(session.llm, "_speak", lambda *_: FakeLLM()._speak("one!", SamplingParams(seed=1)))
+    say("/retry")
+    assert stored(store) == ["nothing", "You said one! (1)"]
+
+
+def test_a_new_reply_that_fails_leaves_the_old_one(session, store, say, monkeypatch):
+    say("hi")
+    monkeypatch.setattr(session.llm, "_speak", lambda *_: iter(()))
+    assert "no reply, so the old one stays" in say("/retry").err
+    assert session.unanswered is None
+    assert stored(store) == ["hi", "You said hi (101)"]
+    assert same(session, store)
+
+
 def test_clear_begins_another_conversation_and_undo_brings_the_old_one_back(session, store, say):
     say("hi")
     say("/clear")

@@ -18,7 +18,7 @@ from prompt_toolkit.document import Document
 from qwenlet.cli.repl import SlashCompleter
 
 TESTS = Path(__file__).parent.parent
-PROMPT = "you> "
+PROMPT = "you>"
 CTRL_C, CTRL_D = "\x03", "\x04"
 
 
@@ -30,7 +30,7 @@ def chat(tmp_path):
     def start(
         *arguments: str, dimensions: tuple[int, int] = (40, 120), encoding: str = "utf-8", **environment: str
     ) -> pexpect.spawn:
-        quiet = {"NO_COLOR": "1", "TERM": "dumb"}
+        quiet = {"NO_COLOR": "1", "TERM": "dumb", "PROMPT_TOOLKIT_NO_CPR": "1"}
         environment = os.environ | {"QWENLET_DATA": str(tmp_path / "qwenlet"), **quiet} | environment
         child = pexpect.spawn(
             sys.executable,
@@ -38,7 +38,7 @@ def chat(tmp_path):
             cwd=TESTS,
             env=environment,
             encoding=encoding,
-            timeout=30,
+            timeout=60,
             dimensions=dimensions,
         )
         child.delaybeforesend = 0.1
@@ -145,12 +145,14 @@ def test_a_conversation_goes_on_another_day(chat, tmp_path):
     say(child, "other", "You said other (103)")
     # /edit offers the old question; what is typed is added to it
     child.sendline("/edit 1")
-    child.expect_exact("edit> hello")
+    child.expect_exact("hello")
+    child.expect_exact("edit>")
     child.sendline(" there")
     child.expect_exact("You said hello there (104)")
     child.expect_exact(PROMPT)
     child.sendline("/edit")
-    child.expect_exact("edit> hello there")
+    child.expect_exact("hello there")
+    child.expect_exact("edit>")
     child.send(CTRL_C)
     child.expect_exact("nothing was asked")
     child.expect_exact(PROMPT)
@@ -211,7 +213,6 @@ def test_calls_are_asked_about_on_the_terminal(chat, tmp_path):
         child.expect_exact(PROMPT)
     say(child, "clock {}", "call clock({})", "result: noon in UTC", "It is noon in UTC.")
     say(child, "/undo", "3 exchanges")
-    child.sendline("clock {}")
     child.send(CTRL_D)
     assert ended(child) == 0
 
@@ -236,11 +237,8 @@ def test_a_paste_of_a_megabyte(chat):
 @pytest.mark.parametrize(
     "environment",
     [
-        {"dimensions": (0, 0)},
-        {"dimensions": (2, 5), "TERM": "xterm"},
-        {"TERM": ""},
-        {"TERM": "no-such-terminal"},
-        {"encoding": "latin-1", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        {"dimensions": (0, 0), "TERM": ""},
+        {"dimensions": (2, 5), "TERM": "no-such-terminal"},
         {"encoding": "latin-1", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "TERM": "xterm"},
     ],
 )
@@ -263,9 +261,10 @@ def test_colours_are_the_user_s_choice(chat, environment, coloured):
     child.expect_exact(PROMPT)
     shown = child.before
     child.sendline("/nonsense")
-    child.expect_exact("/help")
+    child.expect_exact("there is no command")
     shown += child.before
     assert bool(re.search(r"\x1b\[[0-9;]*3[0-7]m", shown)) == coloured
+    child.expect_exact(PROMPT)
     child.sendline("/exit")
     assert ended(child) == 0
 

@@ -7,17 +7,21 @@ import json
 import random
 import threading
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import pytest
 import torch
 
 from engine.tiny import CPU, END, KINDS, byte_tokenizer, random_model, small_engine
+from lora.tiny import random_adapter
 from qwenlet.cache import PagedPast, PagePool, Rows
 from qwenlet.config import GenerationDefaults, GrammarSpec, SamplingParams
 from qwenlet.engine import Completion
 from qwenlet.engine.sizing import cache_dtype
 from qwenlet.grammar import Grammars
+from qwenlet.lora import LoadedAdapter
+from qwenlet.lora.rows import Group, RowAdapters
 from qwenlet.model import Qwen
 from qwenlet.program import QwenProgram, obstacle
 from qwenlet.sampling import TokenCounts, choose
@@ -31,12 +35,35 @@ SCHEMA = json.dumps({
 GRAMMARS = Grammars(byte_tokenizer(), 271, (END,))
 
 
-def oracle(model: Qwen, kind: str, prompt: Sequence[int], params: SamplingParams, choice: int) -> list[int]:
+def adapters(model: Qwen) -> dict[str, LoadedAdapter]:
+    """Three of different ranks: of all linears, of some, and one with an embedding and a head of its own."""
+    made = {
+        "all": random_adapter(model, 1, rank=5),
+        "some": random_adapter(model, 2, rank=20, names="mlp.w"),
+        "whole": random_adapter(model, 3, rank=16, whole=True),
+    }
+    return {name: LoadedAdapter.beside(model, name, adapter) for name, adapter in made.items()}
+
+
+def oracle(
+    model: Qwen, kind: str, prompt: Sequence[int], params: SamplingParams, choice: int,
+    adapter: LoadedAdapter | None = None,
+) -> list[int]:  # fmt: skip
     """One row alone, its prompt in one piece, then token by token; stops by hand."""
+    with closing(RowAdapters(model)) as beside:
+        if adapter is not None:
+            beside.hook(adapter)
+        return _alone(model, kind, prompt, params, choice, adapter, beside)
+
+
+def _alone(
+    model: Qwen, kind: str, prompt: Sequence[int], params: SamplingParams, choice: int, adapter: LoadedAdapter | None,
+    beside: RowAdapters,
+) -> list[int]:  # fmt: skip
     dtype = cache_dtype(model, KINDS[kind])
     native = obstacle(model, dtype) is None
     pool = PagePool(model.config, 4, dtype, CPU, tiled=native)
-    program = QwenProgram(model, pool, 256) if native else None
+    program = QwenProgram(model, pool, 256, [] if adapter is None else [adapter.sides()]) if native else None
     table, alpha = pool.take(4), model.config.ntk_alpha(len(prompt))
     params = params.resolve(GenerationDefaults())
     counts = TokenCounts(prompt, CPU)
@@ -45,9 +72,12 @@ def oracle(model: Qwen, kind: str, prompt: Sequence[int], params: SamplingParams
     while True:
         rows, ids = Rows.single(stored, len(known) - stored, alpha), torch.tensor(known[stored:])
         last = torch.tensor([len(ids) - 1])
-        with torch.inference_mode():
+        groups = [] if adapter is None else [Group(adapter, 0, len(ids))]
+        outputs = [] if adapter is None else [Group(adapter, 0, 1)]
+        with torch.inference_mode(), beside.rows(groups, outputs):
             if program is not None:
-                logits = program.forward(ids, rows, [table], [stored], last)[0]
+                adapted = [(0, len(ids)) for _ in groups]
+                logits = program.forward(ids, rows, [table], [stored], last, adapted=adapted)[0]
             else:
                 logits = model(ids, rows, PagedPast(pool, rows, [table], [stored]), logits_at=last)[0]
         stored = len(known)
@@ -99,6 +129,7 @@ def cases(count: int, seed: int) -> list[Case]:
             ignore_eos=draw.random() < 0.1 and not grammar,
             json_schema=SCHEMA if grammar else None,
             n=draw.choice([1, 1, 1, 2, 3]),
+            adapter=draw.choice([None, None, None, "all", "some", "whole"]),
         )
         made.append(Case(prompt, params, draw.choice([0, 0, 0, 1, -1]), draw.choice([None] * 8 + [0, 3])))
     return made
@@ -108,6 +139,9 @@ def cases(count: int, seed: int) -> list[Case]:
 def test_every_answer_equals_the_oracles(kind: str) -> None:
     model = random_model(kind)
     engine = small_engine(model, kind, cache_tokens=14 * 64, prefill_chunk=96, mixed_chunk=40, max_requests=12)
+    beside = adapters(model)
+    for adapter in beside.values():
+        engine.add_adapter(adapter)
     draw, left = random.Random(1), cases(75, seed=len(kind) + ord(kind[-1]))
     waiting = list(left)
     live: list[tuple[Case, list, list]] = []
@@ -130,14 +164,14 @@ def test_every_answer_equals_the_oracles(kind: str) -> None:
                 got.append(request.outbox.get())
             completion = Completion.from_chunks(got)
             ends[completion.finish_reason] += 1
-            expected = oracle(model, kind, case.prompt, case.params, request.choice)
+            expected = oracle(model, kind, case.prompt, case.params, request.choice, request.adapter)
             if completion.finish_reason == "cancelled":
                 expected = expected[: completion.completion_tokens]
             assert list(completion.token_ids) == expected, (case, request.choice)
     stats = engine.stats
     assert min(ends.values()) > 3, ends
     assert stats.preemptions > 5
-    assert stats.cached_tokens > 1000
+    assert stats.cached_tokens > 300  # of one adapter each
     assert stats.failed_steps == 0
     assert (stats.running, stats.waiting, stats.pages_used) == (0, 0, 0)
     assert engine.prefix is not None
@@ -169,6 +203,10 @@ def test_threads_and_streams_at_once() -> None:
     """The same through the engine's own thread, from eight threads that submit, read, stop reading and cancel."""
     model = random_model("int4")
     engine = small_engine(model, "int4", cache_tokens=14 * 64, prefill_chunk=96, max_requests=6)
+    beside = adapters(model)
+    for adapter in beside.values():
+        engine.add_adapter(adapter)
+    own = [random_model("int4") for _ in range(8)]  # an oracle's hooks are its model's, whoever else runs it
     wrong: list[object] = []
 
     def work(seed: int) -> None:
@@ -180,7 +218,8 @@ def test_threads_and_streams_at_once() -> None:
                     stream.close()
                     continue
                 found = list(Completion.from_chunks(stream).token_ids)
-                if found != oracle(model, "int4", case.prompt, case.params, choice):
+                adapter = beside.get(case.params.adapter or "")
+                if found != oracle(own[seed], "int4", case.prompt, case.params, choice, adapter):
                     wrong.append((case, choice, found))
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]

@@ -7,8 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.tiny import CPU, random_model
+from engine.tiny import CPU, random_model, small_engine
 from qwenlet.cache import PagePool
+from qwenlet.config import SamplingParams
+from qwenlet.engine import Engine, Request
 from qwenlet.engine.prefix import PrefixCache
 
 CONFIG = random_model("fp32").config
@@ -50,6 +52,25 @@ def test_what_two_computed_at_once_is_kept_once() -> None:
     assert index.find("root", A + B, 128) == [first[0], second[1]]
     p.give_back(second)
     assert p.holders(second[0]) == 0, "nobody needs it"
+
+
+def test_a_page_whose_parent_was_given_up_is_not_held_twice() -> None:
+    """Two requests store the same beginning at once; the index keeps the first one's page, and the second one goes on
+    behind it. The first ends, its page goes, and the second is indexed again from its own beginning."""
+    p = pool()
+    index = PrefixCache(p)
+    first, second = p.take(1), p.take(3)
+    index.keep("root", A, first)
+    index.keep("root", A + B, second[:2])
+    p.give_back(first)
+    assert index.give_up(1) == 1
+    index.keep("root", A + B + C, second)
+    assert index.find("root", A + B + C, 192) == second
+    p.give_back(second)
+    p.give_back(second)
+    assert index.idle == 3, "each is held once, by the index"
+    assert index.give_up(3) == 3
+    assert p.free_pages == p.pages
 
 
 def test_idle_pages_go_least_recently_used_first_and_from_the_end() -> None:
@@ -129,3 +150,55 @@ def test_a_copy_holds_the_same_in_all_layers() -> None:
     for table in (*p.k, *p.v, *p.k_scales, *(p.v_scales or ())):
         assert torch.equal(table[0], table[2])
         assert not torch.equal(table[0], table[1])
+
+
+def test_no_page_is_lost_where_an_idle_page_goes_before_one_in_use() -> None:
+    """Two computed the same beginning; the first has ended, the second goes on behind the first one's page."""
+    p = pool(4)
+    index = PrefixCache(p)
+    first, second = p.take(1), p.take(2)
+    index.keep("root", A, first)
+    index.keep("root", A + B, second)
+    p.give_back(first)
+    assert index.give_up(1) == 1
+    index.keep("root", A + B, second)
+    p.give_back(second)
+    assert index.find("root", A + B, 128) == second
+    p.give_back(second)
+    assert (index.idle, index.give_up(2), p.free_pages) == (2, 2, 4)
+
+
+def test_equal_replies_one_after_another_in_a_cache_of_their_length() -> None:
+    engine = small_engine(random_model("fp32"), max_context=192)
+    params = SamplingParams(temperature=0, max_new_tokens=184, ignore_eos=True)
+    for _ in range(4):
+        (request,) = engine.submit([1, 2, 3], params)
+        while request.finish_reason is None:
+            assert engine.step()
+        assert engine.stats.pages_used == 0
+
+
+@pytest.mark.parametrize("kind", ["fp32", "int4"])
+def test_switched_off_log_n_attention_is_a_model_without_it(kind: str) -> None:
+    """Of four readers of one text two have it taken away, side by side and after each other, in pieces: nobody takes
+    over what was stored with it, or without."""
+    ids = [(7 * n) % 250 for n in range(200)]
+    engine = small_engine(random_model(kind), kind, prefill_chunk=64)
+    without = small_engine(random_model(kind, use_logn_attn=False, use_dynamic_ntk=False), kind)
+    alpha = engine.model.config.ntk_alpha(len(ids))
+
+    def read(engine: Engine, logn: bool) -> tuple[Request, list[torch.Tensor]]:
+        parts: list[torch.Tensor] = []
+        return engine.read(ids, alpha, 0, lambda _, logits: parts.append(logits.cpu()), logn=logn), parts
+
+    pairs = [(logn, read(engine, logn)) for logn in (True, False, False, True)]
+    pairs.append((True, read(without, True)))
+    for _, (request, _) in pairs:
+        for _ in (engine if request is not pairs[-1][1][0] else without).stream(request):
+            pass
+    on, off, off_again, on_again, never = (torch.cat(parts) for _, (_, parts) in pairs)
+    assert torch.equal(off, never)
+    assert torch.equal(off, off_again)
+    assert torch.equal(on, on_again)
+    assert torch.equal(on[:64], off[:64])
+    assert not torch.allclose(on[64:], off[64:], atol=1e-3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 import pytest
 
 from qwenlet.api import LLM, load
+from qwenlet.checkpoint.save import write_tokenizer_json
+from qwenlet.gguf_header import read_header
+from qwenlet.tokenizer_bytelevel import read_gguf
 from server.conftest import Server
 
 PAIRS = [
@@ -52,6 +56,51 @@ def test_lm_eval_sees_what_score_says(server: Server, llm: LLM) -> None:
         assert is_greedy == score.is_greedy
         greedy.append(is_greedy)
     assert len(set(greedy)) == 2, "one of each, else the comparison shows little"
+
+
+def test_a_run_of_lm_eval_agrees_with_score(server: Server, llm: LLM, tmp_path: Path) -> None:
+    """Its own local-completions model, from a task on disk to the accuracy, over HTTP."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    header = read_header(llm.path)
+    write_tokenizer_json(tmp_path, read_gguf(header.metadata, str(llm.path)), "")
+    rows = [
+        {"q": "The capital of France is", "options": ["Paris", "a banana"], "gold": 0},
+        {"q": "Two and two make", "options": ["purple", "four"], "gold": 1},
+        {"q": "The opposite of hot is", "options": ["cold", "window"], "gold": 1},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (tmp_path / "facts.yaml").write_text(
+        "task: facts\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: "
+        f"{tmp_path / 'rows.jsonl'}\ntest_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{{{q}}}}'\n"
+        "doc_to_choice: '{{options}}'\ndoc_to_target: gold\nmetric_list:\n  - metric: acc\n",
+        encoding="utf-8",
+    )
+    url = f"http://127.0.0.1:{server.port}/v1/completions"
+    done = lm_eval.simple_evaluate(
+        model="local-completions",
+        model_args={
+            "model": "demo",
+            "base_url": url,
+            "tokenizer": str(tmp_path),
+            "num_concurrent": 1,
+            "max_retries": 1,
+        },
+        tasks=["facts"],
+        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+        bootstrap_iters=0,
+        log_samples=True,
+    )
+    right = 0
+    for row, sample in zip(rows, done["samples"]["facts"], strict=True):
+        scores = [llm.score(str(row["q"]), f" {option}") for option in row["options"]]
+        for score, (logprob, is_greedy) in zip(scores, sample["filtered_resps"], strict=True):
+            assert float(logprob) == pytest.approx(score.logprob, abs=2e-3)
+            assert is_greedy == score.is_greedy
+        right += max(range(2), key=lambda at: scores[at].logprob) == row["gold"]
+    assert done["results"]["facts"]["acc,none"] == pytest.approx(right / len(rows))
+    assert 0 < right < len(rows), "one is wrong on purpose"
 
 
 def test_an_echo_is_the_prompt_and_its_tokens(server: Server, llm: LLM) -> None:

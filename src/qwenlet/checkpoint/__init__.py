@@ -21,9 +21,9 @@ No code of a checkpoint is executed.
 """
 
 from qwenlet.checkpoint.cached import load_quantized
-from qwenlet.checkpoint.convert import TARGETS, convert, left_behind
+from qwenlet.checkpoint.convert import TARGETS, Change, convert, left_behind, write_new, write_trained
 from qwenlet.checkpoint.dtypes import DTYPES, auto_dtype, check_dtype, device_by_name, dtype_by_name, dtype_name
-from qwenlet.checkpoint.load import DEFAULT_SYSTEM, Checkpoint, LoadReport, Progress, load_model
+from qwenlet.checkpoint.load import DEFAULT_SYSTEM, Checkpoint, LoadReport, Progress, load_model, read_tokenizer
 from qwenlet.checkpoint.quantized import WeightOf, write_quantized, write_rounded
 from qwenlet.checkpoint.rounding import Rounding
 from qwenlet.checkpoint.save import new_folder, write_random
@@ -33,6 +33,7 @@ __all__ = [
     "DEFAULT_SYSTEM",
     "DTYPES",
     "TARGETS",
+    "Change",
     "Checkpoint",
     "LoadReport",
     "Progress",
@@ -49,7 +50,10 @@ __all__ = [
     "load_model",
     "load_quantized",
     "new_folder",
+    "read_tokenizer",
+    "write_new",
     "write_quantized",
     "write_random",
     "write_rounded",
+    "write_trained",
 ]

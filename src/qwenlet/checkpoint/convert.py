@@ -6,20 +6,21 @@ number. What acts beyond it no other program has: `left_behind` says what that m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
+from torch import Tensor
 
 from qwenlet.chat import CHAT_TEMPLATE
 from qwenlet.checkpoint.dtypes import dtype_by_name, dtype_name
 from qwenlet.checkpoint.files import WeightFile, read_parts
 from qwenlet.checkpoint.gguf_out import FILE_TYPES, GGUFOut
-from qwenlet.checkpoint.load import Checkpoint, Progress, plan_reading
-from qwenlet.checkpoint.names import Part, split
+from qwenlet.checkpoint.load import QWEN_CHAT_DEFAULTS, Checkpoint, Progress, plan_reading
+from qwenlet.checkpoint.names import Layout, Part, split
 from qwenlet.checkpoint.save import (
     SHARD_BYTES,
     ShardWriter,
@@ -32,13 +33,45 @@ from qwenlet.checkpoint.save import (
 )
 from qwenlet.config import DYNAMIC_ROPE, GenerationDefaults, ModelConfig, ModelType
 from qwenlet.errors import CheckpointError, ConfigError, MissingTokenizerError
+from qwenlet.model import Qwen
 from qwenlet.tokenizer import Tokenizer, read_folder
 from qwenlet.tokenizer_bytelevel import read_gguf
 from qwenlet.tokenizer_export import gguf_metadata
 from qwenlet.tokenizer_formats import Vocabulary
 
-Target = Literal["qwen", "qwen2", "gguf"]
+Target = Literal["qwen", "qwen2", "gguf", "own"]
 TARGETS: tuple[Target, ...] = get_args(Target)
+
+
+@dataclass(frozen=True)
+class Change:
+    """What happens to weights on their way.
+
+    Attributes:
+        weights: by our parameters' names, from what is stored to what is written, both in float32.
+        vocab_size: rows of embedding and head afterwards; None: as many as before.
+        untie: the head becomes a tensor of its own, which begins as the embedding.
+    """
+
+    weights: Mapping[str, Callable[[Tensor], Tensor]]
+    vocab_size: int | None = None
+    untie: bool = False
+
+    def of_config(self, config: ModelConfig) -> ModelConfig:
+        return replace(
+            config,
+            vocab_size=self.vocab_size or config.vocab_size,
+            tie_word_embeddings=config.tie_word_embeddings and not self.untie,
+        )
+
+    def read(self, weights: WeightFile, name: str, parts: Sequence[Part], dtype: torch.dtype) -> Tensor:
+        """A tensor of ours in `dtype`, changed."""
+        if name not in self.weights:
+            return read_parts(weights, parts, dtype)
+        return self.weights[name](read_parts(weights, parts, torch.float32)).to(dtype)
+
+
+_NO_CHANGE = Change({})
 
 
 def convert(
@@ -50,6 +83,7 @@ def convert(
     architecture: str | None = None,
     dynamic_rope: bool = False,
     placeholders: bool = False,
+    change: Change = _NO_CHANGE,
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
 ) -> Path:
@@ -58,12 +92,13 @@ def convert(
     Args:
         out: the folder to write, or for GGUF the file.
         to: "qwen", as first published; "qwen2", which transformers, vLLM, SGLang and others load as Qwen2ForCausalLM;
-            "gguf" for llama.cpp.
+            "gguf" for llama.cpp; "own", a folder in the layout of the model's own type.
         dtype: "bf16", "fp16", "fp32", and for GGUF "q8_0" and "q4_0". None keeps floats as they are stored; quantized
             weights become float16.
         architecture: of a GGUF file: "qwen" or "qwen2". None keeps the model's own.
         dynamic_rope: for "qwen2": asks transformers for its own dynamic NTK beyond the training length.
         placeholders: for GGUF: a source without a vocabulary gets made-up tokens, enough for measuring speed.
+        change: what happens to the weights on the way.
         progress: called with (bytes done, bytes in all, tensor name).
     Raises:
         ConfigError: the target can't express this model, or an option doesn't fit it (what and why is said).
@@ -72,28 +107,33 @@ def convert(
     if to not in TARGETS:
         raise ConfigError(f"to is {to!r}, expected one of {', '.join(TARGETS)}")
     checkpoint = Checkpoint.open(source)
-    config = _target_config(checkpoint.config, to, architecture)
+    config = change.of_config(_target_config(checkpoint.config, to, architecture))
     if dynamic_rope and not (to == "qwen2" and config.use_dynamic_ntk):
         raise ConfigError("dynamic_rope is for a first-generation model with dynamic NTK written as 'qwen2'")
     weights = checkpoint.weights()
     model, plan = plan_reading(checkpoint, weights, [])
+    if change.untie:
+        plan["lm_head.weight"] = plan["transformer.wte.weight"]
     stored = dtype_name(_stored_dtype(plan, weights))
     if to == "gguf":
         named = stored if dtype is None else _gguf_type(dtype)
+        with torch.device("meta"):
+            model = Qwen(config)
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        return _write_gguf(Path(out), checkpoint, config, weights, plan, shapes, named, placeholders, progress)
+        return _write_gguf(Path(out), checkpoint, config, weights, plan, shapes, named, placeholders, change, progress)
     target = dtype_by_name(dtype or stored)
     total = config.parameter_count * target.itemsize
     with new_folder(out) as folder:
         # the small files first: what can be refused is refused before gigabytes are written
-        if to == "qwen":
+        layout: Layout = "qwen" if config.model_type == "qwen" else "qwen2"
+        if layout == "qwen":
             _published_files(folder, checkpoint, config, target)
         else:
             _qwen2_files(folder, checkpoint, config, target, dynamic_rope)
         writer = ShardWriter(folder, shard_bytes)
         for name, parts in plan.items():
-            whole = read_parts(weights, parts, target)
-            for theirs, tensor in split(name, whole, "qwen" if to == "qwen" else "qwen2", config):
+            whole = change.read(weights, name, parts, target)
+            for theirs, tensor in split(name, whole, layout, config):
                 writer.add(theirs, tensor)
             if progress is not None:
                 progress(writer.total, total, name)
@@ -101,9 +141,54 @@ def convert(
     return Path(out)
 
 
+def write_trained(folder: Path, checkpoint: Checkpoint, model: Qwen, dtype: torch.dtype) -> None:
+    """A trained model of floats, with the small files of the checkpoint it came from, into an empty folder.
+
+    In the published layout if it is a first-generation model's, else in Llama's or Qwen2's.
+
+    Raises:
+        ConfigError: the layout can't express this model.
+    """
+    config = model.config
+    if config.model_type == "qwen":
+        _published_files(folder, checkpoint, config, dtype)
+    else:
+        _qwen2_files(folder, checkpoint, config, dtype, dynamic_rope=False)
+    _write_parameters(folder, model, dtype)
+
+
+def write_new(folder: Path, model: Qwen, vocabulary: Vocabulary, dtype: torch.dtype) -> None:
+    """A model that comes from no checkpoint, in the published layout, into an empty folder.
+
+    Raises:
+        ConfigError: the published layout can't express this model.
+    """
+    tokenizer = Tokenizer(vocabulary)
+    ends = () if vocabulary.eos_id is None else (vocabulary.eos_id,)
+    write_published_configs(folder, model.config, dtype, replace(QWEN_CHAT_DEFAULTS, eos_token_ids=ends))
+    if tokenizer.is_qwen:
+        tokenizer.save(folder)
+    else:
+        write_tokenizer_json(folder, vocabulary, CHAT_TEMPLATE, tokenizer_class="PreTrainedTokenizerFast")
+    _write_parameters(folder, model, dtype)
+
+
+def _write_parameters(folder: Path, model: Qwen, dtype: torch.dtype) -> None:
+    config = model.config
+    writer = ShardWriter(folder)
+    for name, parameter in model.named_parameters():
+        for theirs, tensor in split(name, parameter.detach().to("cpu", dtype), _layout(config), config):
+            writer.add(theirs, tensor)
+    writer.close()
+
+
+def _layout(config: ModelConfig) -> Layout:
+    return "qwen" if config.model_type == "qwen" else "qwen2"
+
+
 def left_behind(config: ModelConfig, to: str) -> list[str]:
     """What a target does not do of this model's maths, one sentence each."""
-    if to == "qwen" or not (config.use_dynamic_ntk or config.use_logn_attn):
+    if to in ("qwen", "own") or not (config.use_dynamic_ntk or config.use_logn_attn):
         return []
     program = "llama.cpp" if to == "gguf" else "a Qwen2ForCausalLM"
     parts = [
@@ -127,7 +212,7 @@ def _target_config(config: ModelConfig, to: str, architecture: str | None) -> Mo
     else:
         if architecture is not None:
             raise ConfigError(f"architecture is for GGUF files; {to!r} has one form", hint="leave it out")
-        kind = to
+        kind = config.model_type if to == "own" else to
     if kind == config.model_type:
         return config
     if kind == "qwen":
@@ -238,6 +323,7 @@ def _write_gguf(
     shapes: Mapping[str, tuple[int, ...]],
     dtype: str,
     placeholders: bool,
+    change: Change,
     progress: Progress | None,
 ) -> Path:
     if out.suffix != ".gguf":
@@ -269,7 +355,7 @@ def _write_gguf(
         )
         try:
             for name in shapes:
-                writer.add(name, read_parts(weights, plan[name], _read_dtype(dtype)))
+                writer.add(name, change.read(weights, name, plan[name], _read_dtype(dtype)))
                 done += _elements(shapes[name])
                 if progress is not None:
                     progress(done, total, name)

@@ -24,10 +24,11 @@ from qwenlet.checkpoint.rounding import Rounding
 from qwenlet.checkpoint.source import Source
 from qwenlet.checkpoint.tilefile import TileFile, TileWriter
 from qwenlet.config import OWN_PREFIX, GenerationDefaults, ModelConfig, QuantConfig, config_from_gguf, read_json
-from qwenlet.errors import CheckpointError, ConfigError, FormatError
+from qwenlet.errors import CheckpointError, ConfigError, FormatError, MissingTokenizerError
 from qwenlet.gguf_header import GGUFHeader, read_header
 from qwenlet.linear import choose_linear, new_linear, replace_linear
 from qwenlet.model import Qwen
+from qwenlet.tokenizer import Tokenizer
 
 # What the published chat code falls back to.
 DEFAULT_SYSTEM = "You are a helpful assistant."
@@ -199,6 +200,16 @@ class LoadReport:
         return (
             f"{self.parameters / 1e6:,.1f} M parameters in {self.dtype}, loaded in {self.seconds:.1f} s{packed}{notes}"
         )
+
+
+def read_tokenizer(checkpoint: Checkpoint) -> Tokenizer | MissingTokenizerError:
+    """The vocabulary, or the error that text calls will raise: without one the model still takes ids."""
+    try:
+        if checkpoint.header is not None:
+            return Tokenizer.from_gguf(checkpoint.header.metadata, str(checkpoint.path))
+        return Tokenizer.from_folder(checkpoint.path)
+    except MissingTokenizerError as error:
+        return error
 
 
 def load_model(

@@ -16,7 +16,7 @@ from qwenlet.cli import console, saved
 from qwenlet.cli.attachments import attach as attach_files
 from qwenlet.cli.conversation import NOT_FOR_CHAT, Conversation, State
 from qwenlet.cli.keeper import Keeper
-from qwenlet.cli.options import EngineFlags, Flags, LoadFlags, expand, new_app
+from qwenlet.cli.options import EngineFlags, Flags, LoadFlags, adapter_names, expand, new_app
 from qwenlet.config import SamplingParams
 from qwenlet.errors import RequestError, StoreError
 from qwenlet.hub.names import DEMO
@@ -64,7 +64,7 @@ def chat(
         bool, typer.Option("--no-history", help="Keep neither the conversation nor the lines that are typed.")
     ] = False,
     *,
-    sampling: Annotated[dict[str, Any], Flags(SamplingParams, skip=NOT_FOR_CHAT)],
+    sampling: Annotated[dict[str, Any], Flags(SamplingParams, skip=(*NOT_FOR_CHAT, "adapter"))],
     loading: LoadFlags,
     engine: EngineFlags,
 ) -> None:
@@ -92,6 +92,9 @@ def chat(
         raise typer.BadParameter("one answer can be JSON, a conversation can't: add --prompt", param_hint="--json")
     if system is not None:
         console.check_text(system, "--system")
+    names = adapter_names(loading)
+    if names:  # the first one speaks; /set adapter NAME calls another
+        sampling["adapter"] = names[0]
     if (load is not None) + go_on + (resume is not None) > 1:
         raise typer.BadParameter("give one of --continue, --resume and --load", param_hint="--continue")
     caller = None if tools is None else _caller(tools, max_calls, ask=not allow_calls)
@@ -115,7 +118,9 @@ def chat(
         if tree is not None:
             state, unanswered = saved.state_of(tree, llm.default_system)
         state = replace(state, params=params, system=state.system if system is None else system)
-        keeper = None if store is None else Keeper(store, model, llm.default_system)
+        # another day begins in another folder
+        name = str(Path(model).resolve()) if Path(model).exists() else model
+        keeper = None if store is None else Keeper(store, name, llm.default_system)
         session = Session(llm, Conversation(model, state), keeper=keeper, stats=stats)
         session.unanswered, session.caller = unanswered, caller
         if question is None:

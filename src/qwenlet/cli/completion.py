@@ -82,7 +82,8 @@ def completion(shell: Annotated[Shell, typer.Argument(help="The shell to write f
 def verbs() -> Iterator[Verb]:
     """Every verb with its options, as the command line itself declares them."""
     for name, line in VERBS.items():
-        command = typer.main.get_command(importlib.import_module(f"qwenlet.cli.{name}").app)
+        module = importlib.import_module(f"qwenlet.cli.{name}")
+        command = typer.main.get_command(getattr(module, "COMPLETED", module.app))
         below = getattr(command, "commands", None)
         yield Verb((name,), line, () if below else _parameters(command))
         for under, subcommand in sorted((below or {}).items()):

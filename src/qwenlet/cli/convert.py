@@ -21,7 +21,7 @@ def convert(
         str,
         typer.Option(
             help="The layout to write: qwen, as first published; qwen2, which transformers, vLLM and SGLang load; "
-            "gguf, for llama.cpp."
+            "gguf, for llama.cpp; own, a folder in the layout of the model's own type."
         ),
     ] = "qwen",
     dtype: Annotated[

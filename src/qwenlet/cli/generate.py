@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qwenlet.cli import console
-from qwenlet.cli.options import EngineFlags, Flags, LoadFlags, expand, new_app
+from qwenlet.cli.options import EngineFlags, Flags, LoadFlags, adapter_names, expand, new_app
 from qwenlet.config import SamplingParams
 from qwenlet.errors import RequestError
 
@@ -34,7 +34,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per completion and line.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Show counts and speed at the end.")] = False,
     *,
-    sampling: Annotated[dict[str, Any], Flags(SamplingParams)],
+    sampling: Annotated[dict[str, Any], Flags(SamplingParams, skip=("adapter",))],
     loading: LoadFlags,
     engine: EngineFlags,
 ) -> None:
@@ -43,7 +43,8 @@ def generate(
     The text comes from --prompt, --prompt-file or stdin; one line break at the end of a file or of stdin is dropped.
     """
     text = _prompt(prompt, prompt_file)
-    params = SamplingParams(**sampling)
+    names = adapter_names(loading)
+    params = SamplingParams(**sampling, adapter=names[0] if names else None)
     if params.logprobs is not None and not as_json:
         raise typer.BadParameter("log-probabilities are shown as JSON only: add --json", param_hint="--logprobs")
 

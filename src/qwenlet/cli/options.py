@@ -17,7 +17,7 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -48,6 +48,8 @@ class LoadOptions:
             floats of them.
         revision: a commit, tag or branch of the model on the hub.
         offline: use only what is on this machine; no connection is opened.
+        adapter: a LoRA adapter to load beside the model, as NAME=DIR, or DIR for a name like its folder's; may be given
+            several times.
     """
 
     device: str | None = None
@@ -55,10 +57,28 @@ class LoadOptions:
     quant: str | None = None
     revision: str | None = None
     offline: bool | None = None
+    adapter: Sequence[str] | None = None
 
 
 LoadFlags = Annotated[dict[str, Any], Flags(LoadOptions)]
 EngineFlags = Annotated[dict[str, Any], Flags(EngineConfig)]
+
+
+def adapter_names(loading: dict[str, Any]) -> tuple[str, ...]:
+    """Turns the adapters of the command line into what `qwenlet.load` takes, in place; their names in order."""
+    named: dict[str, Path] = {}
+    for given in loading.pop("adapter", ()):
+        name, equals, folder = given.partition("=")
+        path = Path(folder if equals else name).expanduser()
+        name = name if equals else path.resolve().name
+        if not name or name in named:
+            raise typer.BadParameter(
+                f"{given!r}: the name {name!r} is {'taken' if name else 'empty'}", param_hint="--adapter"
+            )
+        named[name] = path
+    if named:
+        loading["adapters"] = named
+    return tuple(named)
 
 
 def new_app() -> typer.Typer:

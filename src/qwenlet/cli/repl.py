@@ -9,6 +9,7 @@ from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.utils import is_dumb_terminal
 
 from qwenlet.cli import attachments, console, slash
 from qwenlet.cli.conversation import CHAT_PARAMS
@@ -42,6 +43,8 @@ def run(session: Session, *, keep_history: bool = True) -> None:
 def _edited(text: str, *, multiline: bool) -> str:
     """The text as the user changed it; empty where that was given up."""
     several = multiline or "\n" in text
+    if is_dumb_terminal():  # where the editor shows only what is typed
+        console.message(text)
     if several:
         console.note("Alt-Enter (or Esc, Enter) sends, Ctrl-C gives up")
     try:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from qwenlet.cli import console
-from qwenlet.cli.options import EngineFlags, Flags, LoadFlags, expand, new_app
+from qwenlet.cli.options import EngineFlags, Flags, LoadFlags, adapter_names, expand, new_app
 from qwenlet.config import ServerConfig
 from qwenlet.errors import MissingExtraError
 
@@ -52,6 +52,7 @@ def start(
     listening: Callable[[str], None] | None = None,
 ) -> None:
     """Serves until a signal comes; `listening` is told the address."""
+    adapter_names(loading)
     try:
         from qwenlet.server import serve as run
     except ImportError as problem:

@@ -46,6 +46,7 @@ class Session:
         self.multiline = False
         self.last: Chunk | None = None
         self.unanswered: str | None = None
+        self._edited: int | None = None  # the place of the unanswered question, where it was an edit
         self.finished = False
         self.caller: Caller | None = None
         self.edit: Callable[[str], str] | None = None
@@ -77,21 +78,33 @@ class Session:
         params = replace(state.params, seed=seed)
         if params.resolve(self.llm.defaults).temperature == 0:
             console.note("temperature is 0, so the reply will be the same: /set temperature 0.7 lets it vary")
-        before = replace(state, exchanges=tuple(earlier))
-        return self._ask(before, last.user, "the new reply", params, last.question_id)
+        before, unanswered = replace(state, exchanges=tuple(earlier)), self.unanswered
+        try:
+            reply = self._ask(before, last.user, "the new reply", params, last.question_id)
+            if not reply.text:
+                console.note("no reply, so the old one stays")
+            return reply
+        finally:
+            self.unanswered = unanswered  # the question has the old reply or the new one
 
     def retry(self, seed: int | None = None) -> Reply:
         """Asks the last question again: the one without a reply, or else as `regenerate`."""
         if self.unanswered is None:
             return self.regenerate(seed)
         state = self.conversation.state
+        if self._edited is not None:
+            return self.revise(self._edited, self.unanswered, seed)
         return self._ask(state, self.unanswered, "the last exchange", replace(state.params, seed=seed))
 
-    def revise(self, number: int, question: str) -> Reply:
+    def revise(self, number: int, question: str, seed: int | None = None) -> Reply:
         """Asks another question in the place of the `number`-th; what followed it stays stored, on its own branch."""
         state = self.conversation.state
         before = replace(state, exchanges=state.exchanges[: number - 1])
-        return self._ask(before, question, f"the edit of question {number}")
+        params = state.params if seed is None else replace(state.params, seed=seed)
+        try:
+            return self._ask(before, question, f"the edit of question {number}", params)
+        finally:
+            self._edited = number if self.unanswered is not None else None
 
     def keep(self) -> None:
         """Brings the store to where the conversation is. Where that fails the words are shown, and it goes on."""
@@ -110,7 +123,7 @@ class Session:
         question_id: str | None = None,
     ) -> Reply:
         """Asks after `before`; a reply makes that the conversation, which an undo of `what` takes back."""
-        self.unanswered = question
+        self.unanswered, self._edited = question, None
         if self.keeper is not None and question_id is None:
             try:
                 before, question_id = self.keeper.ask(before, question)
@@ -134,7 +147,7 @@ class Session:
         told = state.messages(question)
         while True:
             reply = self._turn([*told, *steps], params)
-            if not reply.calls or self.caller is None:
+            if not reply.calls or self.caller is None or reply.finish_reason == "cancelled":
                 return reply
             for call in reply.calls:
                 try:

@@ -5,17 +5,22 @@ GenerationDefaults   what the checkpoint's generation_config.json asks for
 SamplingParams       what a caller asks for one request; None means "as the checkpoint says"
 GrammarSpec          the schema, regular expression or grammar a reply is held to
 QuantConfig          how weights are quantized
+LoraConfig           how a model is adapted by low-rank factors
 EngineConfig         how the engine runs: context, attention backend
 ServerConfig         how the server meets its clients: address, keys, limits
+DataConfig           how training data become samples
+TrainingConfig       how a training run goes
 """
 
 from qwenlet.config.engine import ATTENTION_BACKENDS, EngineConfig
 from qwenlet.config.fields import read_json
 from qwenlet.config.generation import DEFAULT_NEW_TOKENS, JSON_GUIDANCE, GenerationDefaults, GrammarSpec, SamplingParams
 from qwenlet.config.gguf import OWN_PREFIX, config_from_gguf
+from qwenlet.config.lora import LoraConfig
 from qwenlet.config.model import DYNAMIC_ROPE, LOGN_TABLE_LENGTH, MODEL_TYPES, ModelConfig, ModelType, qwen_1_8b
 from qwenlet.config.quant import EMBEDDING_GROUP_SIZE, GROUP_SIZES, QuantConfig
 from qwenlet.config.server import ServerConfig, is_loopback
+from qwenlet.config.training import DataConfig, TrainingConfig
 
 __all__ = [
     "ATTENTION_BACKENDS",
@@ -27,14 +32,17 @@ __all__ = [
     "LOGN_TABLE_LENGTH",
     "MODEL_TYPES",
     "OWN_PREFIX",
+    "DataConfig",
     "EngineConfig",
     "GenerationDefaults",
     "GrammarSpec",
+    "LoraConfig",
     "ModelConfig",
     "ModelType",
     "QuantConfig",
     "SamplingParams",
     "ServerConfig",
+    "TrainingConfig",
     "config_from_gguf",
     "is_loopback",
     "qwen_1_8b",

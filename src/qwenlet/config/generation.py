@@ -192,6 +192,7 @@ class SamplingParams:
         lark: the reply as a whole is a text of this grammar, in llguidance's dialect of Lark.
         logprobs: give the log-probability of each token, and of so many most likely alternatives.
         n: so many replies, each with its own randomness.
+        adapter: name of the adapter to reply with, of those that are loaded; None: the model alone.
     """
 
     max_new_tokens: int | None = None
@@ -214,6 +215,7 @@ class SamplingParams:
     lark: str | None = None
     logprobs: int | None = None
     n: int = 1
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         def check(name: str, low: float, high: float = math.inf, **kinds: bool) -> None:
@@ -242,7 +244,7 @@ class SamplingParams:
         for name in ("ignore_eos", "json_object"):
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} is {getattr(self, name)!r}, expected True or False")
-        for name in ("regex", "lark"):
+        for name in ("regex", "lark", "adapter"):
             if getattr(self, name) is not None:
                 _text(name, getattr(self, name))
         schema = None if self.json_schema is None else _schema_text(self.json_schema)

@@ -136,7 +136,7 @@ class ModelConfig:
             )
         if (
             not self.qkv_bias
-            or self.tie_word_embeddings
+            or (self.tie_word_embeddings and self.model_type != "qwen")
             or self.hidden_size != self.num_attention_heads * self.head_dim
         ):
             raise ConfigError(
@@ -170,7 +170,7 @@ class ModelConfig:
             "rotary_pct": 1.0,
             "scale_attn_weights": True,
             "seq_length": self.seq_length,
-            "tie_word_embeddings": False,
+            "tie_word_embeddings": self.tie_word_embeddings,
             "tokenizer_class": "QWenTokenizer",
             "transformers_version": "4.32.0",
             "use_cache": True,

@@ -18,6 +18,7 @@ streams      a request's chunks, for threads and for event loops
 bell         wakes the loops, once a step
 """
 
+from qwenlet.engine.bell import AtOnce, Listener
 from qwenlet.engine.driver import Health
 from qwenlet.engine.engine import Engine
 from qwenlet.engine.intake import check_prompt
@@ -30,10 +31,12 @@ from qwenlet.engine.streams import AsyncStream, AsyncStreams, Stream
 __all__ = [
     "AsyncStream",
     "AsyncStreams",
+    "AtOnce",
     "Chunk",
     "Completion",
     "Engine",
     "Health",
+    "Listener",
     "MeanState",
     "Request",
     "Stats",

@@ -35,6 +35,14 @@ class Bell:
             self._told.popleft()()
 
 
+class AtOnce:
+    """For readers without an event loop: what it is told is called in the engine's thread, so it has to be quick."""
+
+    def ring(self, told: Iterable[Callable[[], None]]) -> None:
+        for call in told:
+            call()
+
+
 _bells: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Bell] = weakref.WeakKeyDictionary()
 _making = threading.Lock()
 
@@ -52,13 +60,13 @@ def bell() -> Bell:
 class Listener:
     """Who waits for a request's chunks: what its loop calls when there are some."""
 
-    bell: Bell
+    bell: Bell | AtOnce
     tell: Callable[[], None]
 
 
 def tell(listeners: Iterable[Listener]) -> None:
     """Rings each loop's bell once."""
-    waiting: dict[Bell, list[Callable[[], None]]] = {}
+    waiting: dict[Bell | AtOnce, list[Callable[[], None]]] = {}
     for listener in listeners:
         waiting.setdefault(listener.bell, []).append(listener.tell)
     for each, told in waiting.items():

@@ -34,6 +34,7 @@ from qwenlet.engine.stop import StopTexts, StopTokens
 from qwenlet.engine.streams import AsyncStream, AsyncStreams, Stream
 from qwenlet.errors import ContextLengthError, DeadlineError, EngineError, RequestError
 from qwenlet.grammar import Grammars
+from qwenlet.lora.rows import LoadedAdapter
 from qwenlet.model import Qwen
 from qwenlet.program import obstacle
 from qwenlet.sampling import TokenCounts, needs_counts
@@ -85,6 +86,7 @@ class Engine:
         self._lock = threading.RLock()
         self._in_flight: frozenset[Request] = frozenset()
         self._failures, self._reason = 0, ""
+        self._adapters: dict[str, LoadedAdapter] = {}
         self._driver = Driver(self)
 
     # ---------------------------------------------------------------------------------------------- requests
@@ -116,6 +118,7 @@ class Engine:
             raise RequestError(f"timeout is {timeout!r}, expected seconds above 0")
         reserved = params.max_new_tokens
         resolved = params.resolve(self.defaults)
+        adapter = self.adapter(params.adapter)
         room = self.context_length - len(ids)
         if room < (reserved or 1):
             raise ContextLengthError(len(ids), self.context_length, reserved or 1)
@@ -136,6 +139,7 @@ class Engine:
         requests = [self._request(ids, resolved, alpha, choice) for choice in range(params.n)]
         for request in requests:
             request.dropped_turns, request.priority, request.timeout = dropped_turns, priority, timeout
+            request.adapter = adapter
         leader, *leader.followers = requests
         self._enter(leader)
         return requests
@@ -170,13 +174,16 @@ class Engine:
         first: int,
         reader: Reader,
         *,
+        logn: bool = True,
         priority: int = 0,
         timeout: float | None = None,
+        adapter: str | None = None,
         hidden: bool = False,
     ) -> Request:
         """Queues ids whose logits from position `first` on `reader` gets, piece by piece, on the model's device.
 
-        With `hidden` it gets the last hidden states, normed, of all positions instead.
+        With `hidden` it gets the last hidden states, normed, of all positions instead. Without `logn` the model reads
+        as one that has no log-n attention.
         """
         assert not (hidden and first), "hidden states are read from the first position on"
         if len(ids) > self.context_length:
@@ -187,29 +194,68 @@ class Engine:
             alpha=alpha,
             stop_tokens=StopTokens(()),
             stop_texts=StopTexts(()),
+            logn=logn,
             reader=reader,
             read_from=first,
             reads_hidden=hidden,
             priority=priority,
             timeout=timeout,
+            adapter=self.adapter(adapter),
         )
         self._enter(request)
         return request
 
-    def logits(self, ids: Sequence[int], alpha: float, first: int = 0) -> Tensor:
+    def logits(self, ids: Sequence[int], alpha: float, first: int = 0, *, adapter: str | None = None) -> Tensor:
         """Float32 logits [len(ids) - first, V] on the CPU from position `first` on, by the kernels that generate."""
         parts: list[Tensor] = []
-        request = self.read(ids, alpha, first, lambda _, logits: parts.append(logits.cpu()))
+        request = self.read(ids, alpha, first, lambda _, logits: parts.append(logits.cpu()), adapter=adapter)
         for _ in self.stream(request):
             pass
         return torch.cat(parts)
 
     def embed(
-        self, ids: Sequence[int], alpha: float, *, priority: int = 0, timeout: float | None = None
-    ) -> tuple[Request, MeanState]:
+        self, ids: Sequence[int], alpha: float, *, priority: int = 0, timeout: float | None = None,
+        adapter: str | None = None,
+    ) -> tuple[Request, MeanState]:  # fmt: skip
         """Queues ids whose hidden states are averaged; the mean is there when the request has ended."""
         state = MeanState()
-        return self.read(ids, alpha, 0, state, priority=priority, timeout=timeout, hidden=True), state
+        request = self.read(ids, alpha, 0, state, priority=priority, timeout=timeout, hidden=True, adapter=adapter)
+        return request, state
+
+    # ---------------------------------------------------------------------------------------------- adapters
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that requests may ask for."""
+        return tuple(self._adapters)
+
+    def adapter(self, name: str | None) -> LoadedAdapter | None:
+        """Raises RequestError for a name that no loaded adapter has."""
+        if name is None:
+            return None
+        adapters = self._adapters  # one look: another thread may put a new table in its place
+        if name not in adapters:
+            loaded = f"loaded are {', '.join(adapters)}" if adapters else "none is loaded"
+            raise RequestError(
+                f"adapter is {name!r:.200}, but {loaded}",
+                hint="load it with --adapter NAME=DIR, or llm.add_adapter(name, folder)",
+            )
+        return adapters[name]
+
+    def add_adapter(self, adapter: LoadedAdapter) -> None:
+        """Lets requests ask for an adapter, in place of one that had its name. What runs goes on with the old one."""
+        with self._lock:
+            self._set_adapters(self._adapters | {adapter.name: adapter})
+
+    def remove_adapter(self, name: str) -> None:
+        """Raises RequestError if there is none of that name. What runs goes on with it."""
+        self.adapter(name)
+        with self._lock:
+            self._set_adapters({other: one for other, one in self._adapters.items() if other != name})
+
+    def _set_adapters(self, adapters: dict[str, LoadedAdapter]) -> None:
+        self._adapters = adapters
+        self.runner.wanted = tuple(adapters.values())
 
     def _check_takes(self) -> None:
         if self._driver.closed or self._driver.draining:
@@ -270,6 +316,7 @@ class Engine:
         """Cancels what has not ended and ends the thread. Harmless the second time."""
         self._driver.close()
         self._end_all("cancelled", None)
+        self.runner.close()
 
     def _end_all(self, reason: FinishReason, error: Exception | None) -> None:
         with self._lock:

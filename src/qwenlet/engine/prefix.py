@@ -30,6 +30,7 @@ class PrefixCache:
     def __init__(self, pool: PagePool) -> None:
         self._pool = pool
         self._entries: OrderedDict[_Key, _Entry] = OrderedDict()  # least recently used first
+        self._following: dict[Hashable, set[_Key]] = {}  # by root or entry number, the entries that follow it
         self._count = 0
         self.asked = self.found = 0
 
@@ -64,6 +65,7 @@ class PrefixCache:
                 self._pool.share([page])
                 self._count += 1
                 entry = self._entries[key] = _Entry(self._count, page)
+                self._following.setdefault(parent, set()).add(key)
             chain.append(key)
             parent = entry.number
         self._touch(chain)
@@ -81,17 +83,30 @@ class PrefixCache:
         """Frees up to so many idle pages; how many it were."""
         freed = 0
         for key in list(self._entries):
-            if freed == count:
+            if freed >= count:
                 break
-            entry = self._entries[key]
-            if self._pool.holders(entry.page) == 1:
-                del self._entries[key]
-                self._pool.give_back([entry.page])
-                freed += 1
+            if key in self._entries and self._pool.holders(self._entries[key].page) == 1:
+                freed += self._forget(key)
         return freed
+
+    def _forget(self, key: _Key) -> int:
+        """Drops an entry and those that follow it, which nobody could find any more; how many pages became free.
+
+        Pages that follow an idle one may be in use: a request that computed the same beginning has pages of its own.
+        """
+        self._following[key[0]].discard(key)
+        if not self._following[key[0]]:
+            del self._following[key[0]]
+        before, gone = self._pool.free_pages, [key]
+        while gone:
+            entry = self._entries.pop(gone.pop())
+            gone += self._following.pop(entry.number, ())
+            self._pool.give_back([entry.page])
+        return self._pool.free_pages - before
 
     def clear(self) -> None:
         """Forgets everything; pages that requests hold stay theirs."""
         for entry in self._entries.values():
             self._pool.give_back([entry.page])
         self._entries.clear()
+        self._following.clear()

@@ -21,6 +21,7 @@ from qwenlet.tokenizer import StreamDecoder
 
 if TYPE_CHECKING:
     from qwenlet.grammar import Matcher
+    from qwenlet.lora.rows import LoadedAdapter
 
 # takes float32 logits [n, V], or hidden states [n, C], of the positions from the first number on
 Reader = Callable[[int, Tensor], None]
@@ -36,10 +37,12 @@ class Request:
         known: the prompt, and behind it the reply so far.
         params: resolved, with max_new_tokens and seed set.
         alpha: dynamic NTK factor, fixed when the request is made.
+        logn: whether log-n attention acts, where the model has it.
         decoder: None where the model has no tokenizer; the reply's text is then empty.
         priority: lower goes first; equal ones in the order they came.
         timeout: seconds from submission within which the request has to end; None: any time.
         followers: other choices of the same prompt, which take over its pages when it is stored.
+        adapter: that the request goes with; None: the model alone.
         reader, read_from: gets the logits of positions from `read_from` on; such a request has no reply.
         reads_hidden: the reader gets hidden states instead.
         cached: tokens of the prompt whose keys and values were found.
@@ -58,6 +61,8 @@ class Request:
     dropped_turns: int = 0
     priority: int = 0
     timeout: float | None = None
+    logn: bool = True
+    adapter: LoadedAdapter | None = None
     reader: Reader | None = None
     read_from: int = 0
     reads_hidden: bool = False
@@ -96,7 +101,7 @@ class Request:
     @property
     def root(self) -> Hashable:
         """What keys and values depend on beside the tokens."""
-        return ("root", self.alpha)
+        return ("root", self.alpha, self.logn, None if self.adapter is None else self.adapter.number)
 
     @property
     def reply(self) -> Sequence[int]:

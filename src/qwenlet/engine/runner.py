@@ -9,18 +9,41 @@ from torch import Tensor
 
 from qwenlet.cache import PagedPast, PagePool, Rows
 from qwenlet.engine.scheduler import Work
+from qwenlet.lora.rows import Group, LoadedAdapter, RowAdapters
 from qwenlet.model import Qwen
 from qwenlet.ops.attention import attention_backend
 from qwenlet.program import QwenProgram
 
 
 class Runner:
-    """Args: step: most tokens of a step; the attribute says what the program allows of it."""
+    """Args: step: most tokens of a step; the attribute says what the program allows of it.
+
+    Attributes: wanted: adapters that rows may go with; the next step has them.
+    """
 
     def __init__(self, model: Qwen, pool: PagePool, device: torch.device, attention: str, step: int) -> None:
         self.model, self.pool, self.device, self.attention = model, pool, device, attention
         self.program = QwenProgram(model, pool, step) if pool.tiled else None
         self.step = step if self.program is None else min(step, self.program.capacity)
+        self.wanted: tuple[LoadedAdapter, ...] = ()
+        self._recorded: tuple[LoadedAdapter, ...] = ()
+        self._rows = RowAdapters(model)
+
+    def _take_adapters(self, groups: Sequence[Group]) -> None:
+        """Records the program anew where one of these adapters is new to it. Those taken away go then, too."""
+        # one that was taken away may still have requests that run
+        needed = dict.fromkeys([*self.wanted, *(group.adapter for group in groups)])
+        if needed.keys() <= set(self._recorded):
+            return
+        adapters = tuple(needed)
+        for adapter in adapters:
+            self._rows.hook(adapter)
+        self._recorded = adapters
+        if self.program is not None:
+            self.program = QwenProgram(self.model, self.pool, self.step, [adapter.sides() for adapter in adapters])
+
+    def close(self) -> None:
+        self._rows.close()
 
     @torch.inference_mode()
     def run(self, work: Sequence[Work]) -> list[Tensor]:
@@ -28,30 +51,42 @@ class Runner:
 
         Of one that reads hidden states, those of its tokens [n, C].
         """
-        lengths = [len(one.tokens) for one in work]
-        starts = [one.request.stored for one in work]
+        # rows of one adapter together, those without one first
+        order = sorted(range(len(work)), key=lambda i: _number(work[i].request.adapter))
+        ordered = [work[i] for i in order]
+        lengths = [len(one.tokens) for one in ordered]
+        starts = [one.request.stored for one in ordered]
         spans = [torch.arange(start, start + count) for start, count in zip(starts, lengths, strict=True)]
-        rows = Rows(torch.cat(spans).to(self.device), tuple(lengths), tuple(one.request.alpha for one in work))
-        ids = torch.tensor([token for one in work for token in one.tokens], device=self.device)
+        positions = torch.cat(spans).to(self.device)
+        alphas, logn = tuple(one.request.alpha for one in ordered), tuple(one.request.logn for one in ordered)
+        rows = Rows(positions, tuple(lengths), alphas, logn)
+        ids = torch.tensor([token for one in ordered for token in one.tokens], device=self.device)
         wanted: list[int] = []
         end = 0
-        for one, count in zip(work, lengths, strict=True):
+        for one, count in zip(ordered, lengths, strict=True):
             end += count
             wanted += range(end - one.wanted, end)
-        logits, hidden = self._forward(ids, rows, [one.request.pages for one in work], starts, wanted)
-        found = list(logits.split([one.wanted for one in work]))
-        if not any(one.request.reads_hidden for one in work):
-            return found
-        states = hidden().split(lengths)
-        return [states[at] if one.request.reads_hidden else found[at] for at, one in enumerate(work)]
+        adapters = [one.request.adapter for one in ordered]
+        tokens, outputs = _groups(adapters, lengths), _groups(adapters, [one.wanted for one in ordered])
+        self._take_adapters(tokens)
+        with self._rows.rows(tokens, outputs):
+            logits, hidden = self._forward(ids, rows, [one.request.pages for one in ordered], starts, wanted, tokens)
+        found = list(logits.split([one.wanted for one in ordered]))
+        if any(one.request.reads_hidden for one in ordered):
+            states = hidden().split(lengths)
+            found = [states[at] if one.request.reads_hidden else found[at] for at, one in enumerate(ordered)]
+        each = dict(zip(order, found, strict=True))
+        return [each[at] for at in range(len(work))]
 
     def _forward(
-        self, ids: Tensor, rows: Rows, tables: Sequence[Sequence[int]], starts: Sequence[int], wanted: Sequence[int]
-    ) -> tuple[Tensor, Callable[[], Tensor]]:
+        self, ids: Tensor, rows: Rows, tables: Sequence[Sequence[int]], starts: Sequence[int], wanted: Sequence[int],
+        groups: Sequence[Group],
+    ) -> tuple[Tensor, Callable[[], Tensor]]:  # fmt: skip
         """Logits, and what gives the hidden states of all tokens."""
         at = torch.tensor(wanted, dtype=torch.long, device=self.device)
         if (program := self.program) is not None:
-            return program.forward(ids, rows, tables, starts, at), lambda: program.hidden(len(ids))
+            adapted = [(self._recorded.index(group.adapter), group.last - group.first) for group in groups]
+            return program.forward(ids, rows, tables, starts, at, adapted=adapted), lambda: program.hidden(len(ids))
         past = PagedPast(self.pool, rows, tables, starts)
         with attention_backend(self.attention):
             hidden = self.model.hidden(ids, rows, past)
@@ -60,3 +95,22 @@ class Runner:
             else:
                 logits = self.model.lm_head(hidden[at]).float()
         return logits, lambda: hidden
+
+
+def _number(adapter: LoadedAdapter | None) -> int:
+    return 0 if adapter is None else adapter.number
+
+
+def _groups(adapters: Sequence[LoadedAdapter | None], lengths: Sequence[int]) -> list[Group]:
+    """Neighbours of one adapter as one group."""
+    groups: list[Group] = []
+    end = 0
+    for adapter, length in zip(adapters, lengths, strict=True):
+        first, end = end, end + length
+        if adapter is None:
+            continue
+        if groups and groups[-1].adapter is adapter:
+            groups[-1] = Group(adapter, groups[-1].first, end)
+        else:
+            groups.append(Group(adapter, first, end))
+    return groups

@@ -99,7 +99,10 @@ class Scheduler:
         while budget and self.waiting and self._admit(self.waiting[0]):
             request = self.waiting.pop(0)
             bisect.insort(self.running, request, key=_order)
-            budget -= self._prompt_work(request, budget, chosen)
+            taken = self._prompt_work(request, budget, chosen)
+            if not taken or request not in self.running:
+                break  # there was no room after all: trying again in this step would change nothing
+            budget -= taken
         return [work for request, work in chosen.items() if request in self.running]
 
     def _reply_work(self, request: Request, guess: Callable[[Request], Sequence[int]] | None) -> Work | None:

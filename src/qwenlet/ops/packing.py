@@ -314,3 +314,9 @@ def float_to_tiles(weight: Tensor) -> Tiles:
     assert weight.dtype in (torch.bfloat16, torch.float32), f"{weight.dtype}, expected bfloat16 or float32"
     words = weight.detach().contiguous().view(torch.int32)
     return Tiles(weight.itemsize * 8, 0, weight.shape[0], _lines(words), torch.empty(0, dtype=torch.float16))
+
+
+def floats_from_tiles(tiles: Tiles) -> Tensor:
+    """The way back from `float_to_tiles`: [N, K]."""
+    dtype = {16: torch.bfloat16, 32: torch.float32}[tiles.bits]
+    return _rows(tiles.weight, tiles.rows).view(dtype)

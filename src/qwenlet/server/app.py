@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
@@ -77,6 +78,12 @@ def build(service: Service) -> ASGIApp:
         kind = "not_found_error" if problem.status_code == 404 else "invalid_request_error"
         return errors.response(ApiError(problem.status_code, words, kind, headers=problem.headers), request.url.path)
 
+    async def misread(request: Request, problem: Exception) -> Response:
+        assert isinstance(problem, RequestValidationError), "registered for these alone"
+        first = problem.errors()[0]
+        param = str(first["loc"][-1])
+        return errors.response(ApiError(400, f"{param}: {first['msg']}", param=param), request.url.path)
+
     async def told(request: Request, problem: Exception) -> Response:
         error = errors.explained(problem)
         assert error is not None, "registered for errors that have a reason"
@@ -87,6 +94,7 @@ def build(service: Service) -> ASGIApp:
         return errors.response(error, request.url.path)
 
     app.add_exception_handler(HTTPException, unknown)
+    app.add_exception_handler(RequestValidationError, misread)
     app.add_exception_handler(ApiError, told)
     app.add_exception_handler(QwenletError, told)
     app.add_exception_handler(Exception, failed)

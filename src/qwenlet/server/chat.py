@@ -99,7 +99,9 @@ def add(app: FastAPI, service: Service) -> None:
         params = _params(body, dialogue, request.state.ignored)
         with replies.held(service, params.n) as held:
             client, priority = request.state.client, body.priority or 0
-            requests = await replies.submit(service, client, [dialogue.ids], params, held, priority=priority)
+            requests = await replies.submit(
+                service, client, [dialogue.ids], params, held, model=body.model, priority=priority
+            )
             if body.stream:
                 return EventStream(_stream(service, body, dialogue, requests), held.pop_all())
             done = await parsed.whole(service, dialogue, requests)
@@ -145,12 +147,12 @@ def _format(wanted: ResponseFormat | None) -> Format | None:
 # ------------------------------------------------------------------------------------------------------------- answers
 
 
-def _head(service: Service, kind: str) -> dict[str, Any]:
+def _head(service: Service, model: str | None, kind: str) -> dict[str, Any]:
     return {
         "id": f"chatcmpl-{secrets.token_hex(12)}",
         "object": kind,
         "created": int(time.time()),
-        "model": service.names[0],
+        "model": service.called(model),
         "system_fingerprint": None,
     }
 
@@ -166,7 +168,7 @@ def _whole(service: Service, body: ChatRequest, dialogue: Dialogue, done: Sequen
         for number, one in enumerate(done)
     ]
     told = [one.completion for one in done]
-    answer = _head(service, "chat.completion")
+    answer = _head(service, body.model, "chat.completion")
     return answer | {"choices": choices, "usage": replies.usage(told, len(told)), "timings": replies.timings(told[0])}
 
 
@@ -212,7 +214,7 @@ def _logprobs(service: Service, body: ChatRequest, one: Chunk | Completion) -> d
 async def _stream(
     service: Service, body: ChatRequest, dialogue: Dialogue, requests: Sequence[EngineRequest]
 ) -> AsyncGenerator[bytes, None]:
-    head, options = _head(service, "chat.completion.chunk"), body.stream_options
+    head, options = _head(service, body.model, "chat.completion.chunk"), body.stream_options
     counted = options is not None and bool(options.include_usage)
     always = options is not None and bool(options.continuous_usage_stats)
     last: dict[int, Chunk] = {}

@@ -75,15 +75,15 @@ def add(app: FastAPI, service: Service) -> None:
             echoes = await _echoes(service, body, prompts)
             if not limit:
                 service.limits.spend(request.state.client.name, sum(map(len, prompts)))
-                return json_answer(_echoed(service, echoes, n))
+                return json_answer(_echoed(service, body, echoes, n))
             client, priority = request.state.client, body.priority or 0
-            requests = await replies.submit(service, client, prompts, params, held, priority=priority)
+            requests = await replies.submit(service, client, prompts, params, held, model=body.model, priority=priority)
             if body.stream:
                 return EventStream(_stream(service, body, n, requests, echoes), held.pop_all())
             done = await replies.completions(service, requests)
             chosen = [one for at in range(0, len(done), written) for one in _best(done[at : at + written], n)]
             told = [replace(one, logprobs=None) for one in chosen] if body.logprobs is None else chosen
-            return json_answer(_whole(service, n, told, echoes) | {"usage": replies.usage(done, written)})
+            return json_answer(_whole(service, body, n, told, echoes) | {"usage": replies.usage(done, written)})
 
     post(app, "/v1/completions", CompletionRequest, complete, prompt="prompt")
 
@@ -111,7 +111,9 @@ async def _echoes(service: Service, body: CompletionRequest, prompts: Sequence[S
     found: list[Any] = [None] * len(prompts)
     if body.logprobs is not None:
         reply = _limit(body)
-        found = await prompt_logprobs(service, prompts, body.logprobs, reply, priority=body.priority or 0)
+        found = await prompt_logprobs(
+            service, prompts, body.logprobs, reply, model=body.model, priority=body.priority or 0
+        )
     decode = service.llm.tokenizer.decode
     return [Echo(decode(ids), ids, entries) for ids, entries in zip(prompts, found, strict=True)]
 
@@ -131,17 +133,19 @@ def prompt_ids(llm: LLM, prompt: str | list[Any], name: str = "prompt") -> list[
     return [list(one) for one in prompt]
 
 
-def _head(service: Service) -> dict[str, Any]:
+def _head(service: Service, model: str | None) -> dict[str, Any]:
     return {
         "id": f"cmpl-{secrets.token_hex(12)}",
         "object": "text_completion",
         "created": int(time.time()),
-        "model": service.names[0],
+        "model": service.called(model),
         "system_fingerprint": None,
     }
 
 
-def _whole(service: Service, n: int, done: Sequence[Completion], echoes: Sequence[Echo | None]) -> dict[str, Any]:
+def _whole(
+    service: Service, body: CompletionRequest, n: int, done: Sequence[Completion], echoes: Sequence[Echo | None]
+) -> dict[str, Any]:
     choices = []
     for number, one in enumerate(done):
         echo, lists = echoes[number // n], TokenLists(service.llm.tokenizer)
@@ -149,10 +153,10 @@ def _whole(service: Service, n: int, done: Sequence[Completion], echoes: Sequenc
         told = None if one.logprobs is None else lists.told(one.logprobs)
         reason = replies.finish_reason(one)
         choices.append({"index": number, "text": lead + one.text, "logprobs": told, "finish_reason": reason})
-    return _head(service) | {"choices": choices, "timings": replies.timings(done[0])}
+    return _head(service, body.model) | {"choices": choices, "timings": replies.timings(done[0])}
 
 
-def _echoed(service: Service, echoes: Sequence[Echo | None], n: int) -> dict[str, Any]:
+def _echoed(service: Service, body: CompletionRequest, echoes: Sequence[Echo | None], n: int) -> dict[str, Any]:
     """The answer where nothing was to be written."""
     choices: list[dict[str, Any]] = []
     prompt_tokens = 0
@@ -165,7 +169,7 @@ def _echoed(service: Service, echoes: Sequence[Echo | None], n: int) -> dict[str
             told = None if echo.entries is None else lists.told(())
             choices.append({"index": len(choices), "text": text, "logprobs": told, "finish_reason": "length"})
     usage = {"prompt_tokens": prompt_tokens, "completion_tokens": 0, "total_tokens": prompt_tokens}
-    return _head(service) | {"choices": choices, "usage": usage}
+    return _head(service, body.model) | {"choices": choices, "usage": usage}
 
 
 class TokenLists:
@@ -228,7 +232,7 @@ class TokenLists:
 async def _stream(
     service: Service, body: CompletionRequest, n: int, requests: Sequence[EngineRequest], echoes: Sequence[Echo | None]
 ) -> AsyncGenerator[bytes, None]:
-    head, options = _head(service), body.stream_options
+    head, options = _head(service, body.model), body.stream_options
     counted = options is not None and bool(options.include_usage)
     always = options is not None and bool(options.continuous_usage_stats)
     last: dict[int, Chunk] = {}

@@ -231,7 +231,7 @@ def _file(request: Request, trees: Iterable[Tree]) -> Response:
     if form == "json":
         return Response(interchange.to_json(trees), media_type="application/json")
     if form == "markdown":
-        return Response("\n".join(map(interchange.to_markdown, trees)), media_type="text/markdown; charset=utf-8")
+        return Response("".join(map(interchange.to_markdown, trees)), media_type="text/markdown; charset=utf-8")
     raise ApiError(400, f"form is {form!r:.80}, expected json or markdown", param="form")
 
 

@@ -45,13 +45,13 @@ def add(app: FastAPI, service: Service) -> None:
             raise ApiError(400, words, param="dimensions", code="unsupported_parameter")
         inputs = await asyncio.to_thread(prompt_ids, service.llm, body.input, "input")
         with replies.held(service, len(inputs)):
-            vectors = await _vectors(service, inputs)
+            vectors = await _vectors(service, inputs, service.adapter(body.model))
         service.limits.spend(request.state.client.name, sum(map(len, inputs)))
         encoded = _floats if body.encoding_format != "base64" else _base64
         count = sum(map(len, inputs))
         answer = {
             "object": "list",
-            "model": service.names[0],
+            "model": service.called(body.model),
             "data": [
                 {"object": "embedding", "index": number, "embedding": encoded(vector)}
                 for number, vector in enumerate(vectors)
@@ -64,7 +64,7 @@ def add(app: FastAPI, service: Service) -> None:
     post(app, "/v1/embeddings", EmbeddingRequest, embed, prompt="input")
 
 
-async def _vectors(service: Service, inputs: Sequence[Sequence[int]]) -> list[Tensor]:
+async def _vectors(service: Service, inputs: Sequence[Sequence[int]], adapter: str | None) -> list[Tensor]:
     """Float32 [C] of each input. They run among the replies, piece by piece."""
     engine, config = service.llm.engine, service.llm.config
     for ids in inputs:
@@ -73,7 +73,8 @@ async def _vectors(service: Service, inputs: Sequence[Sequence[int]]) -> list[Te
     states: list[MeanState] = []
     try:
         for ids in inputs:
-            request, state = engine.embed(ids, config.ntk_alpha(len(ids)), timeout=service.config.request_timeout)
+            alpha, timeout = config.ntk_alpha(len(ids)), service.config.request_timeout
+            request, state = engine.embed(ids, alpha, timeout=timeout, adapter=adapter)
             requests.append(request)
             states.append(state)
         await replies.ended(service, requests)

@@ -73,7 +73,9 @@ def add(app: FastAPI, service: Service) -> None:
         dialogue = await asyncio.to_thread(_dialogue, service, body, request.state.ignored)
         params = _params(body, dialogue)
         with replies.held(service, 1) as held:
-            requests = await replies.submit(service, request.state.client, [dialogue.ids], params, held)
+            requests = await replies.submit(
+                service, request.state.client, [dialogue.ids], params, held, model=body.model
+            )
             writing = Writing(service, body)
             if body.stream:
                 return EventStream(_stream(service, writing, dialogue, requests), held.pop_all(), _failed)
@@ -208,7 +210,7 @@ class Writing:
     """One message while it is written, block by block."""
 
     def __init__(self, service: Service, body: MessagesRequest) -> None:
-        self._tokenizer, self._model = service.llm.tokenizer, service.names[0]
+        self._tokenizer, self._model = service.llm.tokenizer, service.called(body.model)
         self._stops = tuple(body.stop_sequences or ())
         self._id = f"msg_{secrets.token_hex(12)}"
         self._blocks: list[dict[str, Any]] = []

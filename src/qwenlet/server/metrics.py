@@ -54,7 +54,7 @@ class EngineCollector(Collector):
             answers.add_metric([str(status)], count)
         yield answers
         if self._service.state != "loading":
-            yield from _series(self._service.names[0], self._service.llm.engine.stats)
+            yield from _series(self._service.own_names[0], self._service.llm.engine.stats)
 
 
 def _series(model: str, stats: Stats) -> Iterator[Metric]:

@@ -12,7 +12,7 @@ from qwenlet.server.service import Service
 def add(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        """The loaded model, under all its names."""
+        """The loaded model, under all its names, and the adapters beside it."""
         return {"object": "list", "data": [_card(service, name) for name in service.names]}
 
     @app.get("/v1/models/{name:path}")
@@ -30,6 +30,7 @@ def _card(service: Service, name: str) -> dict[str, Any]:
         "created": service.created,
         "owned_by": "qwenlet",
         "max_model_len": service.llm.context_length,
+        "parent": None if service.adapter(name) is None else service.own_names[0],
         "meta": {
             "n_vocab": config.vocab_size,
             "n_ctx_train": config.seq_length,

@@ -206,21 +206,21 @@ async def _answer(service: Service, request: Request, body: Asked, field: str, b
     """`field`: where the text stands; `built`: makes the dialogue, None where there is nothing to say."""
     if built is None:  # Ollama's way to load a model
         end = {"done": True, "done_reason": "load"}
-        return json_answer(_head(service) | {field: _text(field, "")} | end)
+        return json_answer(_head(service, body.model) | {field: _text(field, "")} | end)
     dialogue = await asyncio.to_thread(built)
     params = _params(body, dialogue, request.state.ignored)
     with replies.held(service, 1) as held:
-        requests = await replies.submit(service, request.state.client, [dialogue.ids], params, held)
+        requests = await replies.submit(service, request.state.client, [dialogue.ids], params, held, model=body.model)
         if body.stream is not False:
-            return LineStream(_lines(service, field, dialogue, requests), held.pop_all(), _failed)
+            return LineStream(_lines(service, body.model, field, dialogue, requests), held.pop_all(), _failed)
         (one,) = await parsed.whole(service, dialogue, requests)
         calls = [(call.name, call.arguments) for call in one.calls]
         said = _text(field, one.text, one.thought, calls)
-        return json_answer(_head(service) | {field: said} | _end(one.completion, one.finish))
+        return json_answer(_head(service, body.model) | {field: said} | _end(one.completion, one.finish))
 
 
 async def _lines(
-    service: Service, field: str, dialogue: Dialogue, requests: Sequence[EngineRequest]
+    service: Service, model: str | None, field: str, dialogue: Dialogue, requests: Sequence[EngineRequest]
 ) -> AsyncGenerator[bytes, None]:
     """Calls come whole, in the last line but one."""
     calls: list[tuple[str, str]] = []
@@ -229,27 +229,27 @@ async def _lines(
             for step in batch:
                 delta = step.delta
                 if delta.text or delta.thought:
-                    yield _line(service, field, {"done": False}, delta.text, delta.thought)
+                    yield _line(service, model, field, {"done": False}, delta.text, delta.thought)
                 for call in delta.calls:
                     if call.name is not None:
                         calls.append((call.name, ""))
                     calls[call.index] = (calls[call.index][0], calls[call.index][1] + call.arguments)
                 if step.finish is not None:
                     if calls:
-                        yield _line(service, field, {"done": False}, "", "", calls)
-                    yield _line(service, field, _end(step.chunk, step.finish))
+                        yield _line(service, model, field, {"done": False}, "", "", calls)
+                    yield _line(service, model, field, _end(step.chunk, step.finish))
 
 
-def _line(service: Service, field: str, more: dict[str, Any], *said: Any) -> bytes:
-    return msgspec.json.encode(_head(service) | {field: _text(field, *(said or ("",)))} | more) + b"\n"
+def _line(service: Service, model: str | None, field: str, more: dict[str, Any], *said: Any) -> bytes:
+    return msgspec.json.encode(_head(service, model) | {field: _text(field, *(said or ("",)))} | more) + b"\n"
 
 
 def _failed(error: ApiError) -> bytes:
     return msgspec.json.encode({"error": error.message}) + b"\n"
 
 
-def _head(service: Service) -> dict[str, Any]:
-    return {"model": service.names[0], "created_at": datetime.now(UTC).isoformat()}
+def _head(service: Service, model: str | None) -> dict[str, Any]:
+    return {"model": service.called(model), "created_at": datetime.now(UTC).isoformat()}
 
 
 def _text(field: str, text: str, thought: str = "", calls: Sequence[tuple[str, str]] = ()) -> Any:

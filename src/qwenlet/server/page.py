@@ -118,7 +118,7 @@ def add(app: FastAPI, service: Service) -> None:
             "state": service.state,
             "trouble": service.trouble(),
             "history": service.keeps_history,
-            "model": _facts(service.names[0], service.llm) if ready else None,
+            "model": _facts(service.own_names[0], service.llm) if ready else None,
         }
         return Response(msgspec.json.encode(told), media_type="application/json")
 

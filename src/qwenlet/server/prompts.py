@@ -13,8 +13,9 @@ from qwenlet.server.service import Service
 
 
 async def prompt_logprobs(
-    service: Service, prompts: Sequence[Sequence[int]], alternatives: int, reply: int, *, priority: int = 0
-) -> list[list[TokenLogprob]]:
+    service: Service, prompts: Sequence[Sequence[int]], alternatives: int, reply: int, *, model: str | None,
+    priority: int = 0,
+) -> list[list[TokenLogprob]]:  # fmt: skip
     """Of each prompt, the log-probability of every token but the first, which nothing predicts.
 
     A reply's pass finds the prompt's keys and values stored by this one: the NTK factor is that of the whole prompt, as
@@ -32,7 +33,8 @@ async def prompt_logprobs(
             read = _reader(ids, entries, alternatives)
             timeout = service.config.request_timeout
             alpha = engine.ntk_alpha(len(ids), reply)
-            requests.append(engine.read(ids, alpha, 0, read, priority=priority, timeout=timeout))
+            adapter = service.adapter(model)
+            requests.append(engine.read(ids, alpha, 0, read, priority=priority, timeout=timeout, adapter=adapter))
         await ended(service, requests)
     finally:
         for request in requests:

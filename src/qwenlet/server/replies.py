@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 from qwenlet.config import SamplingParams
@@ -31,13 +32,16 @@ async def submit(
     params: SamplingParams,
     held: ExitStack,
     *,
+    model: str | None,
     priority: int = 0,
 ) -> list[Request]:
     """Queues all prompts, n requests each: number prompt * n + choice; they are cancelled when `held` is closed.
+    `model`: what was asked for, the model or one of its adapters.
 
     Compiling a grammar stays off the event loop.
     """
     engine, timeout = service.llm.engine, service.config.request_timeout
+    params = replace(params, adapter=service.adapter(model))
     requests: list[Request] = []
 
     def end() -> None:

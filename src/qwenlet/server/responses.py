@@ -111,7 +111,9 @@ def add(app: FastAPI, service: Service) -> None:
         dialogue = await _dialogue(service, owner, body, items, toolbox)
         params = _params(body, dialogue, request.state.ignored)
         with replies.held(service, 1) as held:
-            requests = await replies.submit(service, request.state.client, [dialogue.ids], params, held)
+            requests = await replies.submit(
+                service, request.state.client, [dialogue.ids], params, held, model=body.model
+            )
             running = Running(service, owner, body, toolbox, items, params.logprobs is not None)
             if body.stream:
                 return EventStream(_stream(running, dialogue, requests), held.pop_all(), running.failed)
@@ -328,7 +330,7 @@ def _object(service: Service, body: ResponsesRequest, toolbox: Toolbox) -> dict[
         "instructions": body.instructions,
         "max_output_tokens": body.max_output_tokens,
         "max_tool_calls": None,
-        "model": service.names[0],
+        "model": service.called(body.model),
         "output": [],
         "parallel_tool_calls": bool(body.parallel_tool_calls),
         "previous_response_id": body.previous_response_id,

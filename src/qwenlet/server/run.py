@@ -41,7 +41,7 @@ def serve(
     service = Service(name, config)
     host, port = taken.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    say(f"{address}: loading {service.names[0]}")
+    say(f"{address}: loading {service.own_names[0]}")
     if listening is not None:
         listening(address)
     try:

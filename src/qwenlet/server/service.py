@@ -13,6 +13,7 @@ from typing import Literal
 
 from qwenlet.api import LLM
 from qwenlet.config import ServerConfig, is_loopback
+from qwenlet.errors import ConfigError
 from qwenlet.server.errors import RETRY_SECONDS, ApiError, busy
 from qwenlet.server.limits import Limits
 from qwenlet.store import Store, is_off
@@ -38,7 +39,7 @@ class Service:
     """One model and its clients. All of it but `store` belongs to the event loop's thread.
 
     Attributes:
-        names: under which clients ask for the model; answers carry the first.
+        own_names: under which clients ask for the model; answers carry the first.
         state: "loading" until `open`.
         answers: how many went out, by status; 499 is a client that left before.
     """
@@ -46,7 +47,8 @@ class Service:
     def __init__(self, name: str, config: ServerConfig) -> None:
         self.config = config
         # the last part of a path: clients need not learn where files lie
-        self.names: tuple[str, ...] = tuple(config.served_name or ()) or (Path(name).name if _is_path(name) else name,)
+        own = (Path(name).name if _is_path(name) else name,)
+        self.own_names: tuple[str, ...] = tuple(config.served_name or ()) or own
         self.state: State = "loading"
         self.created = int(time.time())
         self._llm: LLM | None = None
@@ -57,7 +59,11 @@ class Service:
         self.answers: Counter[int] = Counter()
 
     def open(self, llm: LLM) -> None:
-        """From now on there is a model."""
+        """From now on there is a model. Raises ConfigError where an adapter has one of the model's own names."""
+        if twice := sorted(set(self.own_names) & set(llm.adapters)):
+            raise ConfigError(
+                f"{twice[0]!r} names the model and an adapter", hint="give one of them another name (--served-name)"
+            )
         self._llm, self.state = llm, "ready"
 
     @property
@@ -89,9 +95,23 @@ class Service:
                 self._store.close()
                 self._store = None
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that clients may ask for: the model under its own names, and each adapter beside it."""
+        return self.own_names + (() if self._llm is None else self._llm.adapters)
+
+    def adapter(self, name: str | None) -> str | None:
+        """The adapter that clients mean by a model's name; None: the model alone."""
+        plain = None if name is None else name.removesuffix(":latest")  # Ollama's clients add it
+        return next((one for one in self.llm.adapters if one in (name, plain)), None)
+
+    def called(self, name: str | None) -> str:
+        """What answers call the model that was asked for."""
+        return self.adapter(name) or self.own_names[0]
+
     def check_model(self, name: str | None) -> None:
         """Raises ApiError 404 for a model that isn't here; None means the one that is."""
-        if name is not None and name not in self.names:
+        if name is not None and name not in self.own_names and name not in self.llm.adapters:
             raise ApiError(
                 404,
                 f"the model {name!r:.200} is not loaded; this server has {', '.join(map(repr, self.names))}",

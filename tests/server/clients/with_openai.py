@@ -7,12 +7,11 @@ client's types.
 
 from __future__ import annotations
 
-import json
 import sys
-import traceback
 from typing import Any
 
 import openai
+from checks import run
 from openai import OpenAI
 from pydantic import BaseModel
 
@@ -116,18 +115,7 @@ def check_a_wrong_key(client: OpenAI) -> None:
     raise AssertionError("a wrong key was taken")
 
 
-def main(url: str, key: str) -> None:
-    client = OpenAI(base_url=url, api_key=key, max_retries=0, timeout=60, _strict_response_validation=True)
-    outcomes = {}
-    for name, check in [*globals().items()]:
-        if name.startswith("check_"):
-            try:
-                check(client)
-                outcomes[name] = ""
-            except Exception:
-                outcomes[name] = traceback.format_exc()
-    json.dump(outcomes, sys.stdout)
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    url, key = sys.argv[1:]
+    client = OpenAI(base_url=url + "/v1", api_key=key, max_retries=0, timeout=60, _strict_response_validation=True)
+    run(dict(globals()), client)

@@ -8,7 +8,7 @@ portable, or torch (no kernels).
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import ModuleType
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qwenlet.errors import ConfigError
 from qwenlet.ops import reference
-from qwenlet.ops.packing import TILE_ROWS, Tiles, from_tiles
+from qwenlet.ops.packing import TILE_ROWS, Tiles, floats_from_tiles, from_tiles
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,60 @@ def linear_quant(x: Tensor, weight: Tiles, bias: Tensor | None) -> Tensor:
         bias: [N] float32 or None.
     """
     if status().isa is None or not len(x):
+        if weight.bits in (16, 32):
+            return F.linear(x, tiles_to_float(weight, x.dtype), None if bias is None else bias.to(x.dtype))
         return reference.linear_int(x, from_tiles(weight), bias).to(x.dtype)
     return linear_tiles(x, weight, bias)
+
+
+_BACK_COLUMNS = 256  # of a weight that stand in memory in floats at a time
+
+
+def linear_back(grad: Tensor, weight: Tiles) -> Tensor:
+    """grad W for grad [M, N] -> [M, K] in its dtype: how a linear's inputs change what its outputs change.
+
+    W is dequantized some columns at a time. Products are of bfloat16 where the processor has them and the weight is not
+    float32, of float32 else.
+    """
+    columns = weight.weight.shape[1] * 32 // weight.bits
+    dtype = torch.float32 if weight.bits == 32 or not _has_bf16() else torch.bfloat16
+    rows, out = grad.to(dtype), grad.new_empty(len(grad), columns)
+    for at in range(0, columns, _BACK_COLUMNS):
+        end = min(at + _BACK_COLUMNS, columns)
+        piece = F.linear(rows, tiles_columns(weight, at, end, dtype))
+        if weight.order is None:
+            out[:, at:end] = piece
+        else:
+            out[:, weight.order[at:end]] = piece.to(out.dtype)
+    return out
+
+
+@lru_cache(maxsize=1)
+def _has_bf16() -> bool:
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def tiles_columns(weight: Tiles, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    """Columns of a weight [N, K] as rows: [stop - start, N] in bfloat16 or float32, in the order they are stored.
+
+    start and stop are multiples of the columns in a word.
+    """
+    per_word = 32 // weight.bits
+    assert start % per_word == stop % per_word == 0, f"columns {start} to {stop} cut a word"
+    isa = status().isa
+    if isa is None:
+        return tiles_to_float(replace(weight, order=None), dtype)[:, start:stop].T.contiguous()
+    out = torch.empty(stop - start, weight.rows, dtype=dtype)
+    bound = weight_numbers(weight, None)
+    kernels().tiles_columns(isa, torch.get_num_threads(), start, stop, out.itemsize * 8, out.data_ptr(), *bound)
+    return out
+
+
+def tiles_to_float(weight: Tiles, dtype: torch.dtype) -> Tensor:
+    """A weight in tiles as [N, K], columns in the inputs' own order."""
+    if weight.bits in (16, 32):
+        return floats_from_tiles(weight).to(dtype)
+    return from_tiles(weight).dequantize().to(dtype)
 
 
 def linear_tiles(x: Tensor, weight: Tiles, bias: Tensor | None) -> Tensor:

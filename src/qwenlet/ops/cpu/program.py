@@ -92,26 +92,40 @@ class Program:
         self._inputs.append((place, form, number))
         return number
 
-    def norm(self, x: Tensor, weight: Tensor, eps: float, to: Sequence[int], *, last_rows: bool = False) -> None:
-        """RMSNorm of x [N, C] times weight [C], rounded into the inputs `to`."""
-        self._rows("norm", eps, _NORM, x, None, weight.float(), to, last_rows)
+    def norm(
+        self, x: Tensor, weight: Tensor, eps: float, to: Sequence[int], *, adapted: Sequence[int] = (),
+        last_rows: bool = False,
+    ) -> None:  # fmt: skip
+        """RMSNorm of x [N, C] times weight [C], rounded into the inputs `to`, and of rows with an adapter `adapted`."""
+        self._rows("norm", eps, _NORM, x, None, weight.float(), to, adapted, last_rows)
 
-    def swiglu(self, up: Tensor, gate: Tensor, to: Sequence[int]) -> None:
+    def swiglu(self, up: Tensor, gate: Tensor, to: Sequence[int], adapted: Sequence[int] = ()) -> None:
         """up * silu(gate), both [N, I], rounded into the inputs `to`."""
-        self._rows("swiglu", 0.0, _SWIGLU, up, gate, None, to)
+        self._rows("swiglu", 0.0, _SWIGLU, up, gate, None, to, adapted)
 
-    def round(self, x: Tensor, to: Sequence[int]) -> None:
+    def round(self, x: Tensor, to: Sequence[int], adapted: Sequence[int] = ()) -> None:
         """x [N, C] rounded into the inputs `to`."""
-        self._rows("round", 0.0, _ROUND, x, None, None, to)
+        self._rows("round", 0.0, _ROUND, x, None, None, to, adapted)
+
+    def round_side(self, x: Tensor, slot: int, *, last_rows: bool = False) -> None:
+        """x [N, rank] of rows with an adapter, rounded into the inputs that it has in this slot."""
+        self._rows("round", 0.0, _ROUND, x, None, None, (), last_rows=last_rows, slot=slot)
 
     def _rows(
         self, name: str, eps: float, kind: int, a: Tensor, b: Tensor | None, weight: Tensor | None, to: Sequence[int],
-        last_rows: bool = False,
+        adapted: Sequence[int] = (), last_rows: bool = False, slot: int = -1,
     ) -> None:  # fmt: skip
         self._step(name, 0)
         width = a.shape[1]
         addresses = [self._address(t) for t in (a, b, weight)]
-        self._native.program_rows(self._program, eps, kind, *addresses, 0, width, width, last_rows, *to)
+        own = [-1 - number for number in adapted if number not in to]
+        self._native.program_rows(self._program, eps, kind, *addresses, 0, width, width, last_rows, slot, *to, *own)
+
+    def weight(self, weight: Tiles, bias: Tensor | None) -> int:
+        """The number of a weight."""
+        parts = (weight.weight, weight.scales, weight.zeros, weight.minimums, bias)
+        self._held += [part for part in parts if part is not None]
+        return int(self._native.program_weight(self._program, *weight_numbers(weight, bias)))
 
     def linear(
         self, name: str, weight: Tiles, bias: Tensor | None, source: int, y: Tensor | None, *, add: bool = False,
@@ -123,11 +137,28 @@ class Program:
             wait: False if the next step doesn't need this one's result.
         """
         parts = (weight.weight, weight.scales, weight.zeros, weight.minimums, bias)
-        self._held += [part for part in parts if part is not None]
         self._step(name, sum(part.nbytes for part in parts if part is not None))
-        number = self._native.program_weight(self._program, *weight_numbers(weight, bias))
+        self._linear(self.weight(weight, bias), source, y, add, y is None, wait, -1)
+
+    def side(
+        self, name: str, slot: int, source: int, y: Tensor | None, *, add: bool, last_rows: bool = False,
+        wait: bool = True,
+    ) -> None:  # fmt: skip
+        """The same on rows with an adapter, with the weight that it has in this slot, if any; without any such row the
+        step costs nothing. Where the adapter names inputs of its own, they are read instead of `source`."""
+        self._step(name, 0)
+        self._linear(0, source, y, add, last_rows, wait, slot)
+
+    def _linear(
+        self, number: int, source: int, y: Tensor | None, add: bool, last_rows: bool, wait: bool, slot: int
+    ) -> None:
         stride = 0 if y is None else y.shape[1]
-        self._native.program_linear(self._program, number, source, self._address(y), stride, add, y is None, wait)
+        address = self._address(y)
+        self._native.program_linear(self._program, number, source, address, stride, add, last_rows, wait, slot)
+
+    def adapter(self, slots: Sequence[tuple[int, int]]) -> None:
+        """One more adapter: its weight and that weight's inputs in each slot, -1 for none and for the step's own."""
+        self._native.program_adapter(self._program, *(number for slot in slots for number in slot))
 
     def attention(
         self, heads: int, pages: CachePages, qkv: Tensor, codes: Tensor, code_scales: Tensor, out: Tensor
@@ -164,6 +195,7 @@ class Program:
         output_rows: Tensor,
         output: Tensor,
         seconds: Tensor | None = None,
+        adapted: Sequence[tuple[int, int]] = (),
     ) -> None:
         """Runs the steps for the tokens whose inputs the caller has put in place.
 
@@ -175,6 +207,8 @@ class Program:
             query_scale: [N] float32 or None for ones.
             output_rows: [M] int64, tokens whose result is wanted; output: [M, V] float32, filled.
             seconds: [steps] float64, filled with how long each step took.
+            adapted: an adapter's number and how many tokens go with it, for each that some do; they are the last ones,
+                in this order.
         """
         tokens = sum(lengths)
         assert tokens <= self.capacity, f"{tokens} tokens, room for {self.capacity}"
@@ -186,6 +220,7 @@ class Program:
             offsets.append(len(flat))
         numbers = torch.tensor([*lengths, *starts, *offsets])
         pages = torch.tensor(flat, dtype=torch.int32)
+        groups = torch.tensor(adapted, dtype=torch.int64)
         count, size = len(lengths), numbers.itemsize
         at = numbers.data_ptr()
         self._native.program_run(
@@ -193,4 +228,5 @@ class Program:
             tokens, count, at, at + count * size, pages.data_ptr(), at + 2 * count * size,
             cos.data_ptr(), sin.data_ptr(), 0 if query_scale is None else query_scale.data_ptr(),
             len(output_rows), output_rows.data_ptr(), output.data_ptr(), output.stride(0),
+            len(adapted), groups.data_ptr(),
         )  # fmt: skip

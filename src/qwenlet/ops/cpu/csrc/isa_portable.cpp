@@ -2,6 +2,7 @@
 #include "lanes_portable.h"
 
 #include "attention.h"
+#include "columns.h"
 #include "linear_bf16.h"
 #include "linear_tiles.h"
 #include "rows.h"
@@ -32,5 +33,5 @@ bool supported() { return true; }
 }  // namespace
 
 namespace qwenlet {
-const Kernels kPortable = {"portable", supported, linear_bf16<Dot>, linear_tiles, norm, swiglu, peak, weigh, round_inputs, turn_query, store, attend};
+const Kernels kPortable = {"portable", supported, linear_bf16<Dot>, linear_tiles, columns_of, norm, swiglu, peak, weigh, round_inputs, turn_query, store, attend};
 }

@@ -74,6 +74,10 @@ struct Kernels {
     void (*linear_tiles)(const TileWeight& w, const Inputs& x, int64_t rows, int64_t begin, int64_t end, float* y,
                          int64_t stride, bool add, char* scratch);
 
+    // Columns [begin, end) of one tile as floats: row `column - first` of out [*, n] gets the tile's sixteen outputs (fewer
+    // at the end), in bfloat16 (bits 16) or float32 (32). begin and end lie between words.
+    void (*columns)(const TileWeight& w, int64_t tile, int64_t begin, int64_t end, int64_t first, int bits, void* out);
+
     // out[i] = x[i] / rms(x) * weight[i]; out may be x.
     void (*norm)(const float* x, const float* weight, float eps, int64_t count, float* out);
     // out[i] = a[i] * silu(b[i])

@@ -155,6 +155,24 @@ PyObject* linear_tiles(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     Py_RETURN_NONE;
 }
 
+// tiles_columns(isa, threads, begin, end, bits, out, <weight>): columns [begin, end) as rows of out [end - begin, n]
+PyObject* tiles_columns(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
+    int64_t v[14];
+    if (!read_all("tiles_columns", args, nargs, 1, 14, v)) return nullptr;
+    const Kernels* kernels = kernels_of(args[0]);
+    if (kernels == nullptr) return nullptr;
+    const TileWeight w = weight_from(v + 5);
+    const int64_t tiles = (w.n + qwenlet::kTile - 1) / qwenlet::kTile;
+    constexpr int64_t kTiles = 8;  // a thread's share, at least: rows of `out` are written in pieces of 256 bytes
+    Py_BEGIN_ALLOW_THREADS
+    qwenlet::parallel_for(static_cast<int>(v[0]), tiles, kTiles, [&](int64_t begin, int64_t end) {
+        for (int64_t tile = begin; tile < end; ++tile)
+            kernels->columns(w, tile, v[1], v[2], v[1], static_cast<int>(v[3]), address<void>(v[4]));
+    });
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
 // words_to_lines(threads, words, count, columns, lines): words [count, columns] to lines [tiles, count, 16], zeros beyond
 PyObject* words_to_lines(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     int64_t v[5];
@@ -259,11 +277,12 @@ PyObject* add_step(PyObject* capsule, const Step& step) {
     return program == nullptr ? nullptr : add_to(program->steps, step);
 }
 
-// program_rows(program, eps, kind, a, b, weight, out, count, stride, last_rows, inputs...): a norm, a gate or a rounding
+// program_rows(program, eps, kind, a, b, weight, out, count, stride, last_rows, slot, inputs...): a norm, a gate or a
+// rounding; of the inputs those below zero are -1 - n, for rows with an adapter alone
 PyObject* program_rows(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
-    int64_t v[8];
-    if (nargs < 10) return PyErr_Format(PyExc_TypeError, "program_rows takes 10 arguments or more, got %zd", nargs);
-    if (!read_numbers(args, 2, 8, v)) return nullptr;
+    int64_t v[9];
+    if (nargs < 11) return PyErr_Format(PyExc_TypeError, "program_rows takes 11 arguments or more, got %zd", nargs);
+    if (!read_numbers(args, 2, 9, v)) return nullptr;
     Step step{static_cast<Step::Kind>(v[0])};
     step.eps = static_cast<float>(PyFloat_AsDouble(args[1]));
     step.a = address<const float>(v[1]);
@@ -273,18 +292,32 @@ PyObject* program_rows(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     step.count = v[5];
     step.stride = v[6];
     step.last_rows = v[7] != 0;
-    for (Py_ssize_t i = 10; i < nargs; ++i) {
+    step.slot = static_cast<int>(v[8]);
+    for (Py_ssize_t i = 11; i < nargs; ++i) {
         int64_t input;
         if (!read_numbers(args, i, 1, &input)) return nullptr;
-        step.to.push_back(static_cast<int>(input));
+        (input < 0 ? step.to_adapted : step.to).push_back(static_cast<int>(input < 0 ? -1 - input : input));
     }
     return add_step(args[0], step);
 }
 
-// program_linear(program, weight, inputs, y, stride, add, last_rows, wait)
+// program_adapter(program, weight and inputs of each slot) -> its number
+PyObject* program_adapter(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
+    Program* program = program_of(args[0]);
+    if (program == nullptr) return nullptr;
+    std::vector<qwenlet::Side> sides;
+    for (Py_ssize_t i = 1; i + 1 < nargs; i += 2) {
+        int64_t v[2];
+        if (!read_numbers(args, i, 2, v)) return nullptr;
+        sides.push_back({static_cast<int>(v[0]), static_cast<int>(v[1])});
+    }
+    return add_to(program->adapters, sides);
+}
+
+// program_linear(program, weight, inputs, y, stride, add, last_rows, wait, slot)
 PyObject* program_linear(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
-    int64_t v[7];
-    if (!read_all("program_linear", args, nargs, 1, 7, v)) return nullptr;
+    int64_t v[8];
+    if (!read_all("program_linear", args, nargs, 1, 8, v)) return nullptr;
     Step step{Step::kLinear};
     step.linear = static_cast<int>(v[0]);
     step.from = static_cast<int>(v[1]);
@@ -293,6 +326,7 @@ PyObject* program_linear(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     step.add = v[4] != 0;
     step.last_rows = v[5] != 0;
     step.wait = v[6] != 0;
+    step.slot = static_cast<int>(v[7]);
     return add_step(args[0], step);
 }
 
@@ -311,16 +345,17 @@ PyObject* program_attention(PyObject*, PyObject* const* args, Py_ssize_t nargs) 
 }
 
 // program_run(program, isa, threads, seconds, tokens, sequences, lengths, starts, tables, table_offsets, cos, sin,
-//             query_scale, outputs, output_rows, output, output_stride)
+//             query_scale, outputs, output_rows, output, output_stride, groups, adapted)
 PyObject* program_run(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
-    int64_t v[15];
-    if (!read_all("program_run", args, nargs, 2, 15, v)) return nullptr;
+    int64_t v[17];
+    if (!read_all("program_run", args, nargs, 2, 17, v)) return nullptr;
     const Program* program = program_of(args[0]);
     const Kernels* kernels = kernels_of(args[1]);
     if (program == nullptr || kernels == nullptr) return nullptr;
     const Batch batch{v[2], v[3], address<const int64_t>(v[4]), address<const int64_t>(v[5]), address<const int32_t>(v[6]),
                       address<const int64_t>(v[7]), address<const float>(v[8]), address<const float>(v[9]),
-                      address<const float>(v[10]), v[11], address<const int64_t>(v[12]), address<float>(v[13]), v[14]};
+                      address<const float>(v[10]), v[11], address<const int64_t>(v[12]), address<float>(v[13]), v[14],
+                      v[15], address<const int64_t>(v[16])};
     if (batch.tokens > qwenlet::kMaxBatch || batch.outputs > qwenlet::kMaxBatch)
         return PyErr_Format(PyExc_ValueError, "a program takes at most %lld rows", static_cast<long long>(qwenlet::kMaxBatch));
     Py_BEGIN_ALLOW_THREADS
@@ -338,6 +373,7 @@ PyMethodDef kMethods[] = {
     {"available", available, METH_NOARGS, "Instruction sets with kernels that this processor runs, fastest first."},
     {"linear_bf16", fast(linear_bf16), METH_FASTCALL, "linear_bf16(isa, threads, x, rows, w, n, k, bias, y)"},
     {"linear_tiles", fast(linear_tiles), METH_FASTCALL, "linear_tiles(isa, threads, x, rows, y, order, <weight>)"},
+    {"tiles_columns", fast(tiles_columns), METH_FASTCALL, "tiles_columns(isa, threads, begin, end, bits, out, <weight>)"},
     {"words_to_lines", fast(words_to_lines), METH_FASTCALL, "words_to_lines(threads, words, count, columns, lines)"},
     {"draw", fast(draw), METH_FASTCALL, "draw(isa, threads, rows, numbers, settings, tokens)"},
     {"program_new", program_new, METH_NOARGS, "An empty program."},
@@ -345,6 +381,7 @@ PyMethodDef kMethods[] = {
     {"program_weight", fast(program_weight), METH_FASTCALL, nullptr},
     {"program_pages", fast(program_pages), METH_FASTCALL, nullptr},
     {"program_rows", fast(program_rows), METH_FASTCALL, nullptr},
+    {"program_adapter", fast(program_adapter), METH_FASTCALL, nullptr},
     {"program_linear", fast(program_linear), METH_FASTCALL, nullptr},
     {"program_attention", fast(program_attention), METH_FASTCALL, nullptr},
     {"program_run", fast(program_run), METH_FASTCALL, nullptr},

@@ -69,6 +69,18 @@ class Run {
                     {first + i, std::min<int64_t>(kQueryBlock, batch.lengths[s] - i), batch.starts[s] + i, table});
             first += batch.lengths[s];
         }
+        int64_t rows = 0;
+        for (int64_t g = 0; g < batch.groups; ++g) rows += batch.adapted[2 * g + 1];
+        adapted_ = batch.tokens - rows;
+        int64_t row = adapted_, output = 0;
+        while (output < batch.outputs && batch.output_rows[output] < row) ++output;
+        for (int64_t g = 0; g < batch.groups; ++g) {
+            Group group{batch.adapted[2 * g], row, batch.adapted[2 * g + 1], output, 0};
+            row += group.rows;
+            while (output < batch.outputs && batch.output_rows[output] < row) ++output;
+            group.outputs = output - group.first_output;
+            groups_.push_back(group);
+        }
         // the longest first, so that none is left for the end
         std::stable_sort(blocks_.begin(), blocks_.end(),
                          [](const Block& x, const Block& y) { return x.position + x.rows > y.position + y.rows; });
@@ -76,6 +88,12 @@ class Run {
 
     int64_t count(const Step& step) const {
         const int64_t rows = step.last_rows ? batch_.outputs : batch_.tokens;
+        if (step.slot >= 0) {
+            if (step.kind == Step::kRound) return rows - first_adapted(step);
+            int64_t all = 0;
+            for (const Group& group : groups_) all += tiles_of(step, group);
+            return all;
+        }
         switch (step.kind) {
             case Step::kLinear: return rows ? (program_.weights[step.linear].n + kTile - 1) / kTile : 0;
             case Step::kStore: return batch_.tokens * (of(step).heads + of(step).kv_heads);
@@ -89,7 +107,7 @@ class Run {
         const int64_t rows = step.last_rows ? batch_.outputs : batch_.tokens;
         if (step.kind == Step::kLinear) {
             if (rows > kMaxRows) return 4;
-            const TileWeight& w = program_.weights[step.linear];
+            const TileWeight& w = program_.weights[step.slot < 0 ? step.linear : any_weight(step)];
             return std::max<int64_t>(2, kLeastBytes / (w.k * w.bits * 2));
         }
         if (step.kind == Step::kStore) return batch_.tokens == 1 ? 8 : of(step).heads + of(step).kv_heads;
@@ -98,7 +116,8 @@ class Run {
 
     void work(const Step& step, int64_t begin, int64_t end, char* scratch) const {
         switch (step.kind) {
-            case Step::kLinear: return linear(step, begin, end, scratch);
+            case Step::kLinear:
+                return step.slot < 0 ? linear(step, begin, end, scratch) : sides(step, begin, end, scratch);
             case Step::kStore:
                 for (int64_t i = begin; i < end; ++i) store(step, i);
                 return;
@@ -126,7 +145,58 @@ class Run {
         }
     }
 
+    bool idle(const Step& step) const { return step.slot >= 0 && count(step) == 0; }
+
   private:
+    int64_t first_adapted(const Step& step) const {
+        if (!step.last_rows) return adapted_;
+        return groups_.empty() ? batch_.outputs : groups_.front().first_output;
+    }
+
+    const Side& side(const Step& step, const Group& group) const {
+        return program_.adapters[static_cast<size_t>(group.adapter)][static_cast<size_t>(step.slot)];
+    }
+
+    int64_t tiles_of(const Step& step, const Group& group) const {
+        const int weight = side(step, group).weight;
+        return weight < 0 || !(step.last_rows ? group.outputs : group.rows) ? 0 : (program_.weights[weight].n + kTile - 1) / kTile;
+    }
+
+    int any_weight(const Step& step) const {
+        for (const Group& group : groups_)
+            if (side(step, group).weight >= 0) return side(step, group).weight;
+        return 0;
+    }
+
+    // The adapters' own weights, one adapter's tiles after the other's: each on its rows.
+    void sides(const Step& step, int64_t begin, int64_t end, char* scratch) const {
+        int64_t first = 0;
+        for (const Group& group : groups_) {
+            const int64_t tiles = tiles_of(step, group), from = std::max(begin - first, int64_t{0}), to = std::min(end - first, tiles);
+            first += tiles;
+            if (from >= to) continue;
+            const Side& its = side(step, group);
+            const TileWeight& w = program_.weights[its.weight];
+            Inputs x = program_.inputs[its.from < 0 ? step.from : its.from];
+            const int64_t row = step.last_rows ? group.first_output : group.first;
+            if (x.bf16) x.bf16 += row * x.k;
+            if (x.fp32) x.fp32 += row * x.k;
+            const int64_t stride = step.y ? step.stride : batch_.output_stride;
+            kernels_.linear_tiles(w, x, step.last_rows ? group.outputs : group.rows, from, to,
+                                  (step.y ? step.y : batch_.output) + row * stride, stride, step.add, scratch);
+        }
+    }
+
+    // An adapter's narrow rows, rounded for its second weight.
+    void round_side(const Step& step, int64_t row) const {
+        for (const Group& group : groups_)
+            if (row < (step.last_rows ? group.first_output + group.outputs : group.first + group.rows)) {
+                const Side& its = side(step, group);
+                if (its.weight >= 0) kernels_.round_inputs(step.a + row * step.stride, program_.inputs[its.from], row);
+                return;
+            }
+    }
+
     const Pages& of(const Step& step) const { return program_.pages[step.pages]; }
 
     void linear(const Step& step, int64_t begin, int64_t end, char* scratch) const {
@@ -136,6 +206,7 @@ class Run {
     }
 
     void row(const Step& step, int64_t i, float* scratch) const {
+        if (step.slot >= 0) return round_side(step, first_adapted(step) + i);
         const int64_t from = step.last_rows ? batch_.output_rows[i] : i;
         const float* a = step.a + from * step.stride;
         float* out = step.out ? step.out + i * step.count : scratch;
@@ -145,6 +216,9 @@ class Run {
             kernels_.swiglu(a, step.b + from * step.stride, step.count, out);
         for (int target : step.to)
             kernels_.round_inputs(step.kind == Step::kRound ? a : out, program_.inputs[target], i);
+        if (from >= adapted_)
+            for (int target : step.to_adapted)
+                kernels_.round_inputs(step.kind == Step::kRound ? a : out, program_.inputs[target], i);
     }
 
     void store(const Step& step, int64_t i) const {
@@ -185,6 +259,8 @@ class Run {
     std::vector<std::atomic<int64_t>> next_;
     std::vector<Place> places_;
     std::vector<Block> blocks_;
+    std::vector<Group> groups_;
+    int64_t adapted_ = 0;  // the first row with an adapter
 };
 
 // A thread's scratch lives as long as the thread.
@@ -200,6 +276,7 @@ void Program::run(const Kernels& kernels, int threads, const Batch& batch, doubl
     const auto follow = [&](int index, int count, Barrier& barrier) {
         double before = now();
         for (size_t s = 0; s < steps.size(); ++s) {
+            if (run.idle(steps[s])) continue;
             run.share(s, count, own_scratch());
             if (count > 1 && (steps[s].wait || seconds)) barrier.wait();
             if (seconds && index == 0) {

@@ -1,0 +1,419 @@
+"""A checkpoint and data -> an adapter, or a checkpoint: full, LoRA, Q-LoRA, and DPO by an adapter or in full.
+
+Finetune   everything read and checked, the plan made, nothing trained yet; `run` trains and writes
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from qwenlet import hub
+from qwenlet.checkpoint import (
+    Checkpoint,
+    Progress,
+    auto_dtype,
+    check_dtype,
+    device_by_name,
+    dtype_by_name,
+    dtype_name,
+    load_model,
+    load_quantized,
+    read_tokenizer,
+    write_trained,
+)
+from qwenlet.config import DataConfig, LoraConfig, QuantConfig, TrainingConfig
+from qwenlet.errors import CheckpointError, ConfigError, MissingTokenizerError, TrainingError
+from qwenlet.lora import add_lora, load_adapter, save_adapter
+from qwenlet.model import Qwen
+from qwenlet.tokenizer import Tokenizer
+from qwenlet.train.checkpoints import FOLDER
+from qwenlet.train.dpo import Preference
+from qwenlet.train.forecast import Forecast, forecast
+from qwenlet.train.objective import NextToken, Objective
+from qwenlet.train.preferences import Pairs, load_pairs
+from qwenlet.train.processes import Processes, processes
+from qwenlet.train.samples import Samples, load_samples
+from qwenlet.train.trainer import Outcome, Trainer
+
+Method = Literal["full", "lora", "qlora", "dpo", "dpo-full"]
+METHODS: tuple[Method, ...] = ("full", "lora", "qlora", "dpo", "dpo-full")
+# published for full and for adapters; preferences move a model that knows how to answer, so less at a time
+_LR = {"full": 1e-5, "lora": 3e-4, "qlora": 3e-4, "dpo": 5e-5, "dpo-full": 5e-7}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is asked for.
+
+    Attributes:
+        model: as for chat; data: files; out: the folder to write.
+        eval_data: files of samples that are measured and not learned; held_out: a share (below 1) or number of the data
+            for that instead; 0: nothing is measured.
+        lora: of new adapters; adapter: a folder to train further instead.
+        quant: of Q-LoRA over a checkpoint of floats.
+        memory: bytes that may be used, for the choice of what is computed again.
+    """
+
+    model: str
+    data: Sequence[str | Path]
+    out: Path
+    method: Method = "lora"
+    eval_data: Sequence[str | Path] = ()
+    held_out: float = 0.0
+    samples: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    adapter: Path | None = None
+    quant: str = "int4"
+    device: str = "auto"
+    offline: bool | None = None
+    revision: str | None = None
+    memory: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ConfigError(f"method is {self.method!r}, expected one of {', '.join(METHODS)}")
+        if not self.data:
+            raise ConfigError("no data are given")
+        if self.eval_data and self.held_out:
+            raise ConfigError("eval_data and held_out are both given", hint="measure on one of them")
+        if self.moves_all and self.adapter is not None:
+            raise ConfigError(
+                f"an adapter is given, but method is {self.method!r}", hint="merge it first, or use method 'lora'"
+            )
+        if self.training.patience is not None and not (self.eval_data or self.held_out):
+            raise ConfigError("patience is given, but nothing is measured", hint="give eval_data or held_out")
+
+    @property
+    def moves_all(self) -> bool:
+        """Whether every weight learns, and no adapter."""
+        return self.method in ("full", "dpo-full")
+
+    @property
+    def prefers(self) -> bool:
+        """Whether the data are pairs."""
+        return self.method in ("dpo", "dpo-full")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will be, in figures.
+
+    Attributes:
+        learning, all: parameters.
+        recompute: what is computed again; forecast: bytes by its parts.
+        steps, tokens: of the run; seconds: as this machine's products go.
+    """
+
+    learning: int
+    all: int
+    recompute: str
+    forecast: Forecast
+    steps: int
+    tokens: int
+    seconds: float
+
+
+class Finetune:
+    """A job read and checked.
+
+    Attributes:
+        samples, held_out: to learn and to measure.
+        plan: what the run will be.
+    Raises:
+        QwenletError: its branches say what was wrong with the model, the data or an option.
+    """
+
+    def __init__(
+        self, job: Job, *, group: Processes | None = None, progress: Progress | None = None,
+        note: Callable[[str], None] | None = None,
+    ) -> None:  # fmt: skip
+        self.job, self.group = job, group or Processes()
+        self.note = note if note is not None and self.group.first else _silent
+        self.device = device_by_name(job.device)
+        if (job.out / "config.json").exists() or (job.out / "adapter_config.json").exists():
+            raise CheckpointError(f"{job.out} holds a finished model already", hint="choose another --out or remove it")
+        self.path = hub.resolve(job.model, offline=job.offline, revision=job.revision, progress=progress)
+        self.checkpoint = Checkpoint.open(self.path)
+        tokenizer = read_tokenizer(self.checkpoint)
+        if isinstance(tokenizer, MissingTokenizerError):
+            raise tokenizer
+        self.tokenizer: Tokenizer = tokenizer
+        self.pairs: Pairs | None = None
+        self.held_pairs: Pairs | None = None
+        self.samples, self.held_out = self._samples()
+        self.dtype = self._dtype()
+        self.model = self._model(progress)
+        self.plan = self._plan()
+        self.model.transformer.recompute = self.plan.recompute  # type: ignore[assignment]
+
+    # -------------------------------------------------------------------------------------------------------- the data
+
+    def _samples(self) -> tuple[Samples, Samples | None]:
+        job = self.job
+        limit = self.checkpoint.config.seq_length
+        if job.samples.max_length > limit:
+            self.note(
+                f"max_length {job.samples.max_length} is beyond the {limit} tokens the model was made for: training "
+                "has neither dynamic NTK nor log-n attention, as published"
+            )
+        system = {"auto": self.checkpoint.default_system, "none": None}.get(job.samples.system, job.samples.system)
+        if job.prefers:
+            return self._pairs(system)
+        cache = hub.cache_dir() / "tokens"
+        read = partial(load_samples, tokenizer=self.tokenizer, config=job.samples, system=system, cache=cache)
+        samples = read(job.data)
+        for line in samples.report.lines(job.samples.max_length):
+            self.note(line)
+        if job.eval_data:
+            return samples, read(job.eval_data)
+        if job.held_out:
+            return samples.split(job.held_out, job.training.seed)
+        return samples, None
+
+    def _pairs(self, system: str | None) -> tuple[Samples, Samples | None]:
+        """The same of preferences: the two of a pair count as one sample."""
+        job = self.job
+        pairs = load_pairs(job.data, self.tokenizer, job.samples, system=system)
+        for line in pairs.each.report.lines(job.samples.max_length):
+            self.note(line)
+        if job.eval_data:
+            self.held_pairs = load_pairs(job.eval_data, self.tokenizer, job.samples, system=system)
+        elif job.held_out:
+            pairs, self.held_pairs = pairs.split(job.held_out, job.training.seed)
+        self.pairs = pairs
+        return pairs.both, None if self.held_pairs is None else self.held_pairs.both
+
+    # ------------------------------------------------------------------------------------------------------- the model
+
+    def _dtype(self) -> torch.dtype:
+        named = self.job.training.dtype
+        if self.job.method == "qlora":
+            if named not in ("auto", "fp32"):
+                raise ConfigError(f"dtype is {named!r}, but quantized weights compute in fp32", hint="leave dtype out")
+            return torch.float32
+        dtype = auto_dtype(self.device)[0] if named == "auto" else dtype_by_name(named)
+        check_dtype(dtype, self.device)
+        return dtype
+
+    def _model(self, progress: Progress | None) -> Qwen:
+        job = self.job
+        if job.method == "qlora":
+            if self.device.type != "cpu":
+                raise ConfigError("quantized weights run on a CPU only in this version", hint="use --method lora")
+            quant = None if self.checkpoint.is_quantized else QuantConfig.named(job.quant).fit(self.checkpoint.config)
+            model, _ = load_quantized(self.checkpoint, quant, hub.cache_dir() / "kernels", progress=progress)
+        else:
+            model, _ = load_model(self.checkpoint, self.dtype, self.device, progress=progress)
+        torch.manual_seed(job.training.seed)
+        grown = self.tokenizer.vocab_size > model.config.vocab_size
+        kept = set(job.lora.modules_to_save)
+        if grown and not job.moves_all and not {"wte", "lm_head"} <= kept:
+            raise ConfigError(
+                f"the vocabulary has {self.tokenizer.vocab_size} tokens, but the model {model.config.vocab_size}: the "
+                "rows of the new ones have to learn",
+                hint="add --modules-to-save wte --modules-to-save lm_head",
+            )
+        if grown:
+            model.resize_vocabulary(self.tokenizer.vocab_size)
+        if job.moves_all:
+            model.requires_grad_(True)
+        elif job.adapter is not None:
+            load_adapter(model, job.adapter)
+        else:
+            add_lora(model, job.lora)
+        keep_masters(model)
+        return model.train()
+
+    @property
+    def is_chat(self) -> bool:
+        return self.checkpoint.defaults.chat_format is not None
+
+    # -------------------------------------------------------------------------------------------------------- the plan
+
+    def _plan(self) -> Plan:
+        job = self.job
+        learning = [p for p in self.model.parameters() if p.requires_grad]
+        count = sum(p.numel() for p in learning)
+        adapted = 0 if job.moves_all else sum(
+            p.numel() for name, p in self.model.named_parameters() if p.requires_grad and "lora_" in name
+        )  # fmt: skip
+        frozen = sum(p.nbytes for name, p in self.model.named_parameters() if not p.requires_grad and "wte" not in name)
+        if job.method == "qlora":
+            frozen += self.checkpoint.config.parameter_count * 5 // 8
+        tokens = self._batch_tokens()
+        made = forecast(
+            self.model.config, frozen_bytes=frozen, learning=count, adapted=adapted, tokens=tokens,
+            dtype=dtype_name(self.dtype), optimizer=job.training.optimizer, processes=self.group.count,
+            sharded=job.training.parallel == "fsdp",
+        )  # fmt: skip
+        asked = job.training.checkpointing
+        recompute = made.fitting(job.memory) if asked == "auto" else asked
+        epochs = job.training.epochs
+        total = int(self.samples.report.tokens * epochs)
+        rate = _operations_per_second(self.model.config.hidden_size, min(tokens, 1024), self.dtype, self.device)
+        return Plan(
+            learning=count,
+            all=self.model.config.parameter_count,
+            recompute=recompute,
+            forecast=made,
+            steps=0,
+            tokens=total,
+            seconds=total * made.operations[recompute] / rate / self.group.count,
+        )
+
+    def _batch_tokens(self) -> int:
+        training, longest = self.job.training, int(self.samples.lengths.max())
+        both = 2 if self.job.prefers and training.packed else 1  # a pair is two samples, one where it is measured
+        return training.batch_size * both * (self.job.samples.max_length if training.packed else longest)
+
+    # --------------------------------------------------------------------------------------------------------- the run
+
+    def run(self, *, progress: Progress | None = None) -> Outcome:
+        """Trains and writes `out`: the adapter or the checkpoint of the best evaluation, or of the end without one.
+
+        An interrupted run goes on where it stopped when the same job is given again.
+
+        Raises:
+            TrainingError, CheckpointError: as `Trainer.run`.
+        """
+        job = self.job
+        budget = self._batch_tokens() if job.training.packed else None
+        objective, held_out = self._objectives(progress)
+        trainer = Trainer(
+            self.model,
+            objective,
+            job.training,
+            lr=job.training.lr or _LR[job.method],
+            dtype=self.dtype,
+            device=self.device,
+            out=job.out,
+            run=self._run(),
+            held_out=held_out,
+            group=self.group,
+            export=self._export,
+            export_always=not job.moves_all,
+            budget=budget,
+            progress=progress,
+            note=self.note,
+        )
+        outcome = trainer.run()
+        if outcome.why == "interrupted":
+            return outcome
+        if outcome.best_step is not None and outcome.best_step != outcome.steps:
+            trainer.take_best()
+        work = job.out / FOLDER / "result"
+        if self.group.first:
+            shutil.rmtree(work, ignore_errors=True)
+        self.group.wait()
+        trainer.write(work)
+        if self.group.first:
+            publish(work, job.out)
+        self.group.wait()
+        return outcome
+
+    def _objectives(self, progress: Progress | None) -> tuple[Objective, Objective | None]:
+        """What is made smaller and what is measured, before a weight has moved."""
+        if self.pairs is None:
+            return NextToken(self.samples), None if self.held_out is None else NextToken(self.held_out)
+        made = [Preference(pairs, self.job.training.dpo_beta) for pairs in (self.pairs, self.held_pairs) if pairs]
+        fresh = not self.job.moves_all and self.job.adapter is None and not self.job.lora.modules_to_save
+        if not fresh or self.group.count > 1:
+            autocast = nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
+            for one in made:
+                with autocast:
+                    one.prepare(self.model, self.device, progress=progress)
+        return made[0], made[1] if len(made) > 1 else None
+
+    def _run(self) -> dict[str, Any]:
+        """What the weights depend on."""
+        job = self.job
+        free = {"keep", "save_every", "parallel", "checkpointing"}
+        return {
+            "model": str(self.path),
+            "method": job.method,
+            "data": self.samples.fingerprint,
+            "held_out": None if self.held_out is None else self.held_out.fingerprint,
+            "training": {name: value for name, value in asdict(job.training).items() if name not in free},
+            "max_length": job.samples.max_length,
+            "lora": None if job.moves_all else str(job.lora),
+            "adapter": None if job.adapter is None else str(job.adapter),
+            "processes": self.group.count,
+        }
+
+    def _export(self, folder: Path) -> None:
+        if not self.job.moves_all:
+            save_adapter(self.model, folder, base=str(self.path))
+            return
+        folder.mkdir(parents=True)
+        dtype = torch.float16 if self.dtype == torch.float16 else torch.bfloat16
+        dtype = torch.float32 if self.job.training.dtype == "fp32" else dtype
+        write_trained(folder, self.checkpoint, self.model, dtype)
+
+
+def finetune(
+    job: Job,
+    *,
+    before: Callable[[Finetune], bool] | None = None,
+    progress: Progress | None = None,
+    note: Callable[[str], None] | None = None,
+) -> Outcome | None:
+    """Does a job, alone or as one of the processes that the environment names.
+
+    Args:
+        before: sees what was read and planned; False from it ends here.
+        progress: called with (done, in all, what) while files are read and while steps are done.
+    """
+    with processes(device_by_name(job.device)) as group:
+        made = Finetune(job, group=group, progress=progress, note=note)
+        if before is not None and group.first and not before(made):
+            return None
+        return made.run(progress=progress)
+
+
+def keep_masters(model: Qwen) -> None:
+    """What learns becomes float32 in memory of its own: small steps would be lost in 16 bits."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            own = parameter.data.clone() if parameter.dtype == torch.float32 else parameter.data.float()
+            parameter.data = own
+
+
+def publish(work: Path, out: Path) -> None:
+    """Moves what was written into its place, what names it as whole last."""
+    try:
+        for path in sorted(work.iterdir(), key=lambda path: path.suffix == ".json" and "config" in path.name):
+            os.replace(path, out / path.name)
+        work.rmdir()
+    except OSError as error:
+        raise TrainingError(
+            f"{out} could not be written: {error}", hint="look at the free space; the same command goes on there"
+        ) from None
+
+
+def _operations_per_second(width: int, rows: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Of products of this machine, as one of this size goes; what is around them takes about as long again."""
+    x, w = (
+        torch.ones(rows, width, dtype=dtype, device=device),
+        torch.ones(width, 2 * width, dtype=dtype, device=device),
+    )
+    x @ w
+    begun = time.perf_counter()
+    for _ in range(3):
+        x @ w
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return 0.5 * 3 * 2.0 * rows * width * 2 * width / max(time.perf_counter() - begun, 1e-9)
+
+
+def _silent(text: str) -> None: ...

@@ -1,0 +1,101 @@
+"""`qwenlet finetune` and `pretrain`: from a file of examples to something that chats, and what they say on the way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tests.train.tiny import TINY
+
+from qwenlet.checkpoint import Checkpoint, write_random
+from qwenlet.lora import Adapter
+
+ARGUMENTS = ["--epochs", "2", "--accumulation", "1", "--batch-size", "4", "--max-length", "64", "--dtype", "fp32"]
+
+
+@pytest.fixture
+def model(tmp_path: Path, qwen_vocab: Path) -> Path:
+    from dataclasses import replace
+
+    return write_random(tmp_path / "tiny", replace(TINY, vocab_size=151_936), dtype="fp32", tokenizer_file=qwen_vocab)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "data.jsonl"
+    lines = [{"instruction": f"Count to {n}", "output": " ".join(map(str, range(1, n + 1)))} for n in range(1, 13)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def test_an_adapter_out_of_examples(run, model: Path, data: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    result = run("finetune", str(model), str(data), "--out", str(out), "--rank", "4", "--held-out", "2", *ARGUMENTS)
+    assert (result.code, result.out) == (0, f"{out}\n")
+    assert "12 alpaca: 12 samples" in result.err
+    assert "parameters learn" in result.err
+    assert "held-out loss" in result.err
+    adapter = Adapter.read(out, Checkpoint.open(model).config)
+    assert len(adapter.factors) == 2 * 5
+    training = out / "training"
+    assert (training / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert any((training / "tensorboard").iterdir())
+    steps = [json.loads(line) for line in (training / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in steps if "loss" in line] == list(range(1, len(steps) - 2))
+    assert (sorted(training.glob("step-*"))[-1] / "export" / "adapter_model.safetensors").exists()
+    again = run("finetune", str(model), str(data), "--out", str(out))
+    assert again.code == 1
+    assert "holds a finished model already" in again.err
+
+
+def test_all_weights_become_a_checkpoint(run, model: Path, data: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    result = run(
+        "finetune", str(model), str(data), "--out", str(out), "--method", "full", "--max-steps", "2", *ARGUMENTS
+    )
+    assert result.code == 0, result.err
+    trained = Checkpoint.open(out)
+    assert trained.config == Checkpoint.open(model).config
+    assert (out / "qwen.tiktoken").exists()
+    assert (out / "generation_config.json").exists()
+
+
+def test_a_preview_shows_what_is_learned_and_trains_nothing(run, model: Path, data: Path, tmp_path: Path):
+    result = run("finetune", str(model), str(data), "--out", str(tmp_path / "out"), "--preview", "1")
+    assert result.code == 0, result.err
+    assert "<|im_start|>user\nCount to 1<|im_end|>" in result.out
+    assert "[[1<|im_end|>]]" in result.out
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--method", "magic"], "method is 'magic'"),
+        (["--schedule", "up"], "schedule is 'up', expected one of cosine"),
+        (["--epochs", "0"], "epochs is 0.0, expected more than 0"),
+        (["--patience", "2"], "nothing is measured"),
+        (["--targets", "nonsense"], "nonsense"),
+    ],
+)
+def test_wrong_options_are_named(run, model: Path, data: Path, tmp_path: Path, arguments: list[str], why: str):
+    result = run("finetune", str(model), str(data), "--out", str(tmp_path / "out"), *arguments)
+    assert result.code == 1
+    assert why in result.err
+
+
+def test_a_model_from_nothing(run, tmp_path: Path, qwen_vocab: Path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n<|endoftext|>\n".join(f"The {n} foxes sleep." for n in range(40)), encoding="utf-8")
+    out = tmp_path / "out"
+    result = run(
+        "pretrain", str(text), "--out", str(out), "--tokenizer", str(qwen_vocab), "--vocabulary", "512",
+        "--layers", "2", "--hidden", "32", "--heads", "2", "--inner", "48", "--length", "32", "--epochs", "3",
+        "--batch-size", "4",
+        "--accumulation", "1", "--dtype", "fp32", "--prompt", "The", "--held-out", "0.1",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    assert "by counts alone" in result.err
+    config = Checkpoint.open(out).config
+    assert (config.model_type, config.vocab_size, config.seq_length) == ("qwen", 512, 32)

@@ -1,0 +1,140 @@
+"""Pre-training: corpora, cut vocabularies, baselines against values by hand, and a small run."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tests.engine.tiny import byte_tokenizer
+from tests.train.tiny import CPU, TINY
+
+import qwenlet
+from qwenlet.checkpoint import Checkpoint
+from qwenlet.config import ModelConfig, TrainingConfig
+from qwenlet.errors import ConfigError, DataError
+from qwenlet.tokenizer import Tokenizer
+from qwenlet.tokenizer_formats import Vocabulary, read_qwen
+from qwenlet.train.baselines import longest_overlap, ngram_loss
+from qwenlet.train.corpus import Corpus, build
+from qwenlet.train.pretrain import PretrainJob, cut_vocabulary, new_model, pretrain, sized
+from qwenlet.train.samples import Report, Samples
+
+
+def of_ids(*documents: list[int]) -> Samples:
+    starts = np.cumsum([0, *(len(ids) for ids in documents)])
+    ids = np.concatenate([np.array(ids, np.int32) for ids in documents])
+    return Samples(ids, np.ones(len(ids), bool), starts, [""] * len(documents), Report())
+
+
+@pytest.fixture
+def story(tmp_path: Path) -> Path:
+    path = tmp_path / "stories.txt"
+    tales = [f"The {animal} has {count} red hats." for animal in ("cat", "dog", "owl", "bee") for count in range(9)]
+    path.write_text("\n<|endoftext|>\n".join(tales), encoding="utf-8")
+    return path
+
+
+def test_documents_end_where_the_file_says_and_are_cut_to_pieces(story: Path, tmp_path: Path):
+    tokenizer = byte_tokenizer()
+    learned, held_out = build([story], tokenizer, tmp_path / "made", held_out=0.1)
+    assert (len(learned.starts) - 1, len(held_out.starts) - 1) == (32, 4)
+    samples = learned.samples(16)
+    assert samples.lengths.max() == 16
+    assert samples.lengths.sum() == len(learned.ids)
+    whole = [tokenizer.decode(learned.ids[a:b]) for a, b in zip(learned.starts, learned.starts[1:], strict=False)]
+    assert all(text.startswith("The ") and text.endswith("hats.<|endoftext|>") for text in whole)
+    assert isinstance(learned.ids, np.memmap)
+
+
+def test_a_corpus_is_made_once(story: Path, tmp_path: Path):
+    build([story], byte_tokenizer(), tmp_path / "made", held_out=0.1)
+    (file,) = (tmp_path / "made").glob("*/train.tokens")
+    before = file.stat().st_mtime_ns
+    build([story], byte_tokenizer(), tmp_path / "made", held_out=0.1)
+    assert file.stat().st_mtime_ns == before
+    file.write_bytes(b"shorter!")
+    with pytest.raises(DataError, match="expected"):
+        Corpus.open(file)
+
+
+def test_lines_of_json_and_what_is_wrong_with_them(tmp_path: Path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "one text"}\n{"text": "another"}\n', encoding="utf-8")
+    learned, held_out = build([path], byte_tokenizer(), tmp_path / "made", held_out=0.5)
+    assert len(learned.ids) + len(held_out.ids) == len("one text") + len("another") + 2
+    path.write_text('{"text": "one"}\n{"text": 3}\n', encoding="utf-8")
+    with pytest.raises(DataError, match=r"texts\.jsonl:2: text is 3"):
+        build([path], byte_tokenizer(), tmp_path / "made", held_out=0.5)
+
+
+def test_a_cut_vocabulary_encodes_as_the_whole_one_would_with_fewer_merges(qwen_vocab: Path):
+    whole, _ = read_qwen(qwen_vocab)
+    cut = Tokenizer(cut_vocabulary(whole, 1024))
+    text = "Once upon a time, 从前 there was a fox.\n"
+    ids = cut.encode(text)
+    assert cut.decode(ids) == text
+    assert max(ids) < 1024
+    assert len(ids) > len(Tokenizer(whole).encode(text))
+    assert cut.im_end_id == 1023
+    with pytest.raises(ConfigError, match="259"):
+        cut_vocabulary(whole, 100)
+
+
+def test_counts_of_single_tokens_by_hand():
+    """Learned: a a b. A single token's probability mixes its count with 1/4: two kinds, three tokens."""
+    loss = ngram_loss(of_ids([0, 0, 1]), of_ids([0, 0, 2]), 1, vocabulary=4)
+    assert loss == pytest.approx(-(math.log((2 + 2 / 4) / 5) + math.log((0 + 2 / 4) / 5)) / 2)
+
+
+def test_longer_counts_foretell_what_repeats():
+    learned, held_out = of_ids([0, 1, 2, 3] * 20), of_ids([0, 1, 2, 3] * 5)
+    losses = [ngram_loss(learned, held_out, order, vocabulary=8) for order in (1, 2, 3)]
+    assert losses[0] > 1.2
+    assert losses[1] < 0.1
+
+
+def test_the_longest_piece_that_was_learned_by_heart():
+    assert longest_overlap("a red hat on a cat", ["the red hat", "on a mat"]) == " red hat"
+    assert longest_overlap("xyz", ["abc"]) == ""
+    assert longest_overlap("b" + "c", ["ab", "cd"]) in ("b", "c"), "texts are not joined"
+
+
+def test_a_new_model_starts_as_published():
+    config = ModelConfig(**(vars(TINY) | {"hidden_size": 64, "head_dim": 32, "num_hidden_layers": 8}))
+    model = new_model(config, 0, CPU)
+    assert float(model.transformer.wte.weight.detach().std()) == pytest.approx(0.02, rel=0.05)
+    residual = torch.cat([block.mlp.c_proj.weight.detach().flatten() for block in model.transformer.h])
+    assert float(residual.std()) == pytest.approx(0.02 / math.sqrt(16), rel=0.05)
+    assert not model.transformer.h[0].attn.c_attn.bias.any()
+    assert torch.equal(model.transformer.ln_f.weight, torch.ones(64))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_small_model_learns_and_loads_as_any_checkpoint(story: Path, tmp_path: Path, tied: bool):
+    tokenizer = byte_tokenizer()
+    vocabulary = Vocabulary(
+        {bytes([byte]): byte for byte in range(256)}, tokenizer.special_tokens, tokenizer._pre_tokenizer, 259, "bytes",
+        eos_id=256, pad_id=256,
+    )  # fmt: skip
+    job = PretrainJob(
+        data=[story], out=tmp_path / "out", vocabulary=vocabulary, length=64, held_out=0.1, baselines=(1, 3),
+        prompt="The ",
+        config=sized(TINY, vocab_size=320, hidden_size=32, num_attention_heads=2, tie_word_embeddings=tied),
+        training=TrainingConfig(epochs=25, batch_size=8, accumulation=1, lr=1e-2, dtype="fp32", warmup=5),
+    )  # fmt: skip
+    report = pretrain(job)
+    assert report is not None
+    assert report.held_out < report.baselines[1] - 1.0
+    assert 0.0 < report.flops_share < 1.0
+    assert report.sample.startswith("The ")
+    assert report.overlap in story.read_text(encoding="utf-8")
+    assert json.loads((tmp_path / "out" / "training" / "report.json").read_text())["held_out"] == report.held_out
+    checkpoint = Checkpoint.open(tmp_path / "out")
+    assert checkpoint.config == job.config
+    with qwenlet.load(str(tmp_path / "out"), dtype="fp32") as llm:
+        score = llm.score("The cat", " has 3 red hats.")
+        assert math.exp(-score.logprob / len(score.token_logprobs)) < 8.0

@@ -1,0 +1,64 @@
+"""Two processes learn what one learns: the same losses, step by step, with whole models (ddp) and with parts (fsdp)."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(out: Path, count: int, parallel: str, method: str, max_steps: int = 6) -> tuple[Any, dict[str, torch.Tensor]]:
+    """(losses, held-out losses, step gone on from), and the weights at the end."""
+    out.mkdir(exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.train.two", str(out), parallel, method, str(max_steps)]
+    shared = os.environ | {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    started = [
+        subprocess.Popen(command, cwd=ROOT, env=shared | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        for rank in range(count)
+    ]
+    for process in started:
+        _, said = process.communicate(timeout=240)
+        assert process.returncode == 0, said[-3000:]
+    return json.loads((out / "outcome.json").read_text()), load_file(out / "weights.safetensors")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("alone")
+    return {method: run(folder / method, 1, "ddp", method) for method in ("full", "lora")}
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_follow_the_curve_of_one(tmp_path: Path, alone: dict[str, Any], parallel: str, method: str):
+    (losses, held_out, _), weights = run(tmp_path, 2, parallel, method)
+    (expected, expected_held_out, _), expected_weights = alone[method]
+    assert len(losses) == 6
+    assert losses == pytest.approx(expected, abs=1e-4)
+    assert losses[-1] < losses[0] - 0.02
+    assert [loss for _, loss in held_out] == pytest.approx([loss for _, loss in expected_held_out], abs=1e-4)
+    for name, tensor in expected_weights.items():
+        torch.testing.assert_close(weights[name], tensor, atol=2e-3, rtol=0, msg=name)
+
+
+def test_a_run_of_parts_goes_on_where_it_stopped(tmp_path: Path, alone: dict[str, Any]):
+    """Checkpoints hold whole tensors, so they are put back into parts."""
+    run(tmp_path, 2, "fsdp", "full", max_steps=3)
+    path = tmp_path / "training" / "step-000003"
+    assert path.exists()
+    (losses, _, resumed), _ = run(tmp_path, 2, "fsdp", "full", max_steps=6)
+    assert resumed == 3
+    assert len(losses) == 3
