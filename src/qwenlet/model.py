@@ -189,6 +189,15 @@ class Transformer(nn.Module):
         self.shape = config
         self.recompute: Recompute = "none"
 
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether training computes a block again for its gradient instead of keeping what it needs."""
+        return self.recompute != "none"
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, on: bool) -> None:
+        self.recompute = "full" if on else "none"
+
     def forward(self, x: Tensor, rows: Rows, past: Past) -> Tensor:
         """Embedded tokens x [N, C] -> last hidden states [N, C], normed."""
         rotation = Rotation(self.shape, rows, extend=not self.training)
@@ -211,15 +220,6 @@ class Qwen(nn.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.tie_weights()
-
-    @property
-    def gradient_checkpointing(self) -> bool:
-        """Whether training computes a block again for its gradient instead of keeping what it needs."""
-        return self.transformer.recompute != "none"
-
-    @gradient_checkpointing.setter
-    def gradient_checkpointing(self, on: bool) -> None:
-        self.transformer.recompute = "full" if on else "none"
 
     def tie_weights(self) -> None:
         """Makes head and embedding one parameter; needed again after either was assigned."""

@@ -211,7 +211,7 @@ def test_an_adapter_learns_beside_codes(kind: str) -> None:
     layer = model.transformer.h[1].mlp.w1
     before = layer.tiles.weight.clone()
     add_lora(model, LoraConfig(rank=8, dropout=0.0))
-    model.gradient_checkpointing = True
+    model.transformer.gradient_checkpointing = True
     ids = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.AdamW(trainable(model).values(), lr=0.02)
     losses = []

@@ -79,7 +79,7 @@ def saying(text: str, seed: int = 0) -> Iterator[Scripted]:
     service = Service("demo", ServerConfig())
     llm: Any = SimpleNamespace(
         tokenizer=byte_tokenizer(), engine=script, options=EngineConfig(), defaults=GenerationDefaults(),
-        default_system="", context_length=8192,
+        default_system="", context_length=8192, adapters=(),
     )  # fmt: skip
     service.open(llm)
     listening = socket.socket()

@@ -173,7 +173,6 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "truncation": ({"truncation": "auto"}, "truncation"),
     "a built-in tool": ({"tools": [{"type": "web_search"}]}, "tools"),
     "no schema": ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema"),
-    "a format and tools": ({"tools": FLAT, "text": {"format": {"type": "json_object"}}}, "text.format"),
 }
 
 

@@ -53,7 +53,7 @@ def pretrain(
     device: Annotated[str, typer.Option(help="Where to train: auto, cpu, cuda, cuda:1 ...")] = "auto",
     offline: Annotated[bool, typer.Option("--offline", help="Use only what is on this machine.")] = False,
 ) -> None:
-    """Train a model on text: a new one of any size, or a checkpoint that goes on reading.
+    """Train a model on text, from nothing or further.
 
     No token sees another document. OUT gets the checkpoint, and OUT/training the log, the picture of the loss and a
     report: the loss on what was held out beside that of n-gram counts, and a sample with what of it stands in the text.

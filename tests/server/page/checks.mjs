@@ -201,7 +201,8 @@ checks.system_prompt_and_sampling = async (job) => {
   await page.reload();
   await page.waitForSelector(".stats");
   await page.keyboard.press("Control+.");
-  assert.equal(await page.inputValue("#system"), "You are a pirate.");
+  // the panel is there before what it shows
+  await page.waitForFunction(() => document.querySelector("#system")?.value === "You are a pirate.");
   assert.equal(await number.inputValue(), "0.7");
   await page.getByRole("button", { name: "Back to the model's own: Temperature" }).click();
   assert.equal(await number.inputValue(), "1");
