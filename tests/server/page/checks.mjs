@@ -838,7 +838,7 @@ checks.two_thousand_messages = async (job) => {
   const other = await opened(job, `/#${short.id}`);
   await other.waitForFunction(() => document.querySelectorAll(".row").length === 200);
   const little = await scrolling(job, other);
-  assert.ok(long < 4 * little + 5, `a step of scrolling takes ${long.toFixed(1)} ms, of 200 messages ${little.toFixed(1)} ms`);
+  assert.ok(long < 2.5 * little + 2, `a step of scrolling takes ${long.toFixed(1)} ms, of 200 messages ${little.toFixed(1)} ms`);
   await page.bringToFront();
   await page.getByRole("button", { name: "To the end" }).click();
   await page.waitForFunction(() => { const view = document.querySelector(".thread"); return view.scrollHeight - view.scrollTop - view.clientHeight < 80; }); // prettier-ignore
