@@ -209,17 +209,19 @@ def published_call(reply: str) -> tuple[str, str]:
     between = [reply.find(word) for word in ("Action:", "Action Input:", "Observation:")]
     action = reply[between[0] + len("Action:") : between[1]].strip()
     written = reply[between[1] + len("Action Input:") : between[2]].strip()
+    json5 = _json5()  # a missing one is no reply that can't be read
     try:
-        return action, _sorted(_json5().loads(written))
+        return action, _sorted(json5.loads(written))
     except Exception:  # whatever a parser makes of what a model wrote: it could not be read
         return action, ""
 
 
 def fits(call: Call, allowed: Mapping[str, Sequence[Any]]) -> bool:
     """Whether every argument has a value that is right, all that are needed are there, and no others."""
+    json5 = _json5()
     try:
-        arguments = _json5().loads(call.arguments)
-    except Exception:
+        arguments = json5.loads(call.arguments)
+    except Exception:  # as above
         return False
     if not isinstance(arguments, dict) or not arguments.keys() <= allowed.keys():
         return False
