@@ -117,9 +117,11 @@ def test_all_sets_agree_to_the_bit_on_quantized_weights(
 
 
 @needs_kernels
-def test_lines_that_no_scratch_holds_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
-    columns = 1 << 15
-    all_sets_agree(torch.randn(40, columns), to_tiles(weight(4, 64, "constant", 64, columns)), monkeypatch)
+@pytest.mark.parametrize(("columns", "group", "rows"), [(1 << 15, 64, 40), (1 << 16, 32, 130), (1 << 18, 32, 20)])
+def test_widths_beyond_scratch(monkeypatch: pytest.MonkeyPatch, columns: int, group: int, rows: int) -> None:
+    """Where not all lines fit unpacked, not the tables of all rows, and not those of sixteen."""
+    x = torch.randn(rows, columns) / 16  # sums of so many groups stay of the size that the tolerance is for
+    all_sets_agree(x, to_tiles(weight(4, group, "constant", 64, columns)), monkeypatch)
 
 
 @needs_kernels

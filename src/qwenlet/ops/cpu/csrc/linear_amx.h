@@ -193,13 +193,21 @@ void amx_int4_pass(const TileWeight& w, const Inputs& x, int64_t first, int64_t 
         }
 }
 
+// Rows that a pass takes at most: as many as scratch has tables for, beside two groups of four tiles unpacked; 0 where a
+// weight is so wide that these of one register's rows don't fit.
+inline int64_t amx_pass(const TileWeight& w) {
+    const int64_t left = qwenlet::kScratch - 2 * kAmxTiles * w.group * 16, a_row = w.k / w.group * 8;
+    const int64_t fitting = left / a_row / 16 * 16;
+    return fitting < 128 ? fitting : 128;
+}
+
 template <Zero Z>
 void amx_int4(const TileWeight& w, const Inputs& x, int64_t rows, int64_t begin, int64_t end, float* y, int64_t stride,
               bool add, char* scratch) {
     AmxShape shape(static_cast<int>(w.group < 64 ? w.group : 64));
-    constexpr int64_t kPass = 128;
-    for (int64_t first = 0; first < rows; first += kPass)
-        amx_int4_pass<Z>(w, x, first, rows - first < kPass ? rows - first : kPass, begin, end, y, stride, add, scratch, shape);
+    const int64_t pass = amx_pass(w);
+    for (int64_t first = 0; first < rows; first += pass)
+        amx_int4_pass<Z>(w, x, first, rows - first < pass ? rows - first : pass, begin, end, y, stride, add, scratch, shape);
 }
 
 // ------------------------------------------------------------------------------------------------- bfloat16
@@ -263,7 +271,7 @@ void linear_tiles_amx(const TileWeight& w, const Inputs& x, int64_t rows, int64_
                       int64_t stride, bool add, char* scratch) {
     // for any number of rows, or a row's bits would depend on it
     if (w.bits == 16 && w.k % 32 == 0) return amx_bf16(w, x, rows, begin, end, y, stride, add);
-    if (w.bits != 4 || rows < (w.group < 64 ? kAmxLeastRowsOfShortGroups : kAmxLeastRows))
+    if (w.bits != 4 || rows < (w.group < 64 ? kAmxLeastRowsOfShortGroups : kAmxLeastRows) || amx_pass(w) == 0)
         return linear_tiles(w, x, rows, begin, end, y, stride, add, scratch);
     if (w.minimums) return amx_int4<Zero::kMinimum>(w, x, rows, begin, end, y, stride, add, scratch);
     if (w.zeros) return amx_int4<Zero::kPoints>(w, x, rows, begin, end, y, stride, add, scratch);
