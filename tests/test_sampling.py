@@ -206,6 +206,47 @@ def test_the_native_draw_follows_the_definition(isa: str, seed: int, monkeypatch
 
 
 @pytest.mark.skipif(not cpu.available(), reason="built without a compiler: there are no kernels to test")
+@pytest.mark.parametrize("isa", cpu.available())
+@pytest.mark.parametrize("spread", [0.0, 0.3, 1.0, 4.0])
+@pytest.mark.parametrize("order", ["mixed", "falling", "every 32nd is likely"])
+def test_what_top_p_keeps_of_a_whole_vocabulary(
+    isa: str, spread: float, order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The border is guessed from every 32nd token; where the guess is wrong, because these are like no others, what is
+    kept is the same."""
+    monkeypatch.setenv("QWENLET_ISA", isa)
+    size = 151_936
+    logits = torch.randn(size, generator=torch.Generator().manual_seed(1)) * spread
+    if order == "falling":
+        logits = logits.sort(descending=True).values
+    elif order == "every 32nd is likely":
+        logits[::32] += 3.0
+    settings = params(temperature=1.0, top_p=0.8, seed=1)
+    best = logits.sort(descending=True, stable=True)
+    mass = best.values.double().softmax(0).cumsum(0)
+    kept = int((mass < 0.8).sum()) + 1
+    near = best.values[kept - 1]
+    ids = best.indices[:kept].sort().values
+    inside = logits[ids].double().softmax(0).cumsum(0)
+    for position in range(8):
+        token = choose(logits, settings, None, 0, position)
+        assert logits[token] >= near - 1e-3
+        at = int(torch.searchsorted(ids, token))
+        u = uniform(1, 0, position)
+        assert inside[min(at, kept - 1)] >= u - 2e-5
+        assert inside[max(at - 1, 0)] <= u + 2e-5 or at == 0
+
+
+@pytest.mark.skipif(not cpu.available(), reason="built without a compiler: there are no kernels to test")
+@given(st.integers(0, 2**64 - 1), st.integers(0, 2**32), st.integers(0, 2**40))
+def test_the_native_draw_has_the_same_randomness(seed: int, choice: int, position: int) -> None:
+    """Of 2^16 tokens, each as likely, the one drawn tells 16 bits of the number."""
+    logits = torch.zeros(1 << 16)
+    settings = params(temperature=1.0, top_p=1.0, seed=seed)
+    assert choose(logits, settings, None, choice, position) == int(uniform(seed, choice, position) * (1 << 16))
+
+
+@pytest.mark.skipif(not cpu.available(), reason="built without a compiler: there are no kernels to test")
 def test_rows_drawn_together_are_drawn_as_alone() -> None:
     rows = [
         Row(torch.randn(3000), params(temperature=1.0, top_p=0.7, seed=i), TokenCounts([i], CPU), 0, i)

@@ -9,6 +9,7 @@ page numbers per row. Keys are stored rotated, so a row's NTK factor must not ch
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from qwenlet.config import ModelConfig
 from qwenlet.ops.attention import causal_attention, causal_attention_batch, causal_attention_pages
+from qwenlet.ops.memory import large_pages
 from qwenlet.ops.pages import CachePages
 from qwenlet.ops.reference import quantize_rows
 
@@ -85,7 +87,8 @@ class PagePool:
     How many hold a page is counted once for all layers.
 
     Attributes:
-        k, v: per layer [pages, G, 64, D]. Tiled keys lie in the kernels' order within a page (ops/pages.py).
+        k, v: per layer [pages, G, 64, D]. Tiled keys lie in the kernels' order within a page (ops/pages.py), and all
+            layers of a page side by side, so that it takes few large pages of memory.
         k_scales, v_scales: per layer [pages, G, 64] float32 for int8 pages, one scale per token and head; else None.
 
     Args:
@@ -98,8 +101,13 @@ class PagePool:
     ) -> None:
         shape = (pages, config.num_key_value_heads, PAGE_TOKENS, config.head_dim)
         layers = range(config.num_hidden_layers)
-        self.k = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
-        self.v = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
+        if tiled:
+            whole = (pages, len(layers), 2, *shape[1:])
+            both = large_pages(math.prod(whole) * dtype.itemsize).view(dtype).view(whole).unbind(1)
+            self.k, self.v = [layer[:, 0] for layer in both], [layer[:, 1] for layer in both]
+        else:
+            self.k = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
+            self.v = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
         self.k_scales: list[Tensor] | None = None
         self.v_scales: list[Tensor] | None = None
         if dtype == torch.int8:

@@ -216,17 +216,17 @@ def choose_all(rows: Sequence[Row]) -> list[int]:
     for row, logits in zip(rows, held, strict=True):
         params, counts = row.params, row.counts
         seen = (0, 0, 0) if counts is None else (counts.ids.data_ptr(), counts.replied.data_ptr(), counts.seen)
-        numbers.append((logits.data_ptr(), len(logits), *seen, params.top_k or 0))
+        seed = params.seed or 0
+        draw = (seed - (seed >> 63 << 64), row.choice, row.position)  # 64 bits of an int64
+        numbers.append((logits.data_ptr(), len(logits), *seen, params.top_k or 0, *draw))
         temperature = params.temperature or 0.0
-        greedy = temperature < _GREEDY_BELOW
         settings.append((
             params.repetition_penalty or 1.0,
             params.presence_penalty,
             params.frequency_penalty,
-            0.0 if greedy else temperature,
+            0.0 if temperature < _GREEDY_BELOW else temperature,
             1.0 if params.top_p is None else params.top_p,
             params.min_p or 0.0,
-            0.0 if greedy else uniform(params.seed or 0, row.choice, row.position),
         ))  # fmt: skip
     tokens = cpu.draw(torch.tensor(numbers, dtype=torch.int64), torch.tensor(settings, dtype=torch.float64))
     return tokens.tolist()

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qwenlet.ops.memory import large_pages
 from qwenlet.plan import available_memory
 
 
@@ -58,9 +59,8 @@ def copied_bytes(
     free = available_memory()
     if size < _LEAST or not offered or free is None or free < size + spare:
         return None
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory has pages of its own
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    whole = memoryview(memory)
+    memory = large_pages(size)
+    whole = memoryview(memory.numpy())
 
     def read(begin: int) -> None:
         with open(path, "rb", buffering=0) as file:
@@ -74,7 +74,7 @@ def copied_bytes(
 
     with ThreadPoolExecutor(torch.get_num_threads()) as readers:
         list(readers.map(read, range(0, size, _PIECE)))
-    return torch.frombuffer(memory, dtype=torch.uint8)
+    return memory
 
 
 @lru_cache(maxsize=1)

@@ -191,9 +191,10 @@ def draw(numbers: Tensor, settings: Tensor) -> Tensor:
     """A token [R] int64 of each row, -1 where its largest logit is not finite.
 
     Args:
-        numbers: [R, 6] int64: address of the row's float32 logits, how many; address of its seen ids (int64), of how
-            often each stands in the reply (float32), how many; top_k.
-        settings: [R, 7] float64: penalties (repetition, presence, frequency), temperature, top_p, min_p, u in [0, 1).
+        numbers: [R, 9] int64: address of the row's float32 logits, how many; address of its seen ids (int64), of how
+            often each stands in the reply (float32), how many; top_k; what the draw depends on: seed (its 64 bits),
+            choice, position.
+        settings: [R, 6] float64: penalties (repetition, presence, frequency), temperature, top_p, min_p.
     """
     isa = status().isa
     assert isa is not None, "no kernels run here"

@@ -169,8 +169,13 @@ class Program:
             codes: [N, H, 2 D] int8 and code_scales: [N, H, 2]: room for the queries of an int8 cache in 15 bits.
         """
         kind, kv_heads, dim = _CACHE_KINDS[pages.v.dtype], pages.v.shape[1], pages.v.shape[3]
-        parts = [self._address(t) for t in (pages.k, pages.v, pages.k_scales, pages.v_scales)]
-        number = self._native.program_pages(self._program, kind, heads, kv_heads, dim, *parts)
+        assert pages.k[0].is_contiguous(), "a page is in one piece"
+        assert pages.v.stride() == pages.k.stride(), "keys and values are as far apart"
+        stride = pages.k.stride(0) * pages.k.itemsize
+        self._held += [pages.k, pages.v]
+        parts = [pages.k.data_ptr(), pages.v.data_ptr()]
+        parts += [self._address(t) for t in (pages.k_scales, pages.v_scales)]
+        number = self._native.program_pages(self._program, kind, heads, kv_heads, dim, stride, *parts)
         addresses = [self._address(t) for t in (codes, code_scales, out)]
         stride = qkv.shape[1] * qkv.shape[2]
         for name, step in (("store", _STORE), ("attend", _ATTEND)):

@@ -18,6 +18,10 @@ constexpr int kKeyTiles = kPage / 16;
 
 inline int64_t item_bytes(const Pages& p) { return p.kind == Cache::kInt8 ? 1 : p.kind == Cache::kFp32 ? 4 : 2; }
 
+// One head's keys in a page, or its values.
+inline int64_t part_bytes(const Pages& p) { return kPage * p.dim * item_bytes(p); }
+inline int64_t part_at(const Pages& p, int64_t page, int64_t kv_head) { return page * p.stride + kv_head * part_bytes(p); }
+
 // x [dim] turned by cos, sin [dim / 2]: pairs are (i, i + dim / 2)
 inline void turn(float* x, const float* cos, const float* sin, int64_t dim, float scale) {
     const int64_t half = dim / 2;
@@ -60,8 +64,8 @@ void store(const Pages& p, float* k, const float* v, const float* cos, const flo
     const int64_t dim = p.dim, in_pool = page * p.kv_heads + head, bytes = item_bytes(p);
     turn(k, cos, sin, dim, 1.0f);
     // word w of the key lies in line w of its tile
-    uint8_t* tile = p.k + in_pool * kPage * dim * bytes + slot / 16 * 16 * dim * bytes + slot % 16 * 4;
-    uint8_t* row = p.v + (in_pool * kPage + slot) * dim * bytes;
+    uint8_t* tile = p.k + part_at(p, page, head) + slot / 16 * 16 * dim * bytes + slot % 16 * 4;
+    uint8_t* row = p.v + part_at(p, page, head) + slot * dim * bytes;
     alignas(64) uint8_t key[kMostDim * 4];
     if (p.kind == Cache::kInt8) {
         round_group(k, dim, reinterpret_cast<int8_t*>(key), p.k_scales + in_pool * kPage + slot, false);
@@ -76,10 +80,22 @@ void store(const Pages& p, float* k, const float* v, const float* cos, const flo
     for (int64_t w = 0; w < dim * bytes / 4; ++w) std::memcpy(tile + w * 64, key + w * 4, 4);
 }
 
+// What is read next, fetched while something else is computed: a processor's own reading ahead ends with every 4 kB, and
+// a head's part of a page is not much longer.
+struct Ahead {
+    const uint8_t* at;
+    int64_t lines;  // left
+
+    void fetch(int64_t count) {
+        for (; count > 0 && lines > 0; --count, --lines, at += 64) prefetch(at);
+    }
+};
+
 // scores[r][t] of R rows against the 64 keys of a page, one tile of keys a register. Queries have 15 bits, see kernels.h.
 template <int R>
 inline void scores_int8(const uint8_t* k, const float* k_scales, const int8_t* codes, const float* code_scales,
-                        int64_t q_stride, int64_t scales_stride, int64_t dim, float factor, F (*scores)[kKeyTiles]) {
+                        int64_t q_stride, int64_t scales_stride, int64_t dim, float factor, F (*scores)[kKeyTiles],
+                        Ahead& ahead) {
     I high[R][kKeyTiles], low[R][kKeyTiles];
     for (int r = 0; r < R; ++r) {
         // keys are stored 128 higher
@@ -89,7 +105,8 @@ inline void scores_int8(const uint8_t* k, const float* k_scales, const int8_t* c
             high[r][t] = i_set(0);
         }
     }
-    for (int64_t w = 0; w < dim / 4; ++w)
+    for (int64_t w = 0; w < dim / 4; ++w) {
+        ahead.fetch(kKeyTiles);
         for (int t = 0; t < kKeyTiles; ++t) {
             const Line line = line_load(k + t * 16 * dim + w * 64);
             for (int r = 0; r < R; ++r) {
@@ -97,6 +114,7 @@ inline void scores_int8(const uint8_t* k, const float* k_scales, const int8_t* c
                 low[r][t] = dot4<8>(low[r][t], line, codes + r * q_stride + w * 8 + 4);
             }
         }
+    }
     for (int r = 0; r < R; ++r) {
         const F scale = f_set(code_scales[r * scales_stride] * factor);
         for (int t = 0; t < kKeyTiles; ++t) {
@@ -119,11 +137,12 @@ inline void line_floats(const uint8_t* line, F* numbers) {
 
 template <int R, Cache Kind>
 inline void scores_float(const uint8_t* k, const float* q, int64_t q_stride, int64_t dim, float factor,
-                         F (*scores)[kKeyTiles]) {
+                         F (*scores)[kKeyTiles], Ahead& ahead) {
     constexpr int kEach = Kind == Cache::kFp32 ? 1 : 2;
     for (int r = 0; r < R; ++r)
         for (int t = 0; t < kKeyTiles; ++t) scores[r][t] = f_set(0.0f);
-    for (int64_t w = 0; w < dim / kEach; ++w)
+    for (int64_t w = 0; w < dim / kEach; ++w) {
+        ahead.fetch(kKeyTiles);
         for (int t = 0; t < kKeyTiles; ++t) {
             F numbers[kEach];
             line_floats<Kind>(k + (t * dim / kEach + w) * 64, numbers);
@@ -131,6 +150,7 @@ inline void scores_float(const uint8_t* k, const float* q, int64_t q_stride, int
                 for (int i = 0; i < kEach; ++i)
                     scores[r][t] = f_fma(numbers[i], f_set(q[r * q_stride + kEach * w + i]), scores[r][t]);
         }
+    }
     for (int r = 0; r < R; ++r)
         for (int t = 0; t < kKeyTiles; ++t) scores[r][t] = f_mul(scores[r][t], f_set(factor));
 }
@@ -150,53 +170,56 @@ inline F load_value(const Pages& p, const void* v, int64_t i) {
 
 // sums[r][d] = sums[r][d] * fade[r] + sum_j weights[r][j] v[j][d], keys in order
 template <Cache Kind, int R, int Chunks>
-inline void mix_chunk(const void* v, int64_t dim, int64_t at, int keys, const float* weights, const float* fade, float* sums) {
+inline void mix_chunk(const void* v, int64_t dim, int64_t at, int keys, const float* weights, const float* fade, float* sums,
+                      Ahead& ahead) {
     F acc[R][Chunks];
     for (int r = 0; r < R; ++r)
         for (int c = 0; c < Chunks; ++c) acc[r][c] = f_mul(f_load(sums + r * dim + at + c * 16), f_set(fade[r]));
-    for (int j = 0; j < keys; ++j)
+    for (int j = 0; j < keys; ++j) {
+        ahead.fetch(Chunks * (Kind == Cache::kInt8 ? 1 : Kind == Cache::kFp32 ? 4 : 2) / 4);
         for (int c = 0; c < Chunks; ++c) {
             const F value = value_at<Kind>(v, j * dim + at + c * 16);
             for (int r = 0; r < R; ++r) acc[r][c] = f_fma(f_set(weights[r * kPage + j]), value, acc[r][c]);
         }
+    }
     for (int r = 0; r < R; ++r)
         for (int c = 0; c < Chunks; ++c) f_store(sums + r * dim + at + c * 16, acc[r][c]);
 }
 
 template <Cache Kind, int R>
-inline void mix(const void* v, int64_t dim, int keys, const float* weights, const float* fade, float* sums) {
+inline void mix(const void* v, int64_t dim, int keys, const float* weights, const float* fade, float* sums, Ahead& ahead) {
     int64_t at = 0;
-    for (; at + 128 <= dim; at += 128) mix_chunk<Kind, R, 8>(v, dim, at, keys, weights, fade, sums);
-    for (; at + 64 <= dim; at += 64) mix_chunk<Kind, R, 4>(v, dim, at, keys, weights, fade, sums);
-    for (; at < dim; at += 16) mix_chunk<Kind, R, 1>(v, dim, at, keys, weights, fade, sums);
+    for (; at + 128 <= dim; at += 128) mix_chunk<Kind, R, 8>(v, dim, at, keys, weights, fade, sums, ahead);
+    for (; at + 64 <= dim; at += 64) mix_chunk<Kind, R, 4>(v, dim, at, keys, weights, fade, sums, ahead);
+    for (; at < dim; at += 16) mix_chunk<Kind, R, 1>(v, dim, at, keys, weights, fade, sums, ahead);
 }
 
 template <int R>
-inline void mix_stored(const Pages& p, const void* v, int keys, const float* weights, const float* fade, float* sums) {
-    if (p.kind == Cache::kInt8) return mix<Cache::kInt8, R>(v, p.dim, keys, weights, fade, sums);
-    if (p.kind == Cache::kBf16) return mix<Cache::kBf16, R>(v, p.dim, keys, weights, fade, sums);
-    if (p.kind == Cache::kFp16) return mix<Cache::kFp16, R>(v, p.dim, keys, weights, fade, sums);
-    mix<Cache::kFp32, R>(v, p.dim, keys, weights, fade, sums);
+inline void mix_stored(const Pages& p, const void* v, int keys, const float* weights, const float* fade, float* sums,
+                       Ahead& ahead) {
+    if (p.kind == Cache::kInt8) return mix<Cache::kInt8, R>(v, p.dim, keys, weights, fade, sums, ahead);
+    if (p.kind == Cache::kBf16) return mix<Cache::kBf16, R>(v, p.dim, keys, weights, fade, sums, ahead);
+    if (p.kind == Cache::kFp16) return mix<Cache::kFp16, R>(v, p.dim, keys, weights, fade, sums, ahead);
+    mix<Cache::kFp32, R>(v, p.dim, keys, weights, fade, sums, ahead);
 }
 
 template <int R>
-inline void page_scores(const Pages& p, int64_t in_pool, const float* q, const int8_t* codes, const float* code_scales,
-                        int64_t q_stride, int64_t code_stride, F (*scores)[kKeyTiles]) {
+inline void page_scores(const Pages& p, const uint8_t* k, const float* k_scales, const float* q, const int8_t* codes, const float* code_scales,
+                        int64_t q_stride, int64_t code_stride, F (*scores)[kKeyTiles], Ahead& ahead) {
     const float factor = 1.0f / __builtin_sqrtf(static_cast<float>(p.dim));
-    const uint8_t* k = p.k + in_pool * kPage * p.dim * item_bytes(p);
     if (p.kind == Cache::kInt8)
-        scores_int8<R>(k, p.k_scales + in_pool * kPage, codes, code_scales, code_stride, 2 * p.heads, p.dim, factor, scores);
+        scores_int8<R>(k, k_scales, codes, code_scales, code_stride, 2 * p.heads, p.dim, factor, scores, ahead);
     else if (p.kind == Cache::kBf16)
-        scores_float<R, Cache::kBf16>(k, q, q_stride, p.dim, factor, scores);
+        scores_float<R, Cache::kBf16>(k, q, q_stride, p.dim, factor, scores, ahead);
     else if (p.kind == Cache::kFp16)
-        scores_float<R, Cache::kFp16>(k, q, q_stride, p.dim, factor, scores);
+        scores_float<R, Cache::kFp16>(k, q, q_stride, p.dim, factor, scores, ahead);
     else
-        scores_float<R, Cache::kFp32>(k, q, q_stride, p.dim, factor, scores);
+        scores_float<R, Cache::kFp32>(k, q, q_stride, p.dim, factor, scores, ahead);
 }
 
 void attend(const Pages& p, int64_t head, const float* q, const int8_t* codes, const float* code_scales, int64_t q_stride,
             int64_t code_stride, int64_t rows, int64_t position, const int32_t* table, float* out, int64_t out_stride, char* scratch) {
-    const int64_t dim = p.dim, kv_head = head / (p.heads / p.kv_heads), bytes = item_bytes(p);
+    const int64_t dim = p.dim, kv_head = head / (p.heads / p.kv_heads), lines = part_bytes(p) / 64;
     float* sums = reinterpret_cast<float*>(scratch);    // [rows, dim]
     float* weights = sums + kQueryBlock * dim;          // [rows, 64]
     float* widened = weights + kQueryBlock * kPage;     // [64, dim]
@@ -208,7 +231,8 @@ void attend(const Pages& p, int64_t head, const float* q, const int8_t* codes, c
     for (int64_t i = 0; i < rows * dim; i += 16) f_store(sums + i, f_set(0.0f));
     for (int64_t page = 0; page * kPage < position + rows; ++page) {
         const int64_t first_key = page * kPage, in_pool = table[page] * p.kv_heads + kv_head;
-        const uint8_t* v = p.v + in_pool * kPage * dim * bytes;
+        const uint8_t *k = p.k + part_at(p, table[page], kv_head), *v = p.v + part_at(p, table[page], kv_head);
+        Ahead ahead{v, lines};
         // rows before the page's first key see nothing of it
         int64_t r0 = first_key > position ? first_key - position : 0;
         const int64_t from = r0;
@@ -219,11 +243,11 @@ void attend(const Pages& p, int64_t head, const float* q, const int8_t* codes, c
             const int8_t* codes_at = codes ? codes + r0 * code_stride : nullptr;
             const float* q_at = q + r0 * q_stride;
             if (count == 4)
-                page_scores<4>(p, in_pool, q_at, codes_at, scale_at, q_stride, code_stride, scores);
+                page_scores<4>(p, k, p.k_scales + in_pool * kPage, q_at, codes_at, scale_at, q_stride, code_stride, scores, ahead);
             else if (count == 2)
-                page_scores<2>(p, in_pool, q_at, codes_at, scale_at, q_stride, code_stride, scores);
+                page_scores<2>(p, k, p.k_scales + in_pool * kPage, q_at, codes_at, scale_at, q_stride, code_stride, scores, ahead);
             else
-                page_scores<1>(p, in_pool, q_at, codes_at, scale_at, q_stride, code_stride, scores);
+                page_scores<1>(p, k, p.k_scales + in_pool * kPage, q_at, codes_at, scale_at, q_stride, code_stride, scores, ahead);
             for (int64_t i = 0; i < count; ++i) {
                 const int64_t r = r0 + i, keys = position + r - first_key + 1;  // keys of this page that row r sees
                 F highest = f_set(-INFINITY);
@@ -254,6 +278,7 @@ void attend(const Pages& p, int64_t head, const float* q, const int8_t* codes, c
             }
             r0 += count;
         }
+        if (first_key + kPage < position + rows) ahead = {p.k + part_at(p, table[page + 1], kv_head), lines};
         const int64_t most = position + rows - first_key;
         const int keys = static_cast<int>(most < kPage ? most : kPage);
         if (rows - from >= 8) {  // many rows: values as floats once
@@ -264,11 +289,11 @@ void attend(const Pages& p, int64_t head, const float* q, const int8_t* codes, c
                 for (int64_t i = 0; i < keys * dim; i += 16) f_store(widened + i, load_value(p, v, i));
             int64_t r = from;
             for (; r + 2 <= rows; r += 2)
-                mix<Cache::kFp32, 2>(values, dim, keys, weights + r * kPage, fade + r, sums + r * dim);
-            for (; r < rows; ++r) mix<Cache::kFp32, 1>(values, dim, keys, weights + r * kPage, fade + r, sums + r * dim);
+                mix<Cache::kFp32, 2>(values, dim, keys, weights + r * kPage, fade + r, sums + r * dim, ahead);
+            for (; r < rows; ++r) mix<Cache::kFp32, 1>(values, dim, keys, weights + r * kPage, fade + r, sums + r * dim, ahead);
         } else {
             for (int64_t r = from; r < rows; ++r)
-                mix_stored<1>(p, v, keys, weights + r * kPage, fade + r, sums + r * dim);
+                mix_stored<1>(p, v, keys, weights + r * kPage, fade + r, sums + r * dim, ahead);
         }
     }
     for (int64_t r = 0; r < rows; ++r) {

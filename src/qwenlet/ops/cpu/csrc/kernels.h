@@ -15,6 +15,10 @@ constexpr int kPage = 64;
 // Most rows a call of linear_tiles may have, and bytes of scratch a thread needs for it and for attention.
 constexpr int64_t kMaxBatch = 1024;
 constexpr int64_t kScratch = 1 << 20;  // the largest need: 128 rows' tables and four tiles unpacked, for 8,192 columns
+// Weights of a draw, the largest of which is 1: their masses are known from these on, and block by block.
+constexpr int kBands = 3;
+constexpr float kBandLeast[kBands] = {0x1p-3f, 0x1p-7f, 0x1p-12f};
+constexpr int64_t kMassBlock = 1024;
 // Rows of one sequence that attention takes together.
 constexpr int kQueryBlock = 16;
 
@@ -50,9 +54,10 @@ enum class Cache : int { kInt8 = 0, kBf16 = 1, kFp16 = 2, kFp32 = 3 };
 // Keys and values of one layer, in pages of 64 tokens.
 //   k: [pages, kv_heads, 4, dim / q, 16, q] with q numbers of a key in four bytes, int8 keys stored 128 higher
 //   v: [pages, kv_heads, 64, dim]; scales of int8: [pages, kv_heads, 64] float32
+// `stride` bytes lie from one page of k, or of v, to the next.
 struct Pages {
     Cache kind;
-    int64_t heads, kv_heads, dim;
+    int64_t heads, kv_heads, dim, stride;
     uint8_t* k;
     uint8_t* v;
     float* k_scales;
@@ -84,8 +89,12 @@ struct Kernels {
     void (*swiglu)(const float* a, const float* b, int64_t count, float* out);
     // The largest of `count` numbers (a multiple of 16); NaN if one of them is NaN or +infinity, at least -1e30.
     float (*peak)(const float* x, int64_t count);
-    // out[i] = e^((x[i] - peak) / temperature), zero for what is 87 or more below; returns their sum.
-    double (*weigh)(const float* x, float peak, float temperature, int64_t count, float* out);
+    // out[i] = e^((x[i] - peak) / temperature), zero for what is 87 or more below; returns their sum, and in above[b] that
+    // of those of at least kBandLeast[b]. out may be x.
+    double (*weigh)(const float* x, float peak, float temperature, int64_t count, float* out, double* above);
+    // Sums weights of at least `high`, kMassBlock of them after the other into `masses`, and writes the places of those in
+    // [low, high) to places, in order; returns how many. places has room for 16 more than there are.
+    int64_t (*split)(const float* weights, float low, float high, int64_t count, double* masses, int32_t* places);
     // Row `row` of `to`, from floats.
     void (*round_inputs)(const float* x, const Inputs& to, int64_t row);
 

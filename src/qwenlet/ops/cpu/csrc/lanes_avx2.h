@@ -17,6 +17,7 @@ struct I {
 using Line = I;
 
 constexpr int kGemmRows = 3, kGemmRowsOfBytes = 2, kGemmTiles = 1, kGemvTiles = 1, kGemvSums = 2, kStreamTiles = 1;
+constexpr int kStreamHalves = 1;
 constexpr bool kCodesAhead = false;
 constexpr int kFp32Rows = 6, kFp32Tiles = 1;
 
@@ -66,6 +67,20 @@ inline F f_first(F x, int count, float other) {
     const __m256 fill = _mm256_set1_ps(other);
     return {_mm256_blendv_ps(fill, x.a, _mm256_castsi256_ps(_mm256_cmpgt_epi32(limit, low))),
             _mm256_blendv_ps(fill, x.b, _mm256_castsi256_ps(_mm256_cmpgt_epi32(limit, high)))};
+}
+inline F f_from_least(F x, F least) {
+    return {_mm256_and_ps(x.a, _mm256_cmp_ps(x.a, least.a, _CMP_GE_OQ)),
+            _mm256_and_ps(x.b, _mm256_cmp_ps(x.b, least.b, _CMP_GE_OQ))};
+}
+inline int64_t f_places_between(F x, F low, F high, int32_t first, int32_t* to) {
+    const auto between = [](__m256 v, __m256 l, __m256 h) {
+        return static_cast<unsigned>(
+            _mm256_movemask_ps(_mm256_and_ps(_mm256_cmp_ps(v, l, _CMP_GE_OQ), _mm256_cmp_ps(v, h, _CMP_LT_OQ))));
+    };
+    int64_t count = 0;
+    for (unsigned mask = between(x.a, low.a, high.a) | between(x.b, low.b, high.b) << 8; mask; mask &= mask - 1)
+        to[count++] = first + __builtin_ctz(mask);
+    return count;
 }
 inline __m256i round_bf16(__m256 v) {
     const __m256i bits = _mm256_castps_si256(v);

@@ -23,6 +23,7 @@ constexpr bool kCodesAhead = true;
 constexpr int kGemvTiles = 1, kGemvSums = 2;
 constexpr bool kCodesAhead = false;
 #endif
+constexpr int kStreamHalves = 2;
 // rows and tiles of a block of float32
 constexpr int kFp32Rows = 6, kFp32Tiles = 4;
 
@@ -52,6 +53,16 @@ inline F f_from(I v) { return _mm512_cvtepi32_ps(v); }
 inline F f_first(F a, int count, float other) {
     const auto mask = static_cast<__mmask16>(count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1);
     return _mm512_mask_blend_ps(mask, f_set(other), a);
+}
+// lanes of at least `least` as they are, the others zero
+inline F f_from_least(F a, F least) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, least, _CMP_GE_OQ), a); }
+// writes `first` + lane for lanes in [low, high), at most 16 of them, though 16 places are written over; returns how many
+inline int64_t f_places_between(F a, F low, F high, int32_t first, int32_t* to) {
+    const __mmask16 mask = _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(a, low, _CMP_GE_OQ), a, high, _CMP_LT_OQ);
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    // packed in a register first: straight to memory some processors take a hundred cycles
+    _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(mask, _mm512_add_epi32(lanes, _mm512_set1_epi32(first))));
+    return __builtin_popcount(mask);
 }
 inline void f_store_bf16(uint16_t* p, F v) {
     I bits = _mm512_castps_si512(v);

@@ -20,6 +20,7 @@ struct Line {
 };
 
 constexpr int kGemmRows = 2, kGemmRowsOfBytes = 2, kGemmTiles = 1, kGemvTiles = 1, kGemvSums = 1, kStreamTiles = 1;
+constexpr int kStreamHalves = 1;
 constexpr bool kCodesAhead = false;
 constexpr int kFp32Rows = 1, kFp32Tiles = 2;  // more rows than one keep compilers from using registers
 
@@ -92,6 +93,15 @@ inline F f_pow2(const F& whole) {
 }
 inline F f_from(const I& x) { return each([&](int i) { return static_cast<float>(x.v[i]); }); }
 inline F f_first(const F& x, int count, float other) { return each([&](int i) { return i < count ? x.v[i] : other; }); }
+inline F f_from_least(F x, F least) { return each([&](int i) { return x.v[i] >= least.v[i] ? x.v[i] : 0.0f; }); }
+inline int64_t f_places_between(F x, F low, F high, int32_t first, int32_t* to) {
+    int64_t count = 0;
+    for (int i = 0; i < 16; ++i) {
+        to[count] = first + i;
+        count += x.v[i] >= low.v[i] && x.v[i] < high.v[i];
+    }
+    return count;
+}
 inline void f_store_bf16(uint16_t* p, const F& x) {
     for (int i = 0; i < 16; ++i) p[i] = bf16_from_float(x.v[i]);
 }

@@ -78,7 +78,7 @@ struct RowTables {
 inline void unpack(const uint8_t* packed, int64_t lines, uint8_t* to) {
     for (int64_t l = 0; l < lines; ++l) {
         const Line line = line_load(packed + l * 64);
-        prefetch(packed + l * 64 + kAheadBytes);
+        prefetch(packed + l * 64 + 1024);
         line_store(to + 2 * l * 64, line_low(line));
         line_store(to + 2 * l * 64 + 64, line_high(line));
     }
@@ -265,7 +265,7 @@ void amx_bf16(const TileWeight& w, const Inputs& x, int64_t rows, int64_t begin,
 }
 
 // Four-bit products of fewer rows are as quick or quicker without. Groups of 32 fill half of a register.
-constexpr int64_t kAmxLeastRows = 5, kAmxLeastRowsOfShortGroups = 9;
+constexpr int64_t kAmxLeastRows = 5, kAmxLeastRowsOfShortGroups = 5;
 
 void linear_tiles_amx(const TileWeight& w, const Inputs& x, int64_t rows, int64_t begin, int64_t end, float* y,
                       int64_t stride, bool add, char* scratch) {

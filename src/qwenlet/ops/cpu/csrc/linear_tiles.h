@@ -35,15 +35,17 @@ inline F group_end(F acc, I dot, F scale, float input_scale, const uint16_t* min
 template <int Bits>
 constexpr int64_t kCodeBytes = Bits == 8 ? 2 : 1;
 
-// Sums of one group: for 15-bit inputs their high and low parts apart.
-template <int Bits, int U>
+// Sums of one group: for 15-bit inputs their high and low parts apart; for four-bit weights U lines, and of each the H
+// halves.
+template <int Bits, int U, int H = 1>
 struct Sums {
-    I part[Bits == 8 ? 2 : U];
+    static constexpr int kParts = Bits == 8 ? 2 : U * H;
+    I part[kParts];
 
     Sums() = default;
     explicit Sums(I start) {
         part[0] = start;
-        for (int i = 1; i < (Bits == 8 ? 2 : U); ++i) part[i] = i_set(0);
+        for (int i = 1; i < kParts; ++i) part[i] = i_set(0);
     }
     // one line of eight-bit weights, or the two halves of four-bit ones; 8 bytes of codes
     void add(int u, Line first, Line second, const int8_t* codes) {
@@ -51,13 +53,14 @@ struct Sums {
             part[0] = dot4<8>(part[0], first, codes + 4);
             part[1] = dot4<8>(part[1], first, codes);
         } else {
-            part[u] = dot4<4>(dot4<4>(part[u], first, codes), second, codes + 4);
+            part[u * H] = dot4<4>(part[u * H], first, codes);
+            part[u * H + H - 1] = dot4<4>(part[u * H + H - 1], second, codes + 4);
         }
     }
     I total() const {
         if constexpr (Bits == 8) return i_add(part[0], i_times128(part[1]));
         I all = part[0];
-        for (int u = 1; u < U; ++u) all = i_add(all, part[u]);
+        for (int i = 1; i < kParts; ++i) all = i_add(all, part[i]);
         return all;
     }
 };
@@ -66,7 +69,7 @@ constexpr int64_t kAheadBytes = 2048;
 
 // R rows, C tiles, weights streamed. Neighbouring lines go to U sums of their own, so that products needn't wait for each
 // other: whole numbers add up the same in any order.
-template <int Bits, Zero Z, int R, int C, int U>
+template <int Bits, Zero Z, int R, int C, int U, int H>
 void stream_quant(const TileWeight& w, const Inputs& x, int64_t row, int64_t tile, float* y, int64_t stride, bool add) {
     const int64_t groups = w.k / w.group, lines = w.group * Bits / 32, span = w.k * Bits / 32 * 64;
     F acc[R][C];
@@ -76,12 +79,12 @@ void stream_quant(const TileWeight& w, const Inputs& x, int64_t row, int64_t til
     for (int c = 0; c < C; ++c) at[c] = w.weight + (tile + c) * span;
     for (int64_t g = 0; g < groups; ++g) {
         const int8_t* codes[R];
-        Sums<Bits, U> dot[R][C];
+        Sums<Bits, U, H> dot[R][C];
         for (int r = 0; r < R; ++r) {
             codes[r] = x.codes + ((row + r) * x.k + g * w.group) * kCodeBytes<Bits>;
             const int32_t sum = x.sums[(row + r) * groups + g];
             for (int c = 0; c < C; ++c)
-                dot[r][c] = Sums<Bits, U>(
+                dot[r][c] = Sums<Bits, U, H>(
                     group_start<Z>(w, Z == Zero::kPoints ? w.zeros + ((tile + c) * groups + g) * kTile : nullptr, sum));
         }
         for (int64_t l = 0; l < lines; l += U)
@@ -130,7 +133,7 @@ inline void stream(const TileWeight& w, const Inputs& x, int64_t row, int64_t ti
     if constexpr (Bits == 16)
         stream_bf16<R, C>(w, x, row, tile, y, stride, add);
     else
-        stream_quant<Bits, Z, R, C, R == 1 && Bits == 4 ? kGemvSums : 1>(w, x, row, tile, y, stride, add);
+        stream_quant<Bits, Z, R, C, R == 1 && Bits == 4 ? kGemvSums : 1, R == 1 ? 1 : kStreamHalves>(w, x, row, tile, y, stride, add);
 }
 
 template <int Bits, Zero Z, int C>

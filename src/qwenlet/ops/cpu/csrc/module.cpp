@@ -201,9 +201,9 @@ PyObject* words_to_lines(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     Py_RETURN_NONE;
 }
 
-// draw(isa, threads, rows, numbers, settings, tokens): of each row of numbers [rows, 6] int64 (logits, count, ids, replied,
-// seen, top_k) and settings [rows, 7] float64 (repetition, presence, frequency, temperature, top_p, min_p, u) a token; see
-// sample.h
+// draw(isa, threads, rows, numbers, settings, tokens): of each row of numbers [rows, 9] int64 (logits, count, ids, replied,
+// seen, top_k, seed, choice, position) and settings [rows, 6] float64 (repetition, presence, frequency, temperature, top_p,
+// min_p) a token; see sample.h
 PyObject* draw(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     int64_t v[5];
     if (!read_all("draw", args, nargs, 1, 5, v)) return nullptr;
@@ -215,11 +215,12 @@ PyObject* draw(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     Py_BEGIN_ALLOW_THREADS
     qwenlet::parallel_for(static_cast<int>(v[0]), v[1], 1, [&](int64_t begin, int64_t end) {
         for (int64_t r = begin; r < end; ++r) {
-            const int64_t* n = numbers + r * 6;
-            const double* s = settings + r * 7;
+            const int64_t* n = numbers + r * 9;
+            const double* s = settings + r * 6;
             const qwenlet::Draw row{address<const float>(n[0]), n[1], address<const int64_t>(n[2]), address<const float>(n[3]),
                                     n[4], n[5], static_cast<float>(s[0]), static_cast<float>(s[1]), static_cast<float>(s[2]),
-                                    static_cast<float>(s[3]), s[4], s[5], s[6]};
+                                    static_cast<float>(s[3]), s[4], s[5], static_cast<uint64_t>(n[6]), static_cast<uint64_t>(n[7]),
+                                    static_cast<uint64_t>(n[8])};
             tokens[r] = qwenlet::draw(*kernels, row);
         }
     });
@@ -262,14 +263,15 @@ PyObject* program_weight(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     return program == nullptr ? nullptr : add_to(program->weights, weight_from(v));
 }
 
-// program_pages(program, kind, heads, kv_heads, dim, k, v, k_scales, v_scales) -> its number
+// program_pages(program, kind, heads, kv_heads, dim, stride, k, v, k_scales, v_scales) -> its number
 PyObject* program_pages(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
-    int64_t v[8];
-    if (!read_all("program_pages", args, nargs, 1, 8, v)) return nullptr;
+    int64_t v[9];
+    if (!read_all("program_pages", args, nargs, 1, 9, v)) return nullptr;
     Program* program = program_of(args[0]);
     if (program == nullptr) return nullptr;
-    return add_to(program->pages, Pages{static_cast<qwenlet::Cache>(v[0]), v[1], v[2], v[3], address<uint8_t>(v[4]),
-                                        address<uint8_t>(v[5]), address<float>(v[6]), address<float>(v[7])});
+    return add_to(program->pages, Pages{static_cast<qwenlet::Cache>(v[0]), v[1], v[2], v[3], v[4],
+                                        address<uint8_t>(v[5]), address<uint8_t>(v[6]), address<float>(v[7]),
+                                        address<float>(v[8])});
 }
 
 PyObject* add_step(PyObject* capsule, const Step& step) {

@@ -65,23 +65,44 @@ float peak(const float* x, int64_t count) {
     return max_lanes(highest) + sum_lanes(check);
 }
 
-double weigh(const float* x, float peak, float temperature, int64_t count, float* out) {
+double weigh(const float* x, float peak, float temperature, int64_t count, float* out, double* above) {
     constexpr int64_t kPiece = 2048;  // floats are added so far before doubles take over
-    const F top = f_set(peak), divisor = f_set(temperature);
+    const F top = f_set(peak), inverse = f_set(1.0f / temperature);
     double total = 0.0;
+    for (int b = 0; b < qwenlet::kBands; ++b) above[b] = 0.0;
     for (int64_t begin = 0; begin < count; begin += kPiece) {
         const int64_t end = begin + kPiece < count ? begin + kPiece : count;
-        F sum = f_set(0.0f);
+        F sum = f_set(0.0f), sums[qwenlet::kBands];
+        for (F& one : sums) one = f_set(0.0f);
         for (int64_t i = begin; i < end; i += 16) {
-            F weight = f_exp(f_div(f_sub(f_load(x + i), top), divisor));
+            F weight = f_exp(f_mul(f_sub(f_load(x + i), top), inverse));
             // e^-87, which f_exp gives for all below it too, becomes nothing; others don't notice
             weight = f_max(f_sub(weight, f_set(1.7e-38f)), f_set(0.0f));
             f_store(out + i, weight);
             sum = f_add(sum, weight);
+            for (int b = 0; b < qwenlet::kBands; ++b)
+                sums[b] = f_add(sums[b], f_from_least(weight, f_set(qwenlet::kBandLeast[b])));
         }
         total += sum_lanes(sum);
+        for (int b = 0; b < qwenlet::kBands; ++b) above[b] += sum_lanes(sums[b]);
     }
     return total;
+}
+
+int64_t split(const float* weights, float low, float high, int64_t count, double* masses, int32_t* places) {
+    const F least = f_set(low), top = f_set(high);
+    int32_t* to = places;
+    for (int64_t begin = 0; begin < count; begin += qwenlet::kMassBlock) {
+        const int64_t end = begin + qwenlet::kMassBlock < count ? begin + qwenlet::kMassBlock : count;
+        F sum = f_set(0.0f);
+        for (int64_t i = begin; i < end; i += 16) {
+            const F weight = f_load(weights + i);
+            sum = f_add(sum, f_from_least(weight, top));
+            to += f_places_between(weight, least, top, static_cast<int32_t>(i), to);
+        }
+        *masses++ = sum_lanes(sum);
+    }
+    return to - places;
 }
 
 inline float largest_of(const float* x, int64_t count) {

@@ -17,10 +17,10 @@ struct Draw {
     int64_t top_k;  // 0: all
     float repetition, presence, frequency, temperature;  // temperature 0: the most likely token
     double top_p, min_p;
-    double u;  // in [0, 1), picks the token among those that are left
+    uint64_t seed, choice, position;  // what the draw among those that are left depends on
 };
 
-// Penalties, temperature, top-k, top-p, min-p, and the token at u of what is left, in the order of ids. -1 where the largest
+// Penalties, temperature, top-k, top-p, min-p, and one draw from what is left. -1 where the largest
 // logit is no finite number. One row's token depends on that row alone.
 int64_t draw(const Kernels& kernels, const Draw& row);
 
