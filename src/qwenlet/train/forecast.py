@@ -7,11 +7,13 @@ CPU, of which only the rows that occur count.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from qwenlet.config import ModelConfig
 from qwenlet.plan import ITEM_BYTES, RUNTIME_BYTES, TOKEN_BYTES
 
-MODES = ("none", "products", "full")
+Mode = Literal["none", "products", "full"]
+MODES: tuple[Mode, ...] = ("none", "products", "full")
 _HEAD_BYTES = 200_000_000  # of a few rows of logits and their gradient
 _MOMENTS = {"adamw": 8, "adamw8bit": 2}
 
@@ -35,11 +37,11 @@ class Forecast:
     def peak(self, recompute: str) -> int:
         return self.frozen + self.learning + self.activations[recompute] + self.runtime
 
-    def fitting(self, memory: int | None) -> str:
+    def fitting(self, memory: int | None) -> Mode:
         """The way to compute again the least within `memory`; all, where nothing fits or no limit is known to hold."""
         if memory is None:
             return "full"
-        return next((mode for mode in ("none", "products") if self.peak(mode) < 0.8 * memory), "full")
+        return next((mode for mode in MODES if self.peak(mode) < 0.8 * memory), "full")
 
 
 def forecast(
