@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,3 +67,17 @@ def test_steps_and_tokens_are_those_of_the_run():
     assert plan.tokens == pytest.approx(2 * samples.lengths.sum(), rel=0.1)
     half = planned(tiny_model(), replace(SETTINGS, max_steps=plan.steps // 2))
     assert half.tokens == pytest.approx(plan.tokens / 2, rel=0.1)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of a process is read from /proc")
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_the_peak_of_a_process_is_what_was_planned(checkpointing: str, tmp_path: Path):
+    """In a process of its own, as a peak can't be forgotten."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.train.peak", str(tmp_path), checkpointing],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    peak, measured = json.loads(done.stdout)
+    assert 0.75 < peak / measured < 1.3
