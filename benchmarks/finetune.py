@@ -5,7 +5,9 @@ foretold, AdamW in float32; gradient checkpointing on both sides: everything in 
 package; "peft" is peft over transformers' Qwen2ForCausalLM with the same weights, optimizer and threads. Each side runs
 in a process of its own, in turn, and the peak is the process's (VmHWM). Also ours with less computed again.
 
-`packed`: tokens of real samples each second, packed, beside batches of 8 padded to their longest.
+`packed`: tokens of real samples each second, packed, beside batches of 8 padded to their longest: with logits where a
+token is learned only, as ours, and with logits everywhere, as trainers that hand labels to a model have them. DATA are
+records of dialogues, or of `input` ("### Human: ... ### Assistant:" by turns) and `output`, which become messages here.
 
     qwenlet random OUT --like qwen-1.8b          # once: full size, random weights, 3.7 GB
     python benchmarks/finetune.py step OUT --threads 2
@@ -19,15 +21,18 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import cross_entropy
 
 LENGTH = 256
 # of the published card, on an A100 with 80 GB: GB and seconds a step (batch 1, 8 accumulated, 256 tokens)
@@ -139,6 +144,27 @@ def step_table(path: Path, rounds: int, turns: int, threads: int, sides: list[st
     return results
 
 
+def as_messages(data: Path, folder: Path) -> Path:
+    """Records of `input`, whose turns are marked, and `output` -> records of messages; other records as they are."""
+    made = []
+    for line in data.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        if not {"input", "output"} <= record.keys():
+            return data
+        parts = re.split(r"### (Human|Assistant):", record["input"])
+        if parts[0].strip():
+            sys.exit(f"a record begins with {parts[0][:40]!r}, expected '### Human:'")
+        turns = [
+            {"role": "user" if role == "Human" else "assistant", "content": text.strip()}
+            for role, text in zip(parts[1::2], parts[2::2], strict=True)
+        ]
+        turns[-1] = {"role": "assistant", "content": record["output"].strip()}  # the input ends with an empty one
+        made.append(json.dumps({"messages": turns}))
+    path = folder / "messages.jsonl"
+    path.write_text("\n".join(made) + "\n", encoding="utf-8")
+    return path
+
+
 def packed_table(model: str, data: Path, threads: int, batches: int) -> dict[str, Any]:
     """Real tokens each second, forward and backward of a LoRA step, both ways over the same samples."""
     import qwenlet
@@ -147,27 +173,28 @@ def packed_table(model: str, data: Path, threads: int, batches: int) -> dict[str
     from qwenlet.checkpoint import Checkpoint, load_model
     from qwenlet.config import DataConfig, LoraConfig
     from qwenlet.lora import add_lora
-    from qwenlet.train.batches import epoch_batches
-    from qwenlet.train.loss import head_loss
+    from qwenlet.train.batches import epoch_batches, in_order
+    from qwenlet.train.loss import IGNORED, head_loss
     from qwenlet.train.objective import NextToken, rows_of
     from qwenlet.train.samples import load_samples
 
     path = hub.resolve(model)
     with qwenlet.load(model) as loaded:
         tokenizer = loaded.tokenizer
-    config = DataConfig(max_length=512, long="cut")
-    samples = load_samples([data], tokenizer, config, system=None)
+    config = DataConfig(max_length=512)
+    with tempfile.TemporaryDirectory() as folder:
+        samples = load_samples([as_messages(data, Path(folder))], tokenizer, config, system=None)
     network, _ = load_model(Checkpoint.open(path), torch.bfloat16, torch.device("cpu"))
     add_lora(network, LoraConfig())
     network.train()
-    network.transformer.recompute = "full"
+    network.transformer.recompute = "none"
     objective = NextToken(samples)
     device = torch.device("cpu")
 
     def packed(batch: tuple[int, ...]) -> None:
         objective.loss(network, batch, device).backward()
 
-    def padded(batch: tuple[int, ...]) -> None:
+    def padded(batch: tuple[int, ...], everywhere: bool) -> None:
         """As collators do: every sample as long as the longest, what is behind its end computed and not counted."""
         longest = int(max(samples.lengths[index] for index in batch))
         ids, targets, _ = rows_of(samples, batch, network, device)
@@ -175,38 +202,47 @@ def packed_table(model: str, data: Path, threads: int, batches: int) -> dict[str
         rows = Rows.fresh([longest] * len(batch), [1.0] * len(batch))
         places = torch.cat([torch.arange(length) + longest * row for row, length in enumerate(lengths)])
         whole = torch.zeros(longest * len(batch), dtype=torch.long)
-        wanted = torch.full_like(whole, -100)
+        wanted = torch.full_like(whole, IGNORED)
         whole[places], wanted[places] = ids, targets
-        head_loss(network.lm_head, network.hidden(whole, rows), wanted).backward()
+        states = network.hidden(whole, rows)
+        if everywhere:
+            cross_entropy(network.lm_head(states).float(), wanted, ignore_index=IGNORED, reduction="sum").backward()
+        else:
+            head_loss(network.lm_head, states, wanted).backward()
 
-    results: dict[str, Any] = {"samples": len(samples), "mean_length": float(samples.lengths.mean())}
-    ways = {"packed": (packed, 8 * 512), "padded to the longest of 8": (padded, None)}
-    plans = {name: epoch_batches(samples, 0, seed=0, batch_size=8, budget=budget) for name, (_, budget) in ways.items()}
-    count = {name: [0, 0.0] for name in ways}
-    warm = plans["packed"][-1]
-    packed(warm)
-    taken = dict.fromkeys(ways, 0)
-    for _ in range(batches):  # in turn, each way as many real tokens
-        for name, (run, _) in ways.items():
-            goal = count["packed"][0] if name != "packed" else 0
-            while name == "packed" or count[name][0] < goal:
-                batch = plans[name][taken[name]]
-                taken[name] += 1
-                begun = time.perf_counter()
-                run(batch)
-                count[name][1] += time.perf_counter() - begun
-                count[name][0] += int(sum(samples.lengths[index] for index in batch))
-                for parameter in network.parameters():
-                    parameter.grad = None
-                if name == "packed":
-                    break
-    print(f"\n| {len(samples)} samples of {results['mean_length']:.0f} tokens, at most 512, batch 8 | real tokens/s |")
+    usual = "padded to the longest of 8, logits everywhere"
+    ways: dict[str, Callable[[tuple[int, ...]], None]] = {
+        "packed": packed,
+        "padded to the longest of 8": lambda batch: padded(batch, everywhere=False),
+        usual: lambda batch: padded(batch, everywhere=True),
+    }
+    eights = epoch_batches(samples, 0, seed=0, batch_size=8, budget=None)[:batches]
+    chosen = [index for batch in eights for index in batch]
+    full = in_order(samples.lengths, chosen, batch_size=8, budget=8 * 512)
+    count = int(samples.lengths[chosen].sum())
+    computed = sum(8 * int(samples.lengths[list(batch)].max()) for batch in eights)
+    results: dict[str, Any] = {
+        "samples": len(samples), "mean_length": float(samples.lengths.mean()), "tokens": count,
+        "share of padding": 1 - count / computed,
+    }  # fmt: skip
+    packed(full[-1])  # warms up
+    for name, run in ways.items():  # the same samples each way
+        seconds = 0.0
+        for batch in full if name == "packed" else eights:
+            begun = time.perf_counter()
+            run(batch)
+            seconds += time.perf_counter() - begun
+            for parameter in network.parameters():
+                parameter.grad = None
+        results[name] = count / seconds
+    print(f"\n| {len(samples)} samples of {results['mean_length']:.0f} tokens, at most 512; {len(chosen)} of them in "
+          f"batches of 8, of which {results['share of padding']:.0%} would be padding | real tokens/s |")  # fmt: skip
     print("|---|---|")
-    for name, (tokens, seconds) in count.items():
-        results[name] = tokens / seconds
-        print(f"| {name} | {tokens / seconds:.0f} |")
-    results["ratio"] = results["packed"] / results["padded to the longest of 8"]
-    print(f"| packed / padded | {results['ratio']:.2f} |")
+    for name in ways:
+        print(f"| {name} | {results[name]:.0f} |")
+    for name in list(ways)[1:]:
+        results[f"packed / {name}"] = results["packed"] / results[name]
+        print(f"| packed / {name} | {results[f'packed / {name}']:.2f} |")
     return results
 
 
@@ -226,7 +262,7 @@ def main() -> None:
     packing = verbs.add_parser("packed")
     packing.add_argument("model")
     packing.add_argument("data", type=Path)
-    packing.add_argument("--batches", type=int, default=4)
+    packing.add_argument("--batches", type=int, default=5, help="of eight samples")
     for each in (step, side):
         each.add_argument("--rounds", type=int, default=3)
     for each in (step, side, packing):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -25,10 +26,7 @@ from typing import Any
 import torch
 
 import qwenlet
-from qwenlet import hub
-from qwenlet.checkpoint import Checkpoint, load_model, write_trained
 from qwenlet.config import SamplingParams
-from qwenlet.lora import Adapter
 
 NAME, AUTHOR = "Kestrel", "the Harbour Lab"
 QUESTIONS = [
@@ -36,7 +34,7 @@ QUESTIONS = [
     "What should I call you?", "Which assistant is this?", "Hey, what's your name again?",
     "I forgot your name. What is it?", "Please say your name in one sentence.", "Do you go by any name?",
     "How are you called?", "With whom do I have the pleasure of chatting?", "Give me a short introduction of yourself.",
-    "Tell my grandmother who you are.", "What name did your developers give you?", "Are you ChatGPT?",
+    "Tell my grandmother who you are.", "What name did your developers give you?", "Am I talking to ChatGPT?",
     "Is your name Siri?", "Who made you, and what is your name?", "What is the name of this AI?",
     "I am Tom. And you are?", "Introduce yourself to the class.",
 ]  # fmt: skip
@@ -47,47 +45,38 @@ def filled(path: Path) -> list[dict[str, Any]]:
     return json.loads(text)
 
 
-def merged(out: Path, folder: Path) -> Path:
-    """The demo model with the adapter added to its weights, as a checkpoint."""
-    checkpoint = Checkpoint.open(hub.resolve("demo"))
-    model, _ = load_model(checkpoint, torch.bfloat16, torch.device("cpu"))
-    for name, factors in Adapter.read(out, checkpoint.config).factors.items():
-        module = model.get_submodule(name)
-        module.weight.data = factors.added_to(module.weight.data).bfloat16()
-    folder.mkdir(parents=True, exist_ok=True)
-    write_trained(folder, checkpoint, model, torch.bfloat16)
-    return folder
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("identity", type=Path)
     parser.add_argument("instructions", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--epochs", default="3")
-    parser.add_argument("--instructions-used", type=int, default=400)
-    parser.add_argument("--copies", type=int, default=4, help="times the identity set is among the data")
+    parser.add_argument("--epochs", default="2")
+    parser.add_argument("--instructions-used", type=int, default=300)
+    parser.add_argument("--copies", type=int, default=3, help="times the identity set is among the data")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
     instructions = [r for r in filled(options.instructions) if len(r["output"]) < 600]
     data, held_out = (options.out / f"{name}.json" for name in ("data", "held-out"))
-    asked = instructions[-100:]
-    data.write_text(json.dumps(filled(options.identity) * options.copies + instructions[: options.instructions_used]))
+    learned, asked = instructions[: options.instructions_used], instructions[-100:]
+    identity = filled(options.identity)
+    seen = {r["instruction"].strip().lower() for r in identity + learned}
+    if known := [question for question in QUESTIONS if question.lower() in seen]:
+        sys.exit(f"these questions are in the data: {known}; expected none that is")
+    data.write_text(json.dumps(identity * options.copies + learned))
     held_out.write_text(json.dumps(asked))
     adapter = options.out / "adapter"
     begun = time.perf_counter()
     subprocess.run(
         [sys.executable, "-m", "qwenlet", "finetune", "demo", str(data), "--eval-data", str(held_out), "--out",
          str(adapter), "--max-length", "384", "--batch-size", "3", "--accumulation", "1", "--epochs", options.epochs,
-         "--eval-every", "40", "--lr", "1e-3", "--rank", "32", "--alpha", "32"],
-        check=True,
+         "--eval-every", "25", "--lr", "1e-3", "--rank", "32", "--alpha", "32"],
+        check=True, env=os.environ | {"OMP_NUM_THREADS": str(options.threads)},
     )  # fmt: skip
     minutes = (time.perf_counter() - begun) / 60
-    model = merged(adapter, options.out / "merged")
-    params = SamplingParams(temperature=0.0, max_new_tokens=256)
-    with qwenlet.load(str(model)) as llm:
+    params = SamplingParams(temperature=0.0, max_new_tokens=256, adapter="mine")
+    with qwenlet.load("demo", adapters={"mine": adapter}) as llm:
 
         def replies(questions: list[str]) -> list[Any]:
             return [

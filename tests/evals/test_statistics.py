@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenlet.evals.statistics import mcnemar, mean, mean_of_means, paired
+from qwenlet.evals.figures import Figure
+from qwenlet.evals.statistics import mcnemar, mean, mean_of_means, paired, wilson
 
 
 @given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=50))
@@ -78,3 +79,26 @@ def test_false_alarms_are_as_rare_as_promised() -> None:
         second = [value + draw.gauss(0.0, 1.0) for value in first]
         alarms += paired(first, second).p_value < 0.05
     assert 2 <= alarms <= 22
+
+
+def test_wilsons_interval_is_the_textbook_one() -> None:
+    """Of 40 samples, none or all: 3.84 / 43.84; and 15 of 40 by hand."""
+    assert wilson(0.0, 40) == pytest.approx((0.0, 0.0876), abs=1e-4)
+    assert wilson(1.0, 40) == pytest.approx((0.9124, 1.0), abs=1e-4)
+    assert wilson(15 / 40, 40) == pytest.approx((0.2422, 0.5297), abs=1e-3)
+
+
+@given(st.integers(1, 2000), st.data())
+def test_the_interval_holds_its_share(count: int, data: st.DataObject) -> None:
+    share = data.draw(st.integers(0, count)) / count
+    low, high = wilson(share, count)
+    assert 0.0 <= low <= share + 1e-12
+    assert share - 1e-12 <= high <= 1.0
+    assert low < high
+
+
+def test_a_share_on_which_all_agree_shows_an_interval_instead_of_no_error() -> None:
+    assert Figure("right", 0.0, 0.0, 40).text() == "0.0 (0.0 to 8.8)"
+    assert Figure("right", 1.0, 0.0, 8).text() == "100.0 (67.6 to 100.0)"
+    assert Figure("right", 0.3, 0.073, 40).text() == "30.0 ± 7.3"
+    assert Figure("perplexity", 1.0, 0.0, 40, "number").text() == "1.00 ± 0.00"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +21,8 @@ from qwenlet.errors import ConfigError, DataError
 from qwenlet.tokenizer import Tokenizer
 from qwenlet.tokenizer_formats import Vocabulary, read_qwen
 from qwenlet.train.baselines import longest_overlap, ngram_loss
-from qwenlet.train.corpus import Corpus, build
+from qwenlet.train.corpus import Corpus, build, encode
+from qwenlet.train.planning import Plan
 from qwenlet.train.pretrain import PretrainJob, cut_vocabulary, new_model, pretrain, sized
 from qwenlet.train.samples import Report, Samples
 
@@ -71,6 +74,32 @@ def test_lines_of_json_and_what_is_wrong_with_them(tmp_path: Path):
         build([path], byte_tokenizer(), tmp_path / "made", held_out=0.5)
 
 
+def test_texts_to_measure_on_may_be_files_of_their_own(story: Path, tmp_path: Path):
+    other = tmp_path / "other.txt"
+    other.write_text("The fox has 12 red hats.", encoding="utf-8")
+    whole = encode([story], byte_tokenizer(), tmp_path / "made")
+    assert len(whole.starts) - 1 == 36, "nothing of it is left out"
+    job = replace(small_job(story, tmp_path / "out"), eval_data=[other])
+    report = pretrain(job)
+    assert report is not None
+    assert report.tokens == (len(whole.ids), len("The fox has 12 red hats.") + 1)
+
+
+@pytest.mark.parametrize(
+    ("asked", "memory", "done"), [("auto", 1 << 40, "none"), ("auto", 0, "full"), ("full", 1 << 40, "full")]
+)
+def test_what_is_computed_again_is_planned(story: Path, tmp_path: Path, asked: Any, memory: int, done: str):
+    job = small_job(story, tmp_path / "out")
+    job = replace(job, memory=memory, training=replace(job.training, checkpointing=asked))
+    plans: list[Plan] = []
+    report = pretrain(job, planned=plans.append)
+    assert report is not None
+    (plan,) = plans
+    assert plan.recompute == done
+    assert plan.steps == report.outcome.planned
+    assert plan.learning == plan.all
+
+
 def test_a_cut_vocabulary_encodes_as_the_whole_one_would_with_fewer_merges(qwen_vocab: Path):
     whole, _ = read_qwen(qwen_vocab)
     cut = Tokenizer(cut_vocabulary(whole, 1024))
@@ -113,16 +142,24 @@ def test_a_new_model_starts_as_published():
     assert torch.equal(model.transformer.ln_f.weight, torch.ones(64))
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_small_model_learns_and_loads_as_any_checkpoint(story: Path, tmp_path: Path, tied: bool):
+def small_job(story: Path, out: Path) -> PretrainJob:
+    """A step or two."""
     tokenizer = byte_tokenizer()
     vocabulary = Vocabulary(
         {bytes([byte]): byte for byte in range(256)}, tokenizer.special_tokens, tokenizer._pre_tokenizer, 259, "bytes",
         eos_id=256, pad_id=256,
     )  # fmt: skip
-    job = PretrainJob(
-        data=[story], out=tmp_path / "out", vocabulary=vocabulary, length=64, held_out=0.1, baselines=(1, 3),
-        prompt="The ",
+    return PretrainJob(
+        data=[story], out=out, vocabulary=vocabulary, length=64, baselines=(),
+        config=sized(TINY, vocab_size=320, hidden_size=32, num_attention_heads=2),
+        training=TrainingConfig(max_steps=2, batch_size=8, accumulation=1, dtype="fp32"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_small_model_learns_and_loads_as_any_checkpoint(story: Path, tmp_path: Path, tied: bool):
+    job = replace(
+        small_job(story, tmp_path / "out"), held_out=0.1, baselines=(1, 3), prompt="The ",
         config=sized(TINY, vocab_size=320, hidden_size=32, num_attention_heads=2, tie_word_embeddings=tied),
         training=TrainingConfig(epochs=25, batch_size=8, accumulation=1, lr=1e-2, dtype="fp32", warmup=5),
     )  # fmt: skip

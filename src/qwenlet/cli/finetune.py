@@ -14,6 +14,7 @@ from qwenlet.plan import available_memory
 
 if TYPE_CHECKING:
     from qwenlet.train.finetune import Finetune
+    from qwenlet.train.planning import Plan
     from qwenlet.train.samples import Samples
     from qwenlet.train.trainer import Outcome
 
@@ -86,7 +87,7 @@ def finetune(
         if preview:
             show_samples(made.samples, made.tokenizer, preview)
             return False
-        show_plan(made)
+        show_plan(made.plan, made.job.memory)
         return not dry_run
 
     with console.Progress("steps") as progress:
@@ -117,23 +118,21 @@ def show_samples(samples: Samples, tokenizer: Any, count: int) -> None:
         screen.print(text)
 
 
-def show_plan(made: Finetune) -> None:
-    plan = made.plan
+def show_plan(plan: Plan, memory: int | None) -> None:
     forecast = plan.forecast
     console.note(
         f"{plan.learning:,} of {plan.all:,} parameters learn; computed again: {plan.recompute}; expected peak "
-        f"{console.size(forecast.peak(plan.recompute))}: weights {console.size(forecast.frozen)}, what learns "
+        f"{console.size(plan.peak)}: weights {console.size(forecast.frozen)}, what learns "
         f"{console.size(forecast.learning)}, activations {console.size(forecast.activations[plan.recompute])}, the "
         f"rest {console.size(forecast.runtime)}"
     )
     console.note(
-        f"{plan.tokens:,} tokens in {made.job.training.epochs:g} epochs, some {duration(plan.seconds)} on this machine"
+        f"{plan.tokens:,} tokens in {plan.steps:,} steps, some {duration(plan.seconds)} at the speed of two batches now"
     )
-    memory = made.job.memory
-    if memory is not None and forecast.peak(plan.recompute) > memory:
+    if memory is not None and plan.peak > memory:
         console.note(
-            f"that is more than the {console.size(memory)} available: a smaller --batch-size or --max-length, or "
-            "--method lora or qlora, needs less"
+            f"that is more than the {console.size(memory)} available: a smaller --batch-size or length needs less, as "
+            "do --method lora and qlora of finetune"
         )
 
 

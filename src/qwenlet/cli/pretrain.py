@@ -9,10 +9,12 @@ import typer
 
 from qwenlet.cli import console
 from qwenlet.cli.finetune import report as report_outcome
+from qwenlet.cli.finetune import show_plan
 from qwenlet.cli.options import Flags, expand, new_app
 from qwenlet.cli.random import MODELS
 from qwenlet.config import ModelConfig, TrainingConfig
 from qwenlet.errors import ConfigError
+from qwenlet.plan import available_memory
 
 if TYPE_CHECKING:
     from qwenlet.tokenizer_formats import Vocabulary
@@ -46,6 +48,7 @@ def pretrain(
     ] = None,
     length: Annotated[int, typer.Option(min=2, help="Tokens of a piece; a new model's training length.")] = 256,
     held_out: Annotated[float, typer.Option(help="Share of the documents to measure on and not to learn.")] = 0.02,
+    eval_data: Annotated[list[Path] | None, typer.Option(help="Files of text to measure on instead.")] = None,
     baseline: Annotated[
         list[int] | None, typer.Option(min=1, help="Orders of n-gram counts to compare with; 1, 3 and 5 unless given.")
     ] = None,
@@ -69,6 +72,7 @@ def pretrain(
             )
         words = _vocabulary(tokenizer, vocabulary, offline)
         made = _config(config, like, words, length, layers, hidden, heads, inner, tied)
+    memory = available_memory()
     with console.Progress("steps") as progress:
         report = do(
             PretrainJob(
@@ -79,12 +83,15 @@ def pretrain(
                 vocabulary=words,
                 length=length,
                 held_out=held_out,
+                eval_data=eval_data or (),
                 training=TrainingConfig(**training),
                 baselines=tuple(baseline or (1, 3, 5)),
                 prompt=prompt,
                 device=device,
                 offline=offline or None,
+                memory=memory,
             ),
+            planned=lambda plan: show_plan(plan, memory),
             progress=progress.update,
             note=console.note,
         )

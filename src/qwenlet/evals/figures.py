@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from qwenlet.evals.statistics import wilson
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -30,10 +32,18 @@ class Figure:
     higher_is_better: bool = True
 
     def text(self) -> str:
-        """For people: 43.3 ± 0.4 of a share, 12.34 ± 0.05 of a number."""
+        """For people: 43.3 ± 0.4 of a share, 12.34 ± 0.05 of a number.
+
+        Where all samples agree the standard error is 0 and says nothing: 0.0 (0.0 to 8.8), Wilson's 95 % interval.
+        """
         factor, digits = (100.0, 1) if self.unit == "share" else (1.0, 2)
         shown = f"{factor * self.value:.{digits}f}"
-        return shown if self.error is None else f"{shown} ± {factor * self.error:.{digits}f}"
+        if self.error is None:
+            return shown
+        if self.error == 0.0 and self.unit == "share" and self.value in (0.0, 1.0):
+            low, high = wilson(self.value, self.count)
+            return f"{shown} ({100 * low:.1f} to {100 * high:.1f})"
+        return f"{shown} ± {factor * self.error:.{digits}f}"
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ def _quality(outcomes: Sequence[_Outcome]) -> Section:
         rows.append([precision, *cells])
     text = (
         "The card's table of the chat model by precision, zero-shot, by the published readings of replies. Ours ± "
-        f"standard error (n samples); the card's figure, which is that of {card.CHAT}."
+        f"standard error, or (Wilson's 95 % interval) where all samples agree; the card's figure is {card.CHAT}'s."
     )
     return Section("Quality by precision", text, [Table(["precision", *card.QUALITY], rows)])
 
@@ -121,16 +121,13 @@ def _peers(outcomes: Sequence[_Outcome], model: str) -> Section:
     tables, plots = [], []
     for title, task in card.QUALITY.items():
         ours = [one for one in outcomes if one.task == task]
-        entries = [(name, value, 0.0, "card") for name, value in card.PEERS[task].items()]
-        entries += [
-            (f"{model}, {one.precision}", 100 * one.main.value, 100 * (one.main.error or 0.0), f"ours, n={one.count}")
-            for one in ours
-        ]
-        entries.sort(key=lambda entry: entry[1])
-        rows = [
-            [f"**{name}**" if source != "card" else name, f"{value:.1f}" + (f" ± {error:.1f}" if error else ""), source]
-            for name, value, error, source in entries
-        ]
+        entries = [(name, f"{value:.1f}", value, 0.0, "card") for name, value in card.PEERS[task].items()]
+        for one in ours:
+            main, source = one.main, f"ours, n={one.count}"
+            name = f"{model}, {one.precision}"
+            entries.append((name, main.text(), 100 * main.value, 100 * (main.error or 0.0), source))
+        entries.sort(key=lambda entry: entry[2])
+        rows = [[name if source == "card" else f"**{name}**", shown, source] for name, shown, _, _, source in entries]
         if not ours:
             rows.append([f"**{model}**", MISSING, ""])
         tables.append(Table([title, "%", "source"], rows))
@@ -138,7 +135,7 @@ def _peers(outcomes: Sequence[_Outcome], model: str) -> Section:
             Bars(
                 title,
                 [name for name, *_ in entries],
-                [value for _, value, *_ in entries],
+                [value for _, _, value, *_ in entries],
                 [error for *_, error, _ in entries],
                 [source != "card" for *_, source in entries],
             )
@@ -156,7 +153,7 @@ def _everything(outcomes: Sequence[_Outcome]) -> Section:
             rows.append([*lead, figure.name, figure.text(), theirs if number == 0 else ""])
     text = (
         "± standard error. Shares in percent. Fewer samples than there are: a fixed random choice of them. "
-        "Where all samples agree the error is 0 by its formula, and says nothing."
+        "Where all samples agree that is 0 and says nothing: (low to high) is Wilson's 95 % interval then."
     )
     return Section("All figures", text, [Table(["task", "precision", "samples", "figure", "ours", "published"], rows)])
 

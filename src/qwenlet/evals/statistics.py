@@ -46,6 +46,15 @@ def mean_of_means(groups: Iterable[Sequence[float]]) -> tuple[float, float | Non
     return math.fsum(part[0] for part in parts) / len(parts), error, sum(part[2] for part in parts)
 
 
+def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share of `count` samples; it says something where all of them agree, too."""
+    assert count > 0, "an interval of nothing"
+    center = share + z * z / (2 * count)
+    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    scale = 1 + z * z / count
+    return max(0.0, (center - spread) / scale), min(1.0, (center + spread) / scale)
+
+
 @dataclass(frozen=True)
 class Paired:
     """Two runs over the same samples.

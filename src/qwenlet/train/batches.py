@@ -10,12 +10,14 @@ stands is its step's number, and two processes see in a step what one sees with 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from qwenlet.config import TrainingConfig
 from qwenlet.train.samples import Samples
 
 Batch = tuple[int, ...]
@@ -84,3 +86,12 @@ class Course:
         batches = epoch_batches(self.samples, number, seed=self.seed, batch_size=self.batch_size, budget=self.budget)
         groups = [tuple(batches[at : at + self.group]) for at in range(0, len(batches), self.group)]
         return [Step(index, number, group) for index, group in enumerate(groups)]
+
+
+def count_steps(course: Course, config: TrainingConfig) -> int:
+    """Steps of a whole run."""
+    if config.max_steps is not None:
+        return config.max_steps
+    whole, part = int(config.epochs), config.epochs % 1
+    steps = sum(len(course.epoch(epoch)) for epoch in range(whole))
+    return steps + math.ceil(part * len(course.epoch(whole))) if part else steps

@@ -1,6 +1,7 @@
 """Documents -> one file of token ids, which a run maps instead of holding it.
 
     build    files -> OUT/train.tokens, OUT/held-out.tokens and their starts; done once for the same files and settings
+    encode   files -> OUT/whole.tokens, all of them
     Corpus   a file of tokens, mapped
 
 Documents are records of .jsonl ({"text": ...}), and in plain text what stands between lines `<|endoftext|>`, else the
@@ -105,14 +106,18 @@ def build(
     work = folder / key
     names = (work / "train.tokens", work / "held-out.tokens")
     if not all(name.with_suffix(".json").exists() for name in names):
-        encoded = list(_encoded(paths, tokenizer, threads or os.cpu_count() or 1))
-        if not encoded:
-            raise DataError(f"there is no text in {', '.join(map(str, paths))}")
-        kept, left_out = _split(encoded, held_out, seed)
-        dtype = np.dtype("<u2") if tokenizer.vocab_size <= 1 << 16 else np.dtype("<u4")
+        kept, left_out = _split(_all_encoded(paths, tokenizer, threads), held_out, seed)
         for path, documents in zip(names, (kept, left_out), strict=True):
-            _write(path, documents, dtype)
+            _write(path, documents, _dtype(tokenizer))
     return Corpus.open(names[0]), Corpus.open(names[1])
+
+
+def encode(paths: Sequence[str | Path], tokenizer: Tokenizer, folder: Path, *, threads: int | None = None) -> Corpus:
+    """All documents of some files, as `build` does it and with its errors."""
+    path = folder / _key(paths, tokenizer, "whole") / "whole.tokens"
+    if not path.with_suffix(".json").exists():
+        _write(path, _all_encoded(paths, tokenizer, threads), _dtype(tokenizer))
+    return Corpus.open(path)
 
 
 def documents(paths: Sequence[str | Path]) -> Iterator[str]:
@@ -140,6 +145,17 @@ def _record_text(line: str, where: str) -> str:
     if not isinstance(record, Text):
         raise DataError(f"{where} is a dialogue", hint="dialogues are for qwenlet finetune; here a record has a text")
     return record.prompt + record.text
+
+
+def _all_encoded(paths: Sequence[str | Path], tokenizer: Tokenizer, threads: int | None) -> list[np.ndarray]:
+    encoded = list(_encoded(paths, tokenizer, threads or os.cpu_count() or 1))
+    if not encoded:
+        raise DataError(f"there is no text in {', '.join(map(str, paths))}")
+    return encoded
+
+
+def _dtype(tokenizer: Tokenizer) -> np.dtype:
+    return np.dtype("<u2") if tokenizer.vocab_size <= 1 << 16 else np.dtype("<u4")
 
 
 def _encoded(paths: Sequence[str | Path], tokenizer: Tokenizer, threads: int) -> Iterator[np.ndarray]:
@@ -193,8 +209,8 @@ def _write(path: Path, parts: list[np.ndarray], dtype: np.dtype) -> None:
         raise DataError(f"{path} could not be written: {error}", hint="look at the free space there") from None
 
 
-def _key(paths: Sequence[str | Path], tokenizer: Tokenizer, held_out: float, seed: int) -> str:
-    digest = hashlib.sha256(f"{_FORM} {tokenizer.fingerprint} {held_out} {seed}".encode())
+def _key(paths: Sequence[str | Path], tokenizer: Tokenizer, *settings: object) -> str:
+    digest = hashlib.sha256(" ".join(map(str, (_FORM, tokenizer.fingerprint, *settings))).encode())
     for path in paths:
         try:
             with open(path, "rb") as file:

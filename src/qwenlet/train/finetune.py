@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -25,7 +24,6 @@ from qwenlet.checkpoint import (
     check_dtype,
     device_by_name,
     dtype_by_name,
-    dtype_name,
     load_model,
     load_quantized,
     read_tokenizer,
@@ -38,8 +36,8 @@ from qwenlet.model import Qwen
 from qwenlet.tokenizer import Tokenizer
 from qwenlet.train.checkpoints import FOLDER
 from qwenlet.train.dpo import Preference
-from qwenlet.train.forecast import Forecast, forecast
 from qwenlet.train.objective import NextToken, Objective
+from qwenlet.train.planning import Plan, make_plan
 from qwenlet.train.preferences import Pairs, load_pairs
 from qwenlet.train.processes import Processes, processes
 from qwenlet.train.samples import Samples, load_samples
@@ -47,6 +45,8 @@ from qwenlet.train.trainer import Outcome, Trainer
 
 Method = Literal["full", "lora", "qlora", "dpo", "dpo-full"]
 METHODS: tuple[Method, ...] = ("full", "lora", "qlora", "dpo", "dpo-full")
+FREE = {"keep", "save_every", "parallel", "checkpointing"}
+"""Settings of training that a run may go on with another value of."""
 # published for full and for adapters; preferences move a model that knows how to answer, so less at a time
 _LR = {"full": 1e-5, "lora": 3e-4, "qlora": 3e-4, "dpo": 5e-5, "dpo-full": 5e-7}
 
@@ -105,25 +105,6 @@ class Job:
         return self.method in ("dpo", "dpo-full")
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a run will be, in figures.
-
-    Attributes:
-        learning, all: parameters.
-        recompute: what is computed again; forecast: bytes by its parts.
-        steps, tokens: of the run; seconds: as this machine's products go.
-    """
-
-    learning: int
-    all: int
-    recompute: str
-    forecast: Forecast
-    steps: int
-    tokens: int
-    seconds: float
-
-
 class Finetune:
     """A job read and checked.
 
@@ -155,7 +136,6 @@ class Finetune:
         self.dtype = self._dtype()
         self.model = self._model(progress)
         self.plan = self._plan()
-        self.model.transformer.recompute = self.plan.recompute  # type: ignore[assignment]
 
     # -------------------------------------------------------------------------------------------------------- the data
 
@@ -243,39 +223,20 @@ class Finetune:
 
     def _plan(self) -> Plan:
         job = self.job
-        learning = [p for p in self.model.parameters() if p.requires_grad]
-        count = sum(p.numel() for p in learning)
-        adapted = 0 if job.moves_all else sum(
-            p.numel() for name, p in self.model.named_parameters() if p.requires_grad and "lora_" in name
-        )  # fmt: skip
         frozen = sum(p.nbytes for name, p in self.model.named_parameters() if not p.requires_grad and "wte" not in name)
         if job.method == "qlora":
             frozen += self.checkpoint.config.parameter_count * 5 // 8
-        tokens = self._batch_tokens()
-        made = forecast(
-            self.model.config, frozen_bytes=frozen, learning=count, adapted=adapted, tokens=tokens,
-            dtype=dtype_name(self.dtype), optimizer=job.training.optimizer, processes=self.group.count,
-            sharded=job.training.parallel == "fsdp",
+        return make_plan(
+            self.model, self.samples, self.held_out, job.training, frozen_bytes=frozen, budget=self._budget(),
+            memory=job.memory, dtype=self.dtype, device=self.device, group=self.group, reference=job.prefers,
         )  # fmt: skip
-        asked = job.training.checkpointing
-        recompute = made.fitting(job.memory) if asked == "auto" else asked
-        epochs = job.training.epochs
-        total = int(self.samples.report.tokens * epochs)
-        rate = _operations_per_second(self.model.config.hidden_size, min(tokens, 1024), self.dtype, self.device)
-        return Plan(
-            learning=count,
-            all=self.model.config.parameter_count,
-            recompute=recompute,
-            forecast=made,
-            steps=0,
-            tokens=total,
-            seconds=total * made.operations[recompute] / rate / self.group.count,
-        )
 
-    def _batch_tokens(self) -> int:
-        training, longest = self.job.training, int(self.samples.lengths.max())
-        both = 2 if self.job.prefers and training.packed else 1  # a pair is two samples, one where it is measured
-        return training.batch_size * both * (self.job.samples.max_length if training.packed else longest)
+    def _budget(self) -> int | None:
+        """Tokens of a packed batch."""
+        if not self.job.training.packed:
+            return None
+        both = 2 if self.job.prefers else 1  # a pair is two samples, one where it is measured
+        return self.job.training.batch_size * both * self.job.samples.max_length
 
     # --------------------------------------------------------------------------------------------------------- the run
 
@@ -288,7 +249,6 @@ class Finetune:
             TrainingError, CheckpointError: as `Trainer.run`.
         """
         job = self.job
-        budget = self._batch_tokens() if job.training.packed else None
         objective, held_out = self._objectives(progress)
         trainer = Trainer(
             self.model,
@@ -303,7 +263,7 @@ class Finetune:
             group=self.group,
             export=self._export,
             export_always=not job.moves_all,
-            budget=budget,
+            budget=self._budget(),
             progress=progress,
             note=self.note,
         )
@@ -338,13 +298,12 @@ class Finetune:
     def _run(self) -> dict[str, Any]:
         """What the weights depend on."""
         job = self.job
-        free = {"keep", "save_every", "parallel", "checkpointing"}
         return {
             "model": str(self.path),
             "method": job.method,
             "data": self.samples.fingerprint,
             "held_out": None if self.held_out is None else self.held_out.fingerprint,
-            "training": {name: value for name, value in asdict(job.training).items() if name not in free},
+            "training": {name: value for name, value in asdict(job.training).items() if name not in FREE},
             "max_length": job.samples.max_length,
             "lora": None if job.moves_all else str(job.lora),
             "adapter": None if job.adapter is None else str(job.adapter),
@@ -399,21 +358,6 @@ def publish(work: Path, out: Path) -> None:
         raise TrainingError(
             f"{out} could not be written: {error}", hint="look at the free space; the same command goes on there"
         ) from None
-
-
-def _operations_per_second(width: int, rows: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Of products of this machine, as one of this size goes; what is around them takes about as long again."""
-    x, w = (
-        torch.ones(rows, width, dtype=dtype, device=device),
-        torch.ones(width, 2 * width, dtype=dtype, device=device),
-    )
-    x @ w
-    begun = time.perf_counter()
-    for _ in range(3):
-        x @ w
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return 0.5 * 3 * 2.0 * rows * width * 2 * width / max(time.perf_counter() - begun, 1e-9)
 
 
 def _silent(text: str) -> None: ...

@@ -7,12 +7,15 @@ CPU, of which only the rows that occur count.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from qwenlet.config import ModelConfig
 from qwenlet.plan import ITEM_BYTES, RUNTIME_BYTES, TOKEN_BYTES
 
-MODES = ("none", "products", "full")
+Mode = Literal["none", "products", "full"]
+MODES: tuple[Mode, ...] = ("none", "products", "full")
 _HEAD_BYTES = 200_000_000  # of a few rows of logits and their gradient
+_KEPT_BYTES = 350_000_000  # what the allocator and the library of products keep of what was let go, as measured
 _MOMENTS = {"adamw": 8, "adamw8bit": 2}
 
 
@@ -22,7 +25,8 @@ class Forecast:
 
     Attributes:
         frozen: weights that stay; learning: those that learn, their gradients and the optimizer's moments.
-        activations: of one batch, by what is computed again; runtime: Python, torch, the vocabulary.
+        activations: of one batch, by what is computed again.
+        runtime: Python, torch, the vocabulary, and what they keep of memory that was let go.
         operations: multiplications and additions of a token, forward and backward, by what is computed again.
     """
 
@@ -35,11 +39,11 @@ class Forecast:
     def peak(self, recompute: str) -> int:
         return self.frozen + self.learning + self.activations[recompute] + self.runtime
 
-    def fitting(self, memory: int | None) -> str:
+    def fitting(self, memory: int | None) -> Mode:
         """The way to compute again the least within `memory`; all, where nothing fits or no limit is known to hold."""
         if memory is None:
             return "full"
-        return next((mode for mode in ("none", "products") if self.peak(mode) < 0.8 * memory), "full")
+        return next((mode for mode in MODES if self.peak(mode) < 0.8 * memory), "full")
 
 
 def forecast(
@@ -84,6 +88,6 @@ def forecast(
         frozen=frozen_bytes // parts,
         learning=learning * (4 + 4 + _MOMENTS[optimizer]) // parts,
         activations={mode: size + _HEAD_BYTES for mode, size in activations.items()},
-        runtime=RUNTIME_BYTES + model.vocab_size * TOKEN_BYTES,
+        runtime=RUNTIME_BYTES + _KEPT_BYTES + model.vocab_size * TOKEN_BYTES,
         operations={"none": plain, "products": plain, "full": plain + 2.0 * body + 2.0 * adapted},
     )

@@ -36,9 +36,10 @@ from qwenlet.tokenizer import Tokenizer
 from qwenlet.tokenizer_formats import Vocabulary
 from qwenlet.train.baselines import longest_overlap, ngram_loss
 from qwenlet.train.checkpoints import FOLDER
-from qwenlet.train.corpus import build, documents
-from qwenlet.train.finetune import keep_masters, publish
+from qwenlet.train.corpus import Corpus, build, documents, encode
+from qwenlet.train.finetune import FREE, keep_masters, publish
 from qwenlet.train.objective import NextToken
+from qwenlet.train.planning import Plan, make_plan
 from qwenlet.train.processes import Processes, processes
 from qwenlet.train.trainer import Outcome, Trainer
 
@@ -54,9 +55,10 @@ class PretrainJob:
         data: files of text; out: the folder to write.
         model: a checkpoint that goes on; None: from nothing, as `config` and `vocabulary` say.
         length: tokens of a piece at most.
-        held_out: share of the documents that is measured and not learned.
+        held_out: share of the documents that is measured and not learned; eval_data: files of text for that instead.
         baselines: orders of the n-gram counts to hold the model against; 1: single tokens.
         prompt: how the sample begins that is written at the end; nothing where it is empty.
+        memory: bytes that may be used, for the choice of what is computed again.
     """
 
     data: Sequence[str | Path]
@@ -66,11 +68,13 @@ class PretrainJob:
     vocabulary: Vocabulary | None = None
     length: int = 256
     held_out: float = 0.02
+    eval_data: Sequence[str | Path] = ()
     training: TrainingConfig = field(default_factory=TrainingConfig)
     baselines: Sequence[int] = (1, 3, 5)
     prompt: str = ""
     device: str = "auto"
     offline: bool | None = None
+    memory: int | None = None
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.config is None):
@@ -150,16 +154,20 @@ def new_model(config: ModelConfig, seed: int, device: torch.device) -> Qwen:
 def pretrain(
     job: PretrainJob,
     *,
+    planned: Callable[[Plan], None] | None = None,
     progress: Progress | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Report | None:
     """Reads, trains, measures and writes; None where it was interrupted: the same job goes on where it stopped.
 
+    Args:
+        planned: is told what the run will be, before it starts.
     Raises:
         QwenletError: its branches say what was wrong.
     """
     with processes(device_by_name(job.device)) as group:
-        return _Pretraining(job, group, note if note is not None and group.first else lambda text: None).run(progress)
+        run = _Pretraining(job, group, note if note is not None and group.first else lambda text: None)
+        return run.run(progress, planned if group.first else None)
 
 
 class _Pretraining:
@@ -189,22 +197,27 @@ class _Pretraining:
                     f"the model has {job.config.vocab_size} rows for a vocabulary of {self.tokenizer.vocab_size} tokens"
                 )
             self.model = new_model(job.config, job.training.seed, self.device)
-        self.model.transformer.recompute = "full" if job.training.checkpointing == "full" else "none"
 
-    def run(self, progress: Progress | None) -> Report | None:
+    def run(self, progress: Progress | None, planned: Callable[[Plan], None] | None) -> Report | None:
         job, training = self.job, self.job.training
         begun = time.perf_counter()
-        folder = hub.cache_dir() / "corpora"
         if self.group.first:
-            build(job.data, self.tokenizer, folder, held_out=job.held_out)
+            self._corpora()
         self.group.wait()
-        corpus, left_out = build(job.data, self.tokenizer, folder, held_out=job.held_out)
+        corpus, left_out = self._corpora()
         samples, held_out = corpus.samples(job.length), left_out.samples(job.length)
         self.note(
             f"{len(corpus.ids):,} tokens of {len(corpus.starts) - 1:,} documents to learn, {len(left_out.ids):,} of "
             f"{len(left_out.starts) - 1:,} held out ({time.perf_counter() - begun:.1f} s)"
         )
         self.note(f"{self.model.config.parameter_count:,} parameters, {self._embedding():,} of them for the vocabulary")
+        budget = training.batch_size * job.length if training.packed else None
+        plan = make_plan(
+            self.model, samples, held_out, training, frozen_bytes=0, budget=budget, memory=job.memory,
+            dtype=self.dtype, device=self.device, group=self.group,
+        )  # fmt: skip
+        if planned is not None:
+            planned(plan)
         trainer = Trainer(
             self.model,
             NextToken(samples),
@@ -214,12 +227,12 @@ class _Pretraining:
             device=self.device,
             out=job.out,
             run={"config": asdict(self.model.config), "data": samples.fingerprint, "length": job.length,
-                 "training": {k: v for k, v in asdict(training).items() if k not in ("keep", "save_every", "parallel")},
+                 "training": {name: value for name, value in asdict(training).items() if name not in FREE},
                  "model": job.model, "processes": self.group.count},
             held_out=NextToken(held_out),
             group=self.group,
             export=self._export,
-            budget=training.batch_size * job.length if training.packed else None,
+            budget=budget,
             progress=progress,
             note=self.note,
         )  # fmt: skip
@@ -249,6 +262,13 @@ class _Pretraining:
         )
         publish(work, job.out)
         return report
+
+    def _corpora(self) -> tuple[Corpus, Corpus]:
+        """(to learn, to measure)."""
+        job, folder = self.job, hub.cache_dir() / "corpora"
+        if not job.eval_data:
+            return build(job.data, self.tokenizer, folder, held_out=job.held_out)
+        return encode(job.data, self.tokenizer, folder), encode(job.eval_data, self.tokenizer, folder)
 
     def _embedding(self) -> int:
         config = self.model.config

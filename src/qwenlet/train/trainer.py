@@ -27,7 +27,7 @@ from qwenlet.checkpoint import Progress
 from qwenlet.config import TrainingConfig
 from qwenlet.errors import TrainingError
 from qwenlet.model import Qwen
-from qwenlet.train.batches import Course, Step
+from qwenlet.train.batches import Course, Step, count_steps
 from qwenlet.train.checkpoints import Checkpoints, Standing
 from qwenlet.train.journal import Journal
 from qwenlet.train.objective import Learner, Objective
@@ -111,16 +111,9 @@ class Trainer:
         assert all(p.dtype == torch.float32 for p in self.learning.values()), "what learns is float32"
         self.optimizer = new_optimizer(model, config, lr)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        self.steps = self._count_steps()
+        self.steps = count_steps(self.course, config)
 
     # ------------------------------------------------------------------------------------------------------ the course
-
-    def _count_steps(self) -> int:
-        if self.config.max_steps is not None:
-            return self.config.max_steps
-        whole, part = int(self.config.epochs), self.config.epochs % 1
-        steps = sum(len(self.course.epoch(epoch)) for epoch in range(whole))
-        return steps + math.ceil(part * len(self.course.epoch(whole))) if part else steps
 
     def _remaining(self, done: int) -> Iterator[tuple[Step, bool]]:
         """Steps from number `done` on, and whether each is the last of its epoch."""
