@@ -10,6 +10,7 @@ import ctypes
 import mmap
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -58,8 +59,7 @@ def copied_bytes(
     free = available_memory()
     if size < _LEAST or not offered or free is None or free < size + spare:
         return None
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory has pages of its own
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    memory = large_pages(size)
     whole = memoryview(memory)
 
     def read(begin: int) -> None:
@@ -75,6 +75,16 @@ def copied_bytes(
     with ThreadPoolExecutor(torch.get_num_threads()) as readers:
         list(readers.map(read, range(0, size, _PIECE)))
     return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def large_pages(size: int) -> mmap.mmap:
+    """Memory in pages of 2 MB where the system gives them on request (Linux), else as it is."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return mmap.mmap(-1, size)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory has pages of its own
+    with suppress(OSError):  # a system without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
 
 
 @lru_cache(maxsize=1)
