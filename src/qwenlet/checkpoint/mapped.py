@@ -60,7 +60,7 @@ def copied_bytes(
     if size < _LEAST or not offered or free is None or free < size + spare:
         return None
     memory = large_pages(size)
-    whole = memoryview(memory.numpy())
+    whole = memoryview(memory.numpy().data)
 
     def read(begin: int) -> None:
         with open(path, "rb", buffering=0) as file:
