@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# The bits of 2^23 in float32: or-ed with a whole number below 2^23 they are 2^23 plus that number. Where a GPU converts a
-# quarter as fast as it adds, this takes one addition.
+# The bits of 2^23 in float32: or-ed with a whole number below 2^23 they are 2^23 plus that number. A GPU converts at a
+# fraction of the speed at which it adds, and this takes one addition.
 MAGIC = tl.constexpr(0x4B000000)
 # kinds of groups: codes around the middle, around a zero point of their own, or above a minimum
 SYMMETRIC, ZEROS, MINIMUMS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)

@@ -27,8 +27,8 @@ def _factors(x, m, rows, eps, K: tl.constexpr, BM: tl.constexpr, BK: tl.constexp
 @triton.jit
 def _normed(values, factor, norm, column, keep):
     """As published: rounded to the dtype before the norm's weight multiplies."""
-    weight = tl.load(norm + column, mask=keep, other=0.0)
-    return ((values.to(tl.float32) * factor).to(values.dtype) * weight).to(values.dtype)
+    weight = tl.load(norm + column, mask=keep, other=0.0).to(tl.float32)
+    return ((values.to(tl.float32) * factor).to(values.dtype).to(tl.float32) * weight).to(values.dtype)
 
 
 @triton.jit

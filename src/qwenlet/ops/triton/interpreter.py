@@ -1,6 +1,6 @@
 """Triton's interpreter on a numpy that is newer than it: a loop's bound may be a number from memory again.
 
-numpy 2.4 takes no array of one element for an index, and the interpreter of Triton 3.6 keeps its numbers in such arrays.
+numpy 2.4 takes no array of one element for an index, and Triton 3.6's interpreter keeps its numbers in such arrays.
 Compiled kernels have nothing to do with this.
 """
 

@@ -1,7 +1,7 @@
 """Products with weights: floats row by row, or four and eight bits in tiles.
 
-A weight is a Tensor [N, K] in bfloat16, float16 or float32, or `Tiles` of 4 or 8 bits as `on_device` gives them. One row
-goes through one_row.py, up to `ROWS` through few_rows.py, more through torch.
+A weight is a Tensor [N, K] in bfloat16, float16 or float32, or `Tiles` of 4 or 8 bits as `on_device` gives them. One
+row goes through one_row.py, up to `ROWS` through few_rows.py, more through torch.
 
 Dimension letters: M rows, N outputs, K inputs.
 """
@@ -144,12 +144,14 @@ def _check(x: Tensor, weight: Weight, gate: Weight | None) -> None:
     assert x.shape[1] == _inputs(weight), f"x has {x.shape[1]} columns, the weight {_inputs(weight)}"
     for each in (weight, gate):
         if isinstance(each, Tensor):
-            assert each.dtype == x.dtype and each.is_contiguous(), f"a weight of {each.dtype} for x in {x.dtype}"
+            assert each.dtype == x.dtype, f"a weight of {each.dtype} for x in {x.dtype}"
+            assert each.is_contiguous(), f"a weight has strides {each.stride()}"
         elif each is not None:
             assert each.bits in (4, 8), f"tiles of {each.bits} bits, expected 4 or 8"
             assert each.order is None or each.order.dtype == torch.int32, "take the weight through `on_device`"
     if isinstance(weight, Tiles) and gate is not None:
-        assert isinstance(gate, Tiles) and _form(weight) == _form(gate), "up and gate are of different kinds"
+        assert isinstance(gate, Tiles), "up is in codes and gate in floats"
+        assert _form(weight) == _form(gate), f"up and gate differ: {_form(weight)}, {_form(gate)}"
         orders = (weight.order, gate.order)
         assert (orders[0] is None) == (orders[1] is None), "one of up and gate has its columns in an order of its own"
 

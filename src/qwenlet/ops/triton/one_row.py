@@ -16,9 +16,7 @@ from qwenlet.ops.triton.codes import MINIMUMS, SYMMETRIC, ZEROS, code_in_place, 
 
 
 @triton.jit
-def finish(
-    total, second, n, keep, bias, residual, y, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SWIGLU: tl.constexpr
-):
+def finish(total, second, n, keep, bias, residual, y, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SWIGLU: tl.constexpr):
     """Bias, activation and residual of finished sums, and storing them at offsets n."""
     if BIAS:
         total += tl.load(bias, mask=keep, other=0.0).to(tl.float32)
