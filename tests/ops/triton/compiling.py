@@ -30,6 +30,7 @@ from qwenlet.ops.pages import CachePages
 from qwenlet.ops.triton import linear
 from qwenlet.ops.triton.attention import attend
 from qwenlet.ops.triton.embedding import embed
+from qwenlet.ops.triton.randomness import uniform
 from qwenlet.ops.triton.sampling import SampleScratch, Settings, sample
 from qwenlet.ops.triton.scratch import Scratch
 
@@ -160,6 +161,7 @@ def others(dtype: torch.dtype = torch.bfloat16) -> None:
     ids = _empty(4, dtype=torch.int32)
     embed(ids, _empty(151936, 2048, dtype=dtype))
     embed(ids, _empty(151936, 2048, dtype=torch.int8), _empty(151936, 64, dtype=torch.float16), dtype=dtype)
+    uniform(_empty(4, dtype=torch.int64), ids, ids)
     settings = Settings.greedy(4, 151936, "meta")
     sample(_empty(4, 151936, dtype=torch.float32), settings, SampleScratch(4, 151936, "meta"))
     for form in ("int4 zeros", "int8"):

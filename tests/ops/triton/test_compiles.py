@@ -32,7 +32,7 @@ def test_for_hopper(tmp_path: Path) -> None:
     kernels = {one["kernel"] for one in found}
     assert kernels == {
         "float_row", "codes_row", "float_rows", "codes_rows", "unpack", "_attend", "_embed",
-        "_penalize", "_weigh", "_choose",
+        "_penalize", "_weigh", "_choose", "_uniform",
     }  # fmt: skip
     for one in found:
         assert one["spilled"] == 0, one

@@ -3,8 +3,11 @@
     linear.py      norm_linear, linear_add, norm_swiglu for the few rows of a decode step; linear for any number of rows
     attention.py   attend: rotation, storing and attention over pages of one step, in one launch
     sampling.py    sample: logits to tokens on the device, with the definition of qwenlet.sampling
+    randomness.py  uniform: the numbers it draws with, from seed, choice and position
     embedding.py   embed: rows of the table
-    scratch.py     Scratch: memory that launches hand each other partial sums in
+    scratch.py     Scratch: memory in which the programs of a launch hand each other partial sums
+
+Kernels are in these files too, but for products: one_row.py, few_rows.py and unpack.py over codes.py.
 
 A layer of a decode step is five launches, whatever the precision and the number of rows:
 
