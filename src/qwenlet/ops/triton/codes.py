@@ -20,12 +20,15 @@ def code_of(words, i: tl.constexpr, BITS: tl.constexpr, MIDDLE: tl.constexpr):
 
 
 @triton.jit
-def code_in_place(words, i: tl.constexpr, BITS: tl.constexpr, MIDDLE: tl.constexpr):
-    """The same times `unit`(i): it stays at its place of the word's half, which saves most shifts."""
+def code_in_place(words, i: tl.constexpr, magic, BITS: tl.constexpr, MIDDLE: tl.constexpr):
+    """The same times 2^(BITS * i % 16): it stays at its place in the word's half, which saves most shifts.
+
+    Where `magic` is an argument of the launch, masking and or-ing are one instruction: it holds but one constant.
+    """
     half = words if BITS * i < 16 else words >> 16
     shift: tl.constexpr = (BITS * i) % 16
     found = half & (((1 << BITS) - 1) << shift)
-    return (found | MAGIC).to(tl.float32, bitcast=True) - (8388608.0 + MIDDLE * (1 << shift))
+    return (found | magic).to(tl.float32, bitcast=True) - (8388608.0 + MIDDLE * (1 << shift))
 
 
 @triton.jit

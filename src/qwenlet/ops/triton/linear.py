@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qwenlet.ops.packing import Tiles
 from qwenlet.ops.triton import ROWS
-from qwenlet.ops.triton.codes import MINIMUMS, SYMMETRIC, ZEROS
+from qwenlet.ops.triton.codes import MAGIC, MINIMUMS, SYMMETRIC, ZEROS
 from qwenlet.ops.triton.few_rows import codes_rows, float_rows
 from qwenlet.ops.triton.one_row import codes_row, float_row
 from qwenlet.ops.triton.scratch import Scratch
@@ -186,7 +186,9 @@ def _launch(
             float_row[(-(-n // shape["BN"]),)](x, start, *weights, *ends, eps, n, k, **shape, **flags)
         else:
             shape = _codes_row_shape(weight, gate is not None)
-            codes_row[(-(-n // shape["BN"]),)](x, start, *weights, *ends, eps, n, k, **_form(weight), **shape, **flags)
+            codes_row[(-(-n // shape["BN"]),)](
+                x, start, *weights, *ends, eps, MAGIC.value, n, k, **_form(weight), **shape, **flags
+            )
         return y
     memory = (scratch.partials, scratch.counters)
     if isinstance(weight, Tensor):

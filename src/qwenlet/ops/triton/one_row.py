@@ -72,7 +72,7 @@ def _group(scales, extra, part, total, at, mask, BITS: tl.constexpr, KIND: tl.co
 
 @triton.jit
 def codes_row(
-    x, norm, order, words, scales, extra, gate_words, gate_scales, gate_extra, bias, residual, y, eps,
+    x, norm, order, words, scales, extra, gate_words, gate_scales, gate_extra, bias, residual, y, eps, magic,
     N: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
     BN: tl.constexpr, BW: tl.constexpr, ORDER: tl.constexpr,
     NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SWIGLU: tl.constexpr,
@@ -114,9 +114,9 @@ def codes_row(
                 total += values
             # a power of two: exact
             values *= 1.0 / (1 << ((BITS * i) % 16))
-            part += code_in_place(mine, i, BITS, MIDDLE) * values
+            part += code_in_place(mine, i, magic, BITS, MIDDLE) * values
             if SWIGLU:
-                gate_part += code_in_place(theirs, i, BITS, MIDDLE) * values
+                gate_part += code_in_place(theirs, i, magic, BITS, MIDDLE) * values
         where = group_base + k // (GROUP // PER) * 16
         sums += _group(scales, extra, part, total, where, keep, BITS, KIND)
         if SWIGLU:
