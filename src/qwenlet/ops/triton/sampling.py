@@ -24,7 +24,7 @@ from torch import Tensor
 from qwenlet.ops.triton.interpreter import repair
 
 _BLOCK = 2048  # tokens of a program that goes over the vocabulary with others
-_WIDE = 16384  # tokens that a program takes at a time when it goes over all of them alone
+_WIDE = 8192  # tokens that a program takes at a time when it goes over all of them alone
 _PIECE = 1024  # tokens among which the draw looks for its own
 _BINS = 4096
 # of a weight's bits: what a bin does not look at, and the bin of 2^-41
