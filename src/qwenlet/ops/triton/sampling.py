@@ -133,7 +133,7 @@ def sample(logits: Tensor, settings: Settings, scratch: SampleScratch, *, out: T
     _choose[(rows,)](
         s.temperature, s.top_p, s.min_p, s.top_k, s.u, s.slots, s.counts, r.weights, r.peaks, r.places, r.mass, r.many,
         r.keys, r.tokens, r.cursors, r.pieces, out, vocabulary, blocks, pieces,
-        BLOCKS=padded, WIDE=_WIDE, PIECE=_PIECE, PIECES=1 << (pieces - 1).bit_length(), BINS=_BINS, num_warps=32,
+        BLOCKS=padded, WIDE=_WIDE, PIECE=_PIECE, PIECES=1 << (pieces - 1).bit_length(), BINS=_BINS, num_warps=16,
     )  # fmt: skip
     return out
 
