@@ -114,6 +114,7 @@ def sample(logits: Tensor, settings: Settings, scratch: SampleScratch, *, out: T
     repair()
     rows, vocabulary = logits.shape
     assert rows <= scratch.rows, f"{rows} rows, scratch is for {scratch.rows}"
+    assert vocabulary < 1 << 20, f"{vocabulary} tokens are too many"
     assert vocabulary == scratch.vocabulary, f"{vocabulary} logits, scratch is for {scratch.vocabulary}"
     assert logits.is_contiguous(), f"logits have strides {logits.stride()}"
     if out is None:
@@ -234,19 +235,20 @@ def _from(keys, count, least, MASS: tl.constexpr, STEP: tl.constexpr):
 def _border(keys, count, bin, wanted, MASS: tl.constexpr, STEP: tl.constexpr):
     """The largest key from which on there are `wanted` of the bin's tokens, or that much weight."""
     border = (bin + _LOWEST) << _FINE
-    for i in tl.range(0, _FINE):
-        higher = border + (1 << (_FINE - 1 - i))
-        if _from(keys, count, higher, MASS, STEP) >= wanted:
-            border = higher
+    half = 1 << 16  # of a bin's keys
+    for _ in tl.range(0, _FINE):
+        if _from(keys, count, border + half, MASS, STEP) >= wanted:
+            border += half
+        half = half // 2
     return border
 
 
 @triton.jit
 def _last_tie(keys, tokens, count, border, wanted, STEP: tl.constexpr):
     """The token up to which there are `wanted` with this very key."""
-    last = 0
-    for i in tl.range(0, 20):
-        further = last + (1 << (19 - i))
+    last, half = 0, 1 << 19  # of as many ids as there may be
+    for _ in tl.range(0, 20):
+        further = last + half
         total = tl.zeros((STEP,), tl.int32)
         for start in tl.range(0, count, STEP):
             at = start + tl.arange(0, STEP)
@@ -254,6 +256,7 @@ def _last_tie(keys, tokens, count, border, wanted, STEP: tl.constexpr):
             total += (same & (tl.load(tokens + at, mask=at < count, other=0) < further)).to(tl.int32)
         if tl.sum(total, 0) < wanted:
             last = further
+        half = half // 2
     return last
 
 
