@@ -152,6 +152,12 @@ def test_many_rows_and_dequantizing(bits: int, kind: str, ordered: bool) -> None
                  torch.float32)  # fmt: skip
 
 
+def test_one_row_needs_no_scratch() -> None:
+    weight, x = codes(40, 96, 4, 32, "symmetric", False), numbers(1, 96, seed=3)
+    found = linear.linear(x, linear.on_device(packing.to_tiles(weight), "cpu"))
+    assert_close(found, reference.linear_float(x, weight), torch.float32)
+
+
 def test_logits_in_another_dtype(scratch: Scratch) -> None:
     x, weight = numbers(2, 64, seed=1, dtype=torch.bfloat16), numbers(40, 64, seed=2, dtype=torch.bfloat16)
     out = torch.empty(2, 40)

@@ -96,8 +96,8 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, *, scratch: Sc
     Many rows are multiplied by torch, with a weight in codes turned into x's dtype first. Without `scratch` more than
     one is many.
     """
-    if scratch is not None and 0 < len(x) <= ROWS:
-        return norm_linear(x, None, 0.0, weight, bias, scratch=scratch)
+    if len(x) == 1 or (scratch is not None and 0 < len(x) <= ROWS):
+        return _launch(x, None, 0.0, weight, None, bias, None, x.new_empty(len(x), _outputs(weight)), scratch)
     floats = weight if isinstance(weight, Tensor) else dequantize(weight, x.dtype)
     return F.linear(x, floats, None if bias is None else bias.to(x.dtype))
 
@@ -165,7 +165,7 @@ def _launch(
     bias: Tensor | None,
     residual: Tensor | None,
     y: Tensor,
-    scratch: Scratch,
+    scratch: Scratch | None,
 ) -> Tensor:
     _check(x, weight, gate)
     m, (n, k) = len(x), (_outputs(weight), _inputs(weight))
@@ -190,6 +190,7 @@ def _launch(
                 x, start, *weights, *ends, eps, MAGIC.value, n, k, **_form(weight), **shape, **flags
             )
         return y
+    assert scratch is not None, f"{m} rows need scratch"
     memory = (scratch.partials, scratch.counters)
     if isinstance(weight, Tensor):
         shape = _float_rows_shape(m, n, k, x.itemsize, gate is not None)
