@@ -6,8 +6,9 @@
     python benchmarks/soak_server.py [MODEL] --minutes 30 [--clients 8] [--seed 0]
 
 At the end all pages have to be back, no answer may have had a status that is not meant, and memory may not grow: the
-first tenth of the time is left out, as caches fill. The last line is one JSON document; the exit status says whether
-all held.
+first tenth of the time is left out, as caches fill. Time is this program's own, so that it may be stopped and go on:
+what the server gave up meanwhile is counted, and no trouble. The last line is one JSON document; the exit status says
+whether all held.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+from own_time import OwnTime
 from versus_server import free_port, memory_mb, serving
 
 GROWTH_MB = 24.0  # of memory between the first tenth and the end
+SAMPLE_SECONDS = 5.0
 WORDS = "the quick brown fox jumps over a lazy dog while 我们 write ten short poems about bread".split()
 TOOL = {
     "name": "weather",
@@ -36,23 +39,26 @@ TOOL = {
     "parameters": {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]},
 }
 MEANT = {200, 400, 404, 429, 503}  # 503 is a full queue
+GIVEN_UP = {408, 504}  # where the clock went on while all was stopped
 
 
 class Client(threading.Thread):
     """One of the crowd: asks again and again, differently each time."""
 
-    def __init__(self, port: int, seed: int, until: float, statuses: Counter[str]) -> None:
+    def __init__(self, port: int, seed: int, clock: OwnTime, until: float, statuses: Counter[str]) -> None:
         super().__init__()
-        self.port, self.until, self.statuses = port, until, statuses
+        self.port, self.clock, self.until, self.statuses = port, clock, until, statuses
         self.draw = random.Random(seed)
         self.trouble: list[str] = []
         self.response: str | None = None
+        self.began = 0.0
 
     def run(self) -> None:
         acts: list[tuple[int, Callable[[], None]]] = [
             (6, self.ask), (6, self.stream), (4, self.leave), (3, self.malformed), (2, self.cut), (2, self.others),
         ]  # fmt: skip
-        while time.monotonic() < self.until:
+        while self.clock.now() < self.until:
+            self.began = self.clock.now()
             (act,) = self.draw.choices([act for _, act in acts], [weight for weight, _ in acts])
             try:
                 act()
@@ -86,7 +92,7 @@ class Client(threading.Thread):
         ])  # fmt: skip
 
     def connect(self) -> http.client.HTTPConnection:
-        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=3600)
 
     def call(self, method: str, path: str, raw: bytes | None = None) -> tuple[int, bytes]:
         connection = self.connect()
@@ -100,7 +106,9 @@ class Client(threading.Thread):
     def count(self, path: str, status: int) -> int:
         kept = path.startswith("/v1/responses/resp_")
         self.statuses[f"{'/v1/responses/ID' if kept else path} {status}"] += 1
-        if status not in MEANT:
+        if status in GIVEN_UP and self.clock.stopped_since(self.began):
+            self.statuses["given up while all was stopped"] += 1
+        elif status not in MEANT:
             self.trouble.append(f"{path} answered {status}")
         return status
 
@@ -114,7 +122,7 @@ class Client(threading.Thread):
         """Read to its end, sometimes slowly."""
         path, body = self.body()
         _, raw = self.call("POST", path, json.dumps(body | {"stream": "echo" not in body}).encode())
-        if b'"server_error"' in raw and b"overloaded" not in raw:
+        if b'"server_error"' in raw and b"overloaded" not in raw and not self.clock.stopped_since(self.began):
             self.trouble.append(f"{path} broke off: {raw[-200:]!r}")
 
     def leave(self) -> None:
@@ -180,12 +188,22 @@ def gauge(port: int, name: str) -> float:
 def settled(port: int) -> dict[str, float]:
     """What is still held when nobody asks any more."""
     names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
-    deadline = time.monotonic() + 60
-    while True:
+    held: dict[str, float] = {}
+    for _ in range(300):
         held = {name: gauge(port, name) for name in names}
-        if not any(held.values()) or time.monotonic() > deadline:
-            return held
+        if not any(held.values()):
+            break
         time.sleep(0.2)
+    return held
+
+
+def slope(memory: list[float], seconds: float) -> float:
+    """MB an hour, by least squares over samples that lie so many seconds apart."""
+    mean = sum(memory) / len(memory)
+    middle = (len(memory) - 1) / 2
+    spread = sum((place - middle) ** 2 for place in range(len(memory)))
+    rise = sum((place - middle) * (one - mean) for place, one in enumerate(memory))
+    return rise / spread * 3600 / seconds if spread else 0.0
 
 
 def main() -> None:
@@ -195,22 +213,26 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    port, statuses, memory = free_port(), Counter[str](), []
+    port, statuses, clock = free_port(), Counter[str](), OwnTime()
+    memory: list[float] = []
+    period = min(SAMPLE_SECONDS, args.minutes * 2)
     with tempfile.TemporaryDirectory() as data:
         command = [sys.executable, "-m", "qwenlet", "serve", args.model, "--port", str(port), "--quiet"]
         # few pages, so that they run out and are found again all the time
         command += ["--served-name", "demo", "--cache-tokens", "4096"]
         with serving(["env", f"QWENLET_DATA={data}", *command], port, 2) as pid:
-            until = time.monotonic() + args.minutes * 60
-            crowd = [Client(port, args.seed * 1000 + number, until, statuses) for number in range(args.clients)]
+            until = clock.now() + args.minutes * 60
+            crowd = [Client(port, args.seed * 1000 + number, clock, until, statuses) for number in range(args.clients)]
             for client in crowd:
                 client.start()
             while any(client.is_alive() for client in crowd):
-                time.sleep(min(5.0, args.minutes * 2))
+                due = clock.now() + period
+                while clock.now() < due:
+                    time.sleep(0.1)
                 memory.append(memory_mb(pid))
             held = settled(port)
             failed_steps = gauge(port, "qwenlet:engine_failed_steps_total")
-            healthy = Client(port, 0, 0, statuses).call("GET", "/health")[0] == 200
+            healthy = Client(port, 0, clock, 0, statuses).call("GET", "/health")[0] == 200
     trouble = [one for client in crowd for one in client.trouble]
     early = memory[len(memory) // 10 : len(memory) // 10 + 5]
     growth = sum(memory[-5:]) / len(memory[-5:]) - sum(early) / len(early)
@@ -227,6 +249,7 @@ def main() -> None:
         "memory_mb": [round(one, 1) for one in memory[:: max(len(memory) // 20, 1)]],
         "growth_mb": round(growth, 1),
         "growth_limit_mb": GROWTH_MB,
+        "slope_mb_per_hour": round(slope(memory[len(memory) // 10 :], period), 1),
     }
     print(json.dumps(result))
     sys.exit(bool(trouble or any(held.values()) or failed_steps or not healthy or growth > GROWTH_MB))

@@ -60,10 +60,11 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(command: Sequence[str], port: int, threads: int) -> Iterator[int]:
-    """The process's id, once it answers; it ends with the block."""
+def serving(command: Sequence[str], port: int, threads: int, *, shown: bool = False) -> Iterator[int]:
+    """The process's id, once it answers; it ends with the block. `shown`: what it says of errors is seen."""
     env = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    words = None if shown else subprocess.DEVNULL
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=words)
     try:
         deadline = time.monotonic() + 600
         while not healthy(port):

@@ -218,7 +218,8 @@ def choose_all(rows: Sequence[Row]) -> list[int]:
         seen = (0, 0, 0) if counts is None else (counts.ids.data_ptr(), counts.replied.data_ptr(), counts.seen)
         seed = params.seed or 0
         draw = (seed - (seed >> 63 << 64), row.choice, row.position)  # 64 bits of an int64
-        numbers.append((logits.data_ptr(), len(logits), *seen, params.top_k or 0, *draw))
+        top = min(params.top_k or 0, len(logits))  # a k beyond the vocabulary cuts nothing, and may exceed 64 bits
+        numbers.append((logits.data_ptr(), len(logits), *seen, top, *draw))
         temperature = params.temperature or 0.0
         settings.append((
             params.repetition_penalty or 1.0,

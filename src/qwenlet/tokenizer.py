@@ -237,7 +237,7 @@ class Tokenizer:
         except TypeError:
             raise TokenizerError(f"decode got {ids!r}, expected a list of token ids") from None
         data = b"".join(
-            [self._decodable(id) for id in numbers if not (skip_special_tokens and self.is_special(id))],
+            [self.decoded_bytes(id) for id in numbers if not (skip_special_tokens and self.is_special(id))],
         )
         try:
             return data.decode("utf-8", mode)
@@ -269,7 +269,11 @@ class Tokenizer:
         """True for control tokens."""
         return _checked_id(id) in self._special_ids
 
-    def _decodable(self, id: SupportsIndex) -> bytes:
+    def decoded_bytes(self, id: SupportsIndex) -> bytes:
+        """What `decode` writes for one token: its bytes, or one that is no UTF-8 for a row beyond the vocabulary.
+
+        Raises TokenizerError for an id that no model of this vocabulary can have.
+        """
         number = _checked_id(id)
         token = self._bytes.get(number)
         if token is not None:
@@ -348,7 +352,7 @@ class StreamDecoder:
         """The characters that `token_id` completes, often one word, sometimes none."""
         if self._skip_special_tokens and self._tokenizer.is_special(token_id):
             return ""
-        return self._utf8.decode(self._tokenizer._decodable(token_id))
+        return self._utf8.decode(self._tokenizer.decoded_bytes(token_id))
 
     def flush(self) -> str:
         """What was held back, as U+FFFD; afterwards the decoder is as new."""

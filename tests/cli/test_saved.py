@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -169,6 +170,24 @@ def test_any_order_of_messages_is_told_as_it_was():
     assert [(e.question_id, e.leaf_id) for e in found.exchanges] == [(None, "1"), ("2", "2"), ("3", "6"), ("7", "8")]
     again, _ = state_of(tree_of("m", found))
     assert again.exchanges == found.exchanges
+
+
+def test_a_chosen_system_prompt_stands_for_imported_ones():
+    """As the page has it. Until one is chosen, the message that leads is the conversation's own."""
+    messages = [("system", "Pirate.", {}), ("user", "a", {}), ("assistant", "b", {})]
+    asked = {"role": "user", "content": "c"}
+    for settings, system in (({}, "Pirate."), ({"system": "King."}, "King."), ({"system": ""}, None)):
+        tree = branch(*messages, settings=settings)
+        found, _ = state_of(tree, "Default.")
+        told = [one for one in found.messages("c") if one["role"] == "system"]
+        assert told == ([] if system is None else [{"role": "system", "content": system}])
+        assert found.messages("c") == [*tree.told("Default."), asked]
+        again, _ = state_of(tree_of("m", found), "Default.")
+        assert again.messages("c") == found.messages("c")
+    # what is chosen on the way is the later word, too
+    found, _ = state_of(branch(*messages), "Default.")
+    chosen = replace(found, system="Queen.").messages("c")
+    assert [one["content"] for one in chosen if one["role"] == "system"] == ["Queen."]
 
 
 def test_a_question_without_a_reply_is_told_apart():

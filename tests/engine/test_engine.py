@@ -10,13 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qwenlet import sampling
 from qwenlet.cache import PAGE_TOKENS, Rows
 from qwenlet.checkpoint import Checkpoint, load_model
 from qwenlet.config import EngineConfig, GenerationDefaults, SamplingParams
-from qwenlet.engine import Chunk, Completion, Engine
+from qwenlet.engine import Chunk, Completion, Engine, replies
 from qwenlet.errors import ConfigError, ContextLengthError, EngineError, RequestError
 from qwenlet.model import Qwen
-from qwenlet.sampling import choose
+from qwenlet.sampling import Row, choose, choose_all
 
 CPU = torch.device("cpu")
 
@@ -189,6 +190,42 @@ def test_a_request_that_fails_while_its_token_is_drawn_fails_alone(
         next(chunks)
     assert e.stats.pages_used == 0
     assert e.health.healthy
+
+
+def test_a_draw_that_fails_for_one_row_hurts_no_other(model: Qwen, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are drawn side by side: what one of them can't bear must not end the step, or the engine's thread."""
+    one = engine(model)
+    expected = run(one, [1, 2], temperature=0, max_new_tokens=6).token_ids
+
+    def draw_all(rows: list[Row]) -> list[int]:
+        if any(row.params.presence_penalty for row in rows):
+            raise ValueError("this row can't be drawn for")
+        return choose_all(rows)
+
+    monkeypatch.setattr(replies, "choose_all", draw_all)
+    monkeypatch.setattr(sampling, "choose_all", draw_all)
+    (bad,) = one.submit([3, 4], SamplingParams(temperature=0, max_new_tokens=6, presence_penalty=1.0))
+    (good,) = one.submit([1, 2], SamplingParams(temperature=0, max_new_tokens=6))
+    assert Completion.from_chunks(one.stream(good)).token_ids == expected
+    with pytest.raises(ValueError, match="can't be drawn for"):
+        list(one.stream(bad))
+    assert one.health.healthy
+
+
+def test_numbers_of_any_size_are_borne(model: Qwen) -> None:
+    """Clients may send them, and kernels count in 64 bits."""
+    one = engine(model)
+    plain = run(one, [1, 2], temperature=1.0, seed=3, max_new_tokens=6).token_ids
+    for huge in (2**31, 2**63 - 1, 2**63, 10**400):
+        params = {"top_k": huge, "logprobs": huge, "stop_token_ids": [huge]}
+        assert run(one, [1, 2], temperature=1.0, seed=3, max_new_tokens=6, top_k=huge).token_ids == plain
+        assert len(run(one, [1, 2], temperature=1.0, seed=3, max_new_tokens=6, **params).token_ids) == 6
+        with pytest.raises(RequestError):
+            one.submit([1, huge], SamplingParams(max_new_tokens=1))
+    for name in ("temperature", "top_p", "presence_penalty"):
+        with pytest.raises(RequestError, match=name):
+            SamplingParams(**{name: 10**400})  # larger than any float
+    assert one.health.healthy
 
 
 def test_a_failing_step_fails_its_requests_and_the_engine_goes_on(model: Qwen, monkeypatch: pytest.MonkeyPatch) -> None:

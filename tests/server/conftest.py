@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,9 +69,10 @@ class Server:
 
 
 @contextmanager
-def running(model: Path, *options: str) -> Iterator[Server]:
-    """`qwenlet serve` until the block ends."""
+def running(model: Path, *options: str, before: Sequence[str] = ()) -> Iterator[Server]:
+    """`qwenlet serve` until the block ends. `before`: a command that runs it."""
     command = [sys.executable, "-m", "qwenlet", "serve", str(model), "--port", "0", "--served-name", "demo", *options]
+    command = [*before, *command]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     try:

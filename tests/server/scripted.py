@@ -6,7 +6,7 @@ import asyncio
 import random
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -15,24 +15,28 @@ from typing import Any
 import uvicorn
 
 from engine.tiny import byte_tokenizer
-from qwenlet.config import EngineConfig, GenerationDefaults, SamplingParams, ServerConfig
+from qwenlet.config import EngineConfig, GenerationDefaults, SamplingParams, ServerConfig, qwen_1_8b
 from qwenlet.engine import AsyncStreams, Chunk, Request, Timings
 from qwenlet.engine.stop import StopTexts, StopTokens
 from qwenlet.server.app import build
 from qwenlet.server.service import Service
 from server.conftest import Server
 
+Says = str | Callable[[SamplingParams], str]
+
 
 class Script:
     """In place of an engine: every request is answered with `says`, cut anywhere; its stop texts end it.
 
+    Args:
+        says: may depend on what is asked for.
     Attributes:
         asked: parameters of the requests that came.
     """
 
     alive = True
 
-    def __init__(self, says: str, seed: int) -> None:
+    def __init__(self, says: Says, seed: int) -> None:
         self.says, self.asked = says, []  # type: ignore[var-annotated]
         self._draw = random.Random(seed)
 
@@ -44,7 +48,7 @@ class Script:
         settled = replace(params, max_new_tokens=500, seed=0)
         stops = StopTexts(tuple(params.stop or ()))
         request = Request(ids, settled, 1.0, StopTokens(()), stops, choice=choice)
-        rest, stopped, number = self.says, False, 0
+        rest, stopped, number = self.says if isinstance(self.says, str) else self.says(params), False, 0
         while rest and not stopped:
             cut = self._draw.randint(1, 9)
             text, stopped = stops.push(rest[:cut])
@@ -73,13 +77,13 @@ class Scripted:
 
 
 @contextmanager
-def saying(text: str, seed: int = 0) -> Iterator[Scripted]:
+def saying(text: Says, seed: int = 0) -> Iterator[Scripted]:
     """The real application and HTTP around a script."""
     script = Script(text, seed)
     service = Service("demo", ServerConfig())
     llm: Any = SimpleNamespace(
         tokenizer=byte_tokenizer(), engine=script, options=EngineConfig(), defaults=GenerationDefaults(),
-        default_system="", context_length=8192, adapters=(),
+        default_system="", context_length=8192, adapters=(), config=qwen_1_8b(),
     )  # fmt: skip
     service.open(llm)
     listening = socket.socket()

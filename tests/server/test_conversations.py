@@ -91,6 +91,13 @@ def test_the_page_names_nothing_elsewhere() -> None:
 # ---------------------------------------------------------------------------------------------------------- the door
 
 
+def held(current: str | None, *messages: tuple[str, str | None]) -> Any:
+    """What a page without history sends, of (id, parent) each."""
+    talk = {"id": "c", "title": "", "model": "", "current": current, "created": 0.0, "updated": 0.0, "settings": {}}
+    said = {"role": "user", "content": "a", "created": 0.0, "extra": {}}
+    return {"conversations": [{"conversation": talk, "messages": [{"id": a, "parent": b} | said for a, b in messages]}]}
+
+
 def test_a_conversation_lives(server: Server) -> None:
     made = post(server, "conversations", {"settings": {"system": "Be brief.", "sampling": {"top_p": 0.5}}})
     where = f"conversations/{made['id']}"
@@ -125,6 +132,10 @@ def test_a_conversation_lives(server: Server) -> None:
         ("import", b"{}"),
         ("read", b"[]"),
         ("render?form=pdf", {"conversations": []}),
+        ("render?form=markdown", held("1", ("1", "1"))),  # its own parent
+        ("render?form=markdown", held("1", ("1", "2"), ("2", "1"))),
+        ("render?form=markdown", held("3", ("1", None))),
+        ("render", held("1", ("1", None), ("1", None))),
     ],
 )
 def test_what_is_no_conversation_is_refused(server: Server, path: str, body: Any) -> None:

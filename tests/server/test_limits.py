@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import resource
+import select
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +80,61 @@ def test_bodies_cut_in_the_middle(narrow: Server) -> None:
     assert half(narrow, stay=True).startswith(b"HTTP/1.1 408")
     half(narrow, stay=False)
     assert narrow.call("POST", "/v1/completions", {"prompt": "a", "max_tokens": 1}).status == 200
+
+
+def memory_mb(server: Server) -> float:
+    told = Path(f"/proc/{server.process.pid}/status").read_text()
+    return int(told.partition("VmRSS:")[2].split()[0]) / 1024
+
+
+def test_a_huge_body_is_refused_before_it_is_sent(server: Server) -> None:
+    """Its length says enough: nothing of it is waited for."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100000000\r\n\r\n{")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 413")
+
+
+def test_a_huge_body_of_unknown_length_is_refused_on_its_way(server: Server) -> None:
+    """100 MB in pieces, as a client that asks no leave: the server stops reading soon after its limit of 8 MB."""
+    before, sent = memory_mb(server), 0
+    piece = b"%x\r\n%s\r\n" % (100_000, b" " * 100_000)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n")
+        answer = b""
+        while sent < 100_000_000 and not answer:
+            if select.select([connection], [], [], 0)[0]:
+                answer = connection.recv(65536)
+            elif select.select([], [connection], [], 0.1)[1]:
+                connection.sendall(piece)
+                sent += 100_000
+        assert answer.startswith(b"HTTP/1.1 413")
+    assert sent < 50_000_000  # what lies in buffers of the system is among it
+    assert memory_mb(server) - before < 40.0
+    assert server.chat(max_tokens=1).status == 200
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read as Linux tells it")
+def test_a_thousand_idle_connections_cost_little(demo_gguf: Path) -> None:
+    """More than a shell's usual limit of files allows: the server raises its own."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 3000:
+        pytest.skip("this system allows too few files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
+    try:
+        with ExitStack() as held:
+            server = held.enter_context(running(demo_gguf, "--quiet"))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3000, hard))
+            assert server.chat(max_tokens=1).status == 200
+            before = memory_mb(server)
+            for _ in range(1000):
+                connection = server.connect()
+                held.callback(connection.close)
+                connection.request("GET", "/version")
+                assert connection.getresponse().read()
+            assert memory_mb(server) - before < 50.0
+            assert server.chat(max_tokens=1).status == 200
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_names_of_the_server(narrow: Server) -> None:

@@ -23,7 +23,8 @@ export interface History {
   list(offset: number): Promise<Conversation[]>;
   search(words: string): Promise<Found[]>;
   create(model: string, settings: Settings): Promise<Conversation>;
-  change(id: string, change: Change): Promise<void>;
+  /** `last`: the page is closing, and the call has to outlive it. */
+  change(id: string, change: Change, last?: boolean): Promise<void>;
   remove(id: string): Promise<void>;
   tree(id: string): Promise<Tree>;
   add(id: string, draft: Draft): Promise<Message>;
@@ -48,8 +49,9 @@ export class Kept implements History {
   create(_model: string, settings: Settings): Promise<Conversation> {
     return call(`${API}/conversations`, { body: { settings } });
   }
-  async change(id: string, change: Change): Promise<void> {
-    await call(`${API}/conversations/${id}`, { body: change });
+  async change(id: string, change: Change, last = false): Promise<void> {
+    const keepalive = last && JSON.stringify(change).length < LAST_WORDS;
+    await call(`${API}/conversations/${id}`, { body: change, keepalive });
   }
   async remove(id: string): Promise<void> {
     await call(`${API}/conversations/${id}/delete`, { body: {} });

@@ -247,14 +247,14 @@ export async function select(message: string): Promise<void> {
   await change(shown.conversation.id, { current: message });
 }
 
-export async function change(id: string, what: Change): Promise<void> {
+export async function change(id: string, what: Change, last = false): Promise<void> {
   const { current: _, ...rest } = what;
   batch(() => {
     if (talk.value?.conversation.id === id) talk.value = withConversation(talk.value, rest);
     conversations.value = conversations.value.map((one) => (one.id === id ? { ...one, ...rest } : one));
   });
   try {
-    await history.change(id, what);
+    await history.change(id, what, last);
     tell(id);
   } catch (problem) {
     complain(problem);
@@ -273,7 +273,20 @@ export async function remove(id: string): Promise<void> {
   tell(id);
 }
 
-let settingsTimer = 0;
+let unsaved: { id: string; settings: Settings; timer: number } | null = null;
+
+/** Keeps settings that wait for it. `last`: the page is closing, and the call has to outlive it. */
+function keepSettings(last = false): void {
+  if (!unsaved) return;
+  const { id, settings, timer } = unsaved;
+  clearTimeout(timer);
+  unsaved = null;
+  void change(id, { settings }, last);
+}
+window.addEventListener("pagehide", () => keepSettings(true));
+document.addEventListener("visibilitychange", () => {
+  if (document.visibilityState === "hidden") keepSettings(true); // where it ends here, phones say no more
+});
 
 /** Sets some of the settings; they are kept a moment after the last change. */
 export function set(what: Settings): void {
@@ -285,8 +298,9 @@ export function set(what: Settings): void {
   const { id } = shown.conversation;
   const next = { ...shown.conversation.settings, ...what };
   talk.value = withConversation(shown, { settings: next });
-  clearTimeout(settingsTimer);
-  settingsTimer = window.setTimeout(() => void change(id, { settings: next }), 400);
+  if (unsaved?.id !== id) keepSettings(); // of a conversation that was left meanwhile
+  clearTimeout(unsaved?.timer);
+  unsaved = { id, settings: next, timer: window.setTimeout(keepSettings, 400) };
 }
 
 /** The settings as JSON has them: what is undefined is left to the model. */

@@ -24,14 +24,19 @@ def state_of(tree: Tree, default_system: str = "") -> tuple[State, str | None]:
 
     Raises RequestError for sampling parameters that are none.
     """
-    settings = tree.conversation.settings
+    settings, path = tree.conversation.settings, tree.path
     system, sampling = settings.get("system", default_system), settings.get("sampling", {})
     if not isinstance(system, str) or not isinstance(sampling, Mapping):
         raise RequestError(
             f"the settings are {dict(settings)!r:.200}, expected a text as system, an object as sampling"
         )
     params = params_of(sampling)
-    exchanges = [_exchange(group) for group in _groups(tree.path)]
+    messages = [message for message in path if message.role != "system"]
+    if "system" in settings:
+        path = messages  # as `Tree.told` has it: what was chosen stands for all of them
+    elif path and path[0].role == "system" and len(messages) == len(path) - 1:
+        system, path = path[0].content, messages
+    exchanges = [_exchange(group) for group in _groups(path)]
     unanswered = None
     if exchanges and exchanges[-1].told() == [{"role": "user", "content": exchanges[-1].user}]:
         unanswered = exchanges.pop().user

@@ -99,12 +99,19 @@ class GenerationDefaults:
 
 def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = False, whole: bool = False) -> None:
     kinds = numbers.Integral if whole else numbers.Real
-    good = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+    good = isinstance(value, kinds) and not isinstance(value, bool) and (whole or _fits_a_float(value))
     if not good or value > high or value < low or (open_low and value == low):
         kind = "a whole number" if whole else "a number"
         edge = f"above {low:g}" if open_low else f"at least {low:g}"
         top = "" if high == math.inf else f" and at most {high:g}"
         raise RequestError(f"{name} is {value!r}, expected {kind} {edge}{top}")
+
+
+def _fits_a_float(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number may be larger than any float
+        return False
 
 
 def _text(name: str, value: Any) -> str:

@@ -41,7 +41,10 @@ class Replies:
             plain = request.reader is None and request.matcher is None and not request.followers and not shaped
             if plain and one.wanted == 1 and draws_natively(some):
                 rows[request] = Row(some[0], request.params, request.counts, request.choice, len(request.known))
-        return dict(zip(rows, choose_all(list(rows.values())), strict=True)) if rows else {}
+        try:
+            return dict(zip(rows, choose_all(list(rows.values())), strict=True)) if rows else {}
+        except Exception:
+            return {}  # `take` draws for each alone, so that the one that can't be drawn for hurts no other
 
     def take(self, work: Work, logits: Tensor, seconds: float, drawn: int | None = None) -> None:
         """What a step did for one request; whatever goes wrong here is this request's alone.

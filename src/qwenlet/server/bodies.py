@@ -17,16 +17,23 @@ from starlette.types import Receive
 from qwenlet.errors import ContextLengthError
 from qwenlet.server.errors import ApiError, explained
 from qwenlet.server.fields import check_effects
+from qwenlet.store.parsed import depth
 
-Body = TypeVar("Body", bound=Struct)
+Body = TypeVar("Body")
+Asked = TypeVar("Asked", bound=Struct)
 Result = TypeVar("Result")
+MAX_DEPTH = 200  # less than what the store takes, which keeps parts of bodies
+_ANYTHING = msgspec.json.Decoder()
 _PLACE = re.compile(r" - at `\$\.?(.*?)`$")
 _UNKNOWN = re.compile(r"unknown field `(.*?)`")
 
 
 def decoded(raw: bytes, decoder: msgspec.json.Decoder[Body]) -> Body:
-    """Raises ApiError 400 that names the place, for what is no JSON or not of the decoder's type."""
+    """Raises ApiError 400 that names the place, for what is no JSON, too deep, or not of the decoder's type."""
     try:
+        # most bodies are known to be shallow without a walk
+        if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and (levels := depth(msgspec.json.decode(raw))) > MAX_DEPTH:
+            raise ApiError(400, f"the body is nested {levels} levels deep, and {MAX_DEPTH} are read")
         return decoder.decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as problem:
         words = str(problem)
@@ -45,8 +52,8 @@ def json_answer(answer: Any, headers: Mapping[str, str] | None = None) -> Respon
 def post(
     app: FastAPI,
     path: str,
-    kind: type[Body],
-    handler: Callable[[Body, Request], Awaitable[Response]],
+    kind: type[Asked],
+    handler: Callable[[Asked, Request], Awaitable[Response]],
     *,
     prompt: str | None = None,
 ) -> None:
@@ -60,7 +67,9 @@ def post(
     async def endpoint(request: Request) -> Response:
         raw = await request.body()
         body = decoded(raw, decoder)
-        without = request.state.ignored = [*check_effects(body), *_unknown(msgspec.json.decode(raw), kind, body)]
+        without = request.state.ignored = check_effects(body)
+        if not kind.__struct_config__.forbid_unknown_fields:
+            without += _unknown(decoded(raw, _ANYTHING), kind, body)
         try:
             response = await while_connected(request.receive, handler(body, request))
         except ContextLengthError as problem:

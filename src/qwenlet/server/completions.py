@@ -222,7 +222,7 @@ class TokenLists:
 
     def _name(self, id: int) -> str:
         """A token's text; that of half a character says which bytes it is, so that no two are alike."""
-        raw = self._tokenizer.token_bytes(id)
+        raw = self._tokenizer.decoded_bytes(id)
         try:
             return raw.decode()
         except UnicodeDecodeError:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -87,6 +86,16 @@ class HeldTree(Struct, kw_only=True):
     messages: list[HeldMessage]
 
     def tree(self) -> Tree:
+        """Raises ApiError 400 where the messages are no tree: what walks it would not come to an end."""
+        known: set[str | None] = {None}
+        for number, one in enumerate(self.messages):
+            if one.parent not in known or one.id in known:
+                words = "has no id of its own, or a parent that does not stand before it"
+                raise ApiError(400, f"messages[{number}] {words}", param="conversations")
+            known.add(one.id)
+        if self.conversation.current not in known:
+            words = f"current is {self.conversation.current!r:.80}, which is none of the messages"
+            raise ApiError(400, words, param="conversations")
         talk = Conversation(**msgspec.structs.asdict(self.conversation))
         messages = [StoredMessage(conversation=talk.id, **msgspec.structs.asdict(one)) for one in self.messages]
         return Tree(talk, tuple(messages))
@@ -107,7 +116,7 @@ def add(app: FastAPI, service: Service) -> None:
 
     async def listed(request: Request) -> Response:
         limit, offset = _number(request, "limit", _MOST_LISTED), _number(request, "offset", 2**31)
-        return _json([asdict(one) for one in await kept(service, lambda store: store.conversations(limit, offset))])
+        return _json(await kept(service, lambda store: store.conversations(limit, offset)))
 
     async def found(request: Request) -> Response:
         words = request.query_params.get("text", "")
@@ -115,7 +124,7 @@ def add(app: FastAPI, service: Service) -> None:
         return _json(
             [
                 {
-                    "conversation": asdict(one.conversation),
+                    "conversation": one.conversation,
                     "message": one.message and one.message.id,
                     "excerpt": one.excerpt,
                 }
@@ -129,7 +138,7 @@ def add(app: FastAPI, service: Service) -> None:
         path = Path(service.llm.name)
         model = str(path.resolve()) if path.exists() else service.llm.name
         made = await kept(service, lambda store: store.new_conversation(body.title, model, body.settings))
-        return _json(asdict(made))
+        return _json(made)
 
     async def read(request: Request) -> Response:
         id = request.path_params["id"]
@@ -146,7 +155,7 @@ def add(app: FastAPI, service: Service) -> None:
         if body.current is not UNSET:
             current = body.current
             await kept(service, lambda store: store.select(current))
-        return _json(asdict(await kept(service, lambda store: store.conversation(id))))
+        return _json(await kept(service, lambda store: store.conversation(id)))
 
     async def deleted(request: Request) -> Response:
         id = request.path_params["id"]
@@ -157,7 +166,7 @@ def add(app: FastAPI, service: Service) -> None:
     async def added(request: Request) -> Response:
         id, body = request.path_params["id"], await _body(request, NewMessage)
         made = await kept(service, lambda store: store.add(id, body.parent, body.role, body.content, body.extra))
-        return _json(asdict(made))
+        return _json(made)
 
     async def written(request: Request) -> Response:
         id, body = request.path_params["id"], await _body(request, Text)
@@ -172,7 +181,7 @@ def add(app: FastAPI, service: Service) -> None:
     async def imported(request: Request) -> Response:
         trees = await _read_file(request)
         made = await kept(service, lambda store: store.adopt(trees))
-        return _json([asdict(one) for one in made])
+        return _json(made)
 
     async def rendered(request: Request) -> Response:
         held = await _body(request, Held)
@@ -236,7 +245,7 @@ def _file(request: Request, trees: Iterable[Tree]) -> Response:
 
 
 def _told(tree: Tree) -> dict[str, Any]:
-    return {"conversation": asdict(tree.conversation), "messages": [asdict(one) for one in tree.messages]}
+    return {"conversation": tree.conversation, "messages": tree.messages}
 
 
 def _json(answer: Any) -> Response:

@@ -152,7 +152,10 @@ def _conversation(messages: Sequence[Mapping[str, Any]]) -> list[ToolMessage]:
         place = f"messages[{number}]"
         if message.get("images"):
             raise refused(f"{place}.images", "are not supported: the model reads text alone")
-        calls = tuple(_call(call, place) for call in message.get("tool_calls") or ())
+        given = message.get("tool_calls") or []
+        if not isinstance(given, list):
+            raise ApiError(400, f"{place}.tool_calls is {given!r:.80}, expected a list", param=place)
+        calls = tuple(_call(call, place) for call in given)
         content, thought = message.get("content") or "", message.get("thinking") or ""
         if not isinstance(content, str) or not isinstance(thought, str):
             raise ApiError(400, f"{place}.content is {content!r:.80}, expected text", param=place)

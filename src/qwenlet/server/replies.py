@@ -152,4 +152,4 @@ def chat_logprobs(tokenizer: Tokenizer, entries: Sequence[TokenLogprob]) -> dict
 
 def _entry(tokenizer: Tokenizer, id: int, logprob: float) -> dict[str, Any]:
     text = tokenizer.decode([id])
-    return {"token": text, "logprob": logprob, "bytes": list(tokenizer.token_bytes(id))}
+    return {"token": text, "logprob": logprob, "bytes": list(tokenizer.decoded_bytes(id))}

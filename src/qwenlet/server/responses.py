@@ -108,6 +108,8 @@ def add(app: FastAPI, service: Service) -> None:
         toolbox = toolbox_of(body.tools, body.tool_choice, body.parallel_tool_calls)
         items = items_of(body.input)
         owner = request.state.client.owner
+        if body.store is not False:
+            await kept(service, lambda store: None)  # one that can't be kept is refused before it is written
         dialogue = await _dialogue(service, owner, body, items, toolbox)
         params = _params(body, dialogue, request.state.ignored)
         with replies.held(service, 1) as held:

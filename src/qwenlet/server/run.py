@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 
 import uvicorn
 
@@ -18,6 +19,8 @@ from qwenlet.config import ServerConfig, is_loopback
 from qwenlet.errors import ConfigError
 from qwenlet.server.app import build
 from qwenlet.server.service import Service
+
+_MOST_FILES = 65_536
 
 
 def serve(
@@ -37,6 +40,7 @@ def serve(
         QwenletError: what `load` raises.
     """
     check_exposed(config)
+    _allow_connections()
     taken = _listen(config)
     service = Service(name, config)
     host, port = taken.getsockname()[:2]
@@ -79,6 +83,19 @@ def _listen(config: ServerConfig) -> socket.socket:
             hint="another --port, or --port 0 for any that is free",
         ) from None
     return listening
+
+
+def _allow_connections() -> None:
+    """Each takes a file descriptor, and shells often allow 1,024: as many as the system lets a process have."""
+    try:
+        import resource
+    except ImportError:
+        return  # Windows counts no such thing
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):  # some systems allow less than they say
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:

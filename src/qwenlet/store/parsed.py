@@ -9,6 +9,8 @@ from typing import Any, NoReturn
 
 from qwenlet.errors import RequestError
 
+MAX_DEPTH = 256  # of a document; what is kept may be walked by functions that call themselves
+
 
 class Parsed:
     """A JSON value and its place in the document, such as "conversations[2].title"."""
@@ -85,8 +87,20 @@ class Parsed:
 
 
 def parse(text: str) -> Parsed:
-    """Raises ValueError or RecursionError for what is not JSON, NaN and Infinity included."""
-    return Parsed(json.loads(text, parse_constant=_no_constant))
+    """Raises ValueError for what is not JSON, NaN and Infinity included, and RecursionError for what is too deep."""
+    value = json.loads(text, parse_constant=_no_constant)
+    if depth(value) > MAX_DEPTH:
+        raise RecursionError
+    return Parsed(value)
+
+
+def depth(value: Any) -> int:
+    """How many lists and objects lie within each other: 0 for what is neither."""
+    levels, level = 0, [value]
+    while level := [one for one in level if isinstance(one, (list, dict))]:
+        levels += 1
+        level = [inner for one in level for inner in (one.values() if isinstance(one, dict) else one)]
+    return levels
 
 
 def _no_constant(name: str) -> NoReturn:

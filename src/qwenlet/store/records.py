@@ -79,14 +79,19 @@ class Tree:
     def told(self, default_system: str = "") -> list[dict[str, Any]]:
         """What a model is told of the current branch, as OpenAI's clients send it.
 
+        The system prompt that was chosen for the conversation stands for all system messages of the branch, which an
+        import may have brought: it is the later word.
+
         Args:
             default_system: the system prompt where the conversation has none of its own; "" for none.
         """
         messages = [message.as_told() for message in self.path]
-        system = self.conversation.settings.get("system", default_system)
-        if system and all(message["role"] != "system" for message in messages):
-            messages.insert(0, {"role": "system", "content": system})
-        return messages
+        system = self.conversation.settings.get("system")
+        if system is not None:
+            messages = [message for message in messages if message["role"] != "system"]
+        elif all(message["role"] != "system" for message in messages):
+            system = default_system
+        return [{"role": "system", "content": system}, *messages] if system else messages
 
 
 @dataclass(frozen=True)

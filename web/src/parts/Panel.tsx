@@ -44,6 +44,7 @@ function Sections() {
 function System() {
   const field = useRef<HTMLTextAreaElement>(null);
   const chosen = settings.value.system;
+  const imported = path.value.find((one) => one.role === "system")?.content; // in force until something is chosen
   useEffect(() => {
     if (document.activeElement !== field.current) field.current!.value = chosen ?? "";
   }, [chosen]);
@@ -56,7 +57,7 @@ function System() {
         ref={field}
         rows={5}
         aria-describedby="system-hint"
-        placeholder={chosen === undefined ? (model.value?.default_system ?? "") : ""}
+        placeholder={chosen === undefined ? (imported ?? model.value?.default_system ?? "") : ""}
         onInput={(event) => set({ system: event.currentTarget.value })}
       />
       <div class="chips" role="group" aria-label={t("examples")}>

@@ -12,6 +12,8 @@ import { LiveReply, MessageRow } from "./Message";
 const FIRST_ROWS = 24;
 const MORE_ROWS = 40;
 const NEAR_END = 80;
+// rows that the browser takes or leaves together; a row's stretch never changes, whatever comes in before it
+const STRETCH = 40;
 
 export function Thread() {
   const scroller = useRef<HTMLDivElement>(null);
@@ -89,21 +91,25 @@ export function Thread() {
       <div class="thread" ref={scroller} onScroll={scrolled} onClick={copyCode} tabIndex={0} role="region" aria-label={t("conversations")}>
         <div class="thread-inner" ref={inner}>
           {visible.length === 0 && !one && <Greeting />}
-          {visible.slice(from).map((message) => {
-            const beside = talk.value?.kids.get(message.parent) ?? [];
-            const live = one && one.phase.value !== "ended" && one.message.value?.id === message.id ? one : null;
-            return (
-              <MessageRow
-                key={message.id}
-                message={message}
-                place={beside.indexOf(message.id)}
-                places={beside.length}
-                last={message === visible.at(-1)}
-                run={live}
-                results={results}
-              />
-            );
-          })}
+          {stretches(visible, from).map(([number, messages]) => (
+            <div class="stretch" key={number}>
+              {messages.map((message) => {
+                const beside = talk.value?.kids.get(message.parent) ?? [];
+                const live = one && one.phase.value !== "ended" && one.message.value?.id === message.id ? one : null;
+                return (
+                  <MessageRow
+                    key={message.id}
+                    message={message}
+                    place={beside.indexOf(message.id)}
+                    places={beside.length}
+                    last={message === visible.at(-1)}
+                    run={live}
+                    results={results}
+                  />
+                );
+              })}
+            </div>
+          ))}
           {one && one.phase.value !== "ended" && <Progress run={one} />}
           {one?.trouble.value && <TroubleCard run={one} last={visible.at(-1) ?? null} />}
         </div>
@@ -114,6 +120,18 @@ export function Thread() {
       <Announcer />
     </div>
   );
+}
+
+/** The messages in groups, each with its number. */
+function stretches(messages: Message[], from: number): [number, Message[]][] {
+  const found: [number, Message[]][] = [];
+  for (let at = from; at < messages.length; ) {
+    const number = Math.floor(at / STRETCH);
+    const end = Math.min((number + 1) * STRETCH, messages.length);
+    found.push([number, messages.slice(at, end)]);
+    at = end;
+  }
+  return found;
 }
 
 /** Before the first word: what the server is doing. */

@@ -1,0 +1,45 @@
+"""What users download holds all that runs, the web page included; nothing of the page is built at run time."""
+
+from __future__ import annotations
+
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from scikit_build_core import build
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "qwenlet"
+
+
+def shipped() -> set[str]:
+    """Every file of the package but its kernels' sources, as a wheel names them."""
+    files = (path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    names = {f"qwenlet/{path.relative_to(PACKAGE).as_posix()}" for path in files}
+    return {name for name in names if "/csrc/" not in name and not name.endswith((".so", ".pyd", ".dylib"))}
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def test_the_wheel(here: None, tmp_path: Path) -> None:
+    """Built without kernels, as where there is no compiler: the Python is the same."""
+    name = build.build_wheel(str(tmp_path), {"wheel.cmake": "false", "wheel.py-api": "py3"})
+    with zipfile.ZipFile(tmp_path / name) as wheel:
+        held = {one for one in wheel.namelist() if one.startswith("qwenlet/")}
+    assert held == shipped()
+    assert "qwenlet/server/static/index.html" in held
+    assert any(one.endswith(".woff2") for one in held)
+
+
+def test_the_source(here: None, tmp_path: Path) -> None:
+    name = build.build_sdist(str(tmp_path))
+    with tarfile.open(tmp_path / name) as source:
+        held = {one.partition("/")[2] for one in source.getnames()}
+    wanted = {f"src/{one}" for one in shipped()}
+    assert wanted <= held, wanted - held
+    assert any(one.startswith("src/qwenlet/ops/cpu/csrc/") for one in held)  # the kernels' own
+    assert not any(one.startswith(("docs/", "benchmarks/", "web/node_modules/")) for one in held)
