@@ -90,9 +90,11 @@ def ours(path: Path, recompute: str, rounds: int, quant: bool = False) -> list[f
 
 def peft(path: Path, rounds: int) -> list[float]:
     from peft import LoraConfig, get_peft_model
-    from versus_transformers import transformers_model
 
-    model = transformers_model(path)
+    from qwenlet.checkpoint import Checkpoint
+    from qwenlet.profiling.peer import peer_model
+
+    model = peer_model(Checkpoint.open(path), torch.bfloat16, torch.device("cpu"))
     model.config.use_cache = False
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()

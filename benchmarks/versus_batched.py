@@ -34,11 +34,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from versus_llama import GREEDY, read_speed
+from versus_llama import GREEDY
 
 import qwenlet
 from qwenlet.cache import PAGE_TOKENS
 from qwenlet.engine import Chunk
+from qwenlet.profiling.ceilings import read_speed
 
 VARIANTS: dict[str, list[str]] = {
     "plain": ["-fa", "off"],
@@ -301,7 +302,8 @@ def main() -> None:
     if unknown := set(asked) - set(EVERYTHING):
         parser.error(f"--only knows {', '.join(EVERYTHING)}, not {', '.join(sorted(unknown))}")
     torch.set_num_threads(args.threads)
-    print(f"{platform.machine()}, torch {torch.__version__}, {args.threads} threads, read {read_speed():.1f} GB/s")
+    speed, _ = read_speed(torch.device("cpu"))
+    print(f"{platform.machine()}, torch {torch.__version__}, {args.threads} threads, read {speed / 1e9:.1f} GB/s")
     results: dict[str, Any] = {"threads": args.threads}
     # random weights repeat themselves, so guessing what comes next would flatter us
     with load(args.folder, speculate=False) as llm:

@@ -21,7 +21,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ import torch
 
 import qwenlet
 from qwenlet.cache import Rows
+from qwenlet.profiling.ceilings import read_speed
 
 VARIANTS: dict[str, list[str]] = {
     "plain": ["-fa", "0"],
@@ -116,18 +116,6 @@ class Ours:
         return {n: {"seconds": statistics.median(t), "bytes": float(size[n])} for n, t in each.items()}
 
 
-def read_speed(rounds: int = 7) -> float:
-    """GB/s of summing an array far larger than the caches: the median."""
-    array = torch.ones(1 << 28, dtype=torch.float32)
-    array.sum()
-    speeds = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        array.sum()
-        speeds.append(array.nbytes / (time.perf_counter() - start) / 1e9)
-    return statistics.median(speeds)
-
-
 def peak_of_long_run(model: Path, kind: str, threads: int) -> dict[str, float]:
     """VmHWM, load time and speed of LONG tokens from one token, in a process of its own, of a saved checkpoint."""
     code = f"""
@@ -177,8 +165,9 @@ def compare(args: argparse.Namespace, kind: str) -> list[dict[str, Any]]:
             mine.append(ours.prefill(PREFILL) if work == "prefill" else ours.decode(8, DECODE))
     results = [row(kind, work, mine, theirs) for work, (mine, theirs) in works.items()]
     if kind == "int4":
-        speed = read_speed()
-        print(f"read speed {speed:.1f} GB/s; of one decoded token:")
+        speed, how = read_speed(torch.device("cpu"))
+        speed /= 1e9
+        print(f"read speed {speed:.1f} GB/s ({how}); of one decoded token:")
         steps = ours.operators(past=64)
         for name, step in steps.items():
             rate = step["bytes"] / step["seconds"] / 1e9
@@ -210,7 +199,8 @@ def main() -> None:
     parser.add_argument("--long", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    print(f"{platform.machine()}, torch {torch.__version__}, {args.threads} threads, read {read_speed():.1f} GB/s")
+    speed, _ = read_speed(torch.device("cpu"))
+    print(f"{platform.machine()}, torch {torch.__version__}, {args.threads} threads, read {speed / 1e9:.1f} GB/s")
     results = [result for kind in args.kinds.split(",") for result in compare(args, kind)]
     print(json.dumps({"threads": args.threads, "results": results}))
 

@@ -29,48 +29,8 @@ import torch
 
 import qwenlet
 from qwenlet.checkpoint import Checkpoint
-from qwenlet.checkpoint.names import parts_of
-
-
-def transformers_model(path: Path) -> Any:
-    """Qwen2ForCausalLM over the same files: our tensors cut into its names."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    checkpoint = Checkpoint.open(path)
-    ours, weights = checkpoint.config, checkpoint.weights()
-    config = Qwen2Config(
-        vocab_size=ours.vocab_size,
-        hidden_size=ours.hidden_size,
-        intermediate_size=ours.intermediate_size,
-        num_hidden_layers=ours.num_hidden_layers,
-        num_attention_heads=ours.num_attention_heads,
-        num_key_value_heads=ours.num_key_value_heads,
-        max_position_embeddings=ours.max_position_embeddings,
-        rms_norm_eps=ours.rms_norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": ours.rope_theta},
-        tie_word_embeddings=False,
-        use_cache=True,
-    )
-    state = {}
-    for name in weights.names():
-        # clone: transformers itself would read the file into memory of its own
-        tensor = weights.read(name, torch.bfloat16).clone()
-        parts = parts_of(name, tensor.shape[0], "qwen2", ours)
-        for part, piece in zip(parts, tensor.split([part.rows for part in parts]), strict=True):
-            state[part.name] = piece.contiguous()
-    with torch.device("meta"):
-        model = Qwen2ForCausalLM(config)
-    model.load_state_dict(state, strict=True, assign=True)
-    # buffers made on the meta device have no values; the rotary embedding is made again on the CPU
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
-    return model.eval()
-
-
-def read_speed() -> float:
-    """GB/s of summing 2 GB of float32 with torch on all threads, best of five."""
-    data = torch.ones(500_000_000)
-    best = min(timed(data.sum)[0] for _ in range(5))
-    return data.nbytes / best / 1e9
+from qwenlet.profiling.ceilings import read_speed
+from qwenlet.profiling.peer import peer_model
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -111,7 +71,7 @@ class Transformers:
         self.model.generation_config = GenerationConfig(do_sample=False, eos_token_id=None, pad_token_id=0)
 
     def load(self, path: Path) -> Any:
-        return transformers_model(path)
+        return peer_model(Checkpoint.open(path), torch.bfloat16, torch.device("cpu"))
 
     @torch.inference_mode()
     def prefill(self, ids: Sequence[int]) -> float:
@@ -174,7 +134,7 @@ def main() -> None:
             first_tokens[side.name] = tokens
 
     peer = first_tokens[sides[-1].name]
-    speed = read_speed()
+    speed = read_speed(torch.device("cpu"))[0] / 1e9
     rows: dict[str, dict[str, Any]] = {}
     print(f"{platform.processor() or platform.machine()}, {options.threads} threads, torch {torch.__version__}, bf16")
     print(f"read speed {speed:.1f} GB/s")

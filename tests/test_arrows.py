@@ -15,7 +15,7 @@ SOURCE = Path(qwenlet.__file__).parent
 
 # Left never imports right; rooms of one rung don't import each other unless one stands left of the other here.
 LADDER: list[list[str]] = [
-    ["errors"],
+    ["errors", "machine"],
     ["config", "gguf_header"],
     ["plan"],
     ["pretokenizer"],
@@ -32,14 +32,15 @@ LADDER: list[list[str]] = [
     ["lora"],
     ["engine", "quant"],
     ["api"],
-    ["hf", "server", "evals", "train"],
+    ["hf", "server", "evals", "train", "profiling"],
     ["verify"],
     ["cli"],
     ["__main__"],
 ]
 RUNG = {room: height for height, rooms in enumerate(LADDER) for room in rooms}
-NO_TORCH = ["errors", "config", "gguf_header", "plan", "pretokenizer", "tokenizer_formats", "tokenizer_bytelevel",
-            "tokenizer_export", "tokenizer", "chat", "tools", "store", "vocabulary", "hub", "cli"]  # fmt: skip
+NO_TORCH = ["errors", "machine", "config", "gguf_header", "plan", "pretokenizer", "tokenizer_formats",
+            "tokenizer_bytelevel", "tokenizer_export", "tokenizer", "chat", "tools", "store", "vocabulary", "hub",
+            "cli"]  # fmt: skip
 
 
 def room_of(module: str) -> str:

@@ -69,7 +69,7 @@ class Score:
 
 
 def load(
-    name_or_path: str,
+    name_or_path: str | Checkpoint,
     device: str = "auto",
     dtype: str = "auto",
     quant: str | QuantConfig | None = None,
@@ -84,7 +84,8 @@ def load(
     """Loads a model, ready to chat.
 
     Args:
-        name_or_path: a folder in any layout we read, a .gguf file, a hub id such as "Qwen/Qwen-1_8B-Chat", or "demo".
+        name_or_path: a folder in any layout we read, a .gguf file, a hub id such as "Qwen/Qwen-1_8B-Chat", or "demo";
+            or a checkpoint that was opened already.
         device: "auto" (a GPU if torch can use one, else the CPU), "cpu", "cuda", "cuda:1".
         dtype: precision of the weights: "bf16", "fp16", "fp32", or "auto": quantized weights stay as they are, others
             take what is fast where the model will live.
@@ -112,8 +113,11 @@ def load(
         check_dtype(named, where)
     if asked is not None:
         _check_quant(asked, where, named)
-    path = hub.resolve(str(name_or_path), offline=offline, revision=revision, progress=progress)
-    checkpoint = Checkpoint.open(path)
+    if isinstance(name_or_path, Checkpoint):
+        checkpoint, name = name_or_path, str(name_or_path.path)
+    else:
+        name = str(name_or_path)
+        checkpoint = Checkpoint.open(hub.resolve(name, offline=offline, revision=revision, progress=progress))
     as_stored = _runs_as_stored(checkpoint, quant, where, named)
     if asked is not None or as_stored:
         chosen, reason = torch.float32, "quantized weights compute in it"
@@ -131,7 +135,7 @@ def load(
             model, report = load_model(checkpoint, chosen, where, linear=options.linear, progress=progress)
         tokenizer = reading.result()
     report.notes.append(f"{dtype_name(chosen)} {f'because {reason}' if reason else 'asked for'}")
-    llm = LLM(str(name_or_path), checkpoint, model, tokenizer, where, chosen, options, report)
+    llm = LLM(name, checkpoint, model, tokenizer, where, chosen, options, report)
     for name, folder in (adapters or {}).items():
         llm.add_adapter(name, folder)
     return llm

@@ -291,10 +291,22 @@ def _activations(setup: Setup) -> int:
 
 
 def _prefill_operations(setup: Setup) -> int:
-    model = setup.model
-    products = sum(rows * columns for rows, columns in _linears(model))
-    scores = 2 * model.num_attention_heads * model.head_dim * (setup.context // 2)  # q k^T and p v
-    return 2 * model.num_hidden_layers * (products + scores)
+    return token_operations(setup.model) + setup.context // 2 * key_operations(setup.model)
+
+
+def token_operations(model: ModelConfig) -> int:
+    """Multiplications and additions of a token in the layers' linears; the head's are `head_operations`."""
+    return 2 * model.num_hidden_layers * sum(rows * columns for rows, columns in _linears(model))
+
+
+def key_operations(model: ModelConfig) -> int:
+    """... of a token with one key in all layers: q k^T and p v."""
+    return 4 * model.num_hidden_layers * model.num_attention_heads * model.head_dim
+
+
+def head_operations(model: ModelConfig) -> int:
+    """... of one position's logits."""
+    return 2 * model.vocab_size * model.hidden_size
 
 
 # --------------------------------------------------------------------------------------------------------- what fits

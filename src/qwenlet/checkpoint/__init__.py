@@ -11,6 +11,7 @@
     tilefile   quantized modules in one file, in the kernels' order
     cached     ... kept in a cache
     save       the way back: folders and shards, random weights
+    random     ... weights without files
     convert    ... in the published layout, as Qwen2, as GGUF
     gguf_out   ... a GGUF file, tensor by tensor
     quantized  ... in AutoGPTQ's layout
@@ -25,6 +26,7 @@ from qwenlet.checkpoint.convert import TARGETS, Change, convert, left_behind, wr
 from qwenlet.checkpoint.dtypes import DTYPES, auto_dtype, check_dtype, device_by_name, dtype_by_name, dtype_name
 from qwenlet.checkpoint.load import DEFAULT_SYSTEM, Checkpoint, LoadReport, Progress, load_model, read_tokenizer
 from qwenlet.checkpoint.quantized import WeightOf, write_quantized, write_rounded
+from qwenlet.checkpoint.random import RandomCheckpoint
 from qwenlet.checkpoint.rounding import Rounding
 from qwenlet.checkpoint.save import new_folder, write_random
 from qwenlet.checkpoint.source import Source
@@ -37,6 +39,7 @@ __all__ = [
     "Checkpoint",
     "LoadReport",
     "Progress",
+    "RandomCheckpoint",
     "Rounding",
     "Source",
     "WeightOf",

@@ -26,6 +26,7 @@ VERBS = {
     "pretrain": "Train a model on text, from nothing or further.",
     "merge": "Write a model with an adapter merged into its weights, and measure what that changed.",
     "random": "Write a checkpoint of random weights, for tests and benchmarks.",
+    "profile": "Measure speed and memory, beside what this machine allows and the card's figures.",
     "eval": "Run benchmarks, and report them beside the published figures.",
     "convert": "Write a checkpoint in another layout.",
     "completion": "Print a script that completes qwenlet in a shell.",

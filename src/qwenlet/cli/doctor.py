@@ -13,7 +13,6 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -23,6 +22,7 @@ from qwenlet.cli import console
 from qwenlet.cli.options import new_app
 from qwenlet.config import ATTENTION_BACKENDS, ModelConfig
 from qwenlet.errors import ConfigError, QwenletError
+from qwenlet.machine import cpu_info
 from qwenlet.plan import available_memory
 
 app = new_app()
@@ -217,14 +217,3 @@ def _devices() -> list[Any]:
 def memory_needed(config: ModelConfig, bytes_per_value: int) -> int:
     """Bytes of the weights, and of the keys and values of as many tokens as the model was trained on."""
     return config.parameter_count * bytes_per_value + config.seq_length * config.cache_bytes(bytes_per_value)
-
-
-def cpu_info(path: Path = Path("/proc/cpuinfo")) -> tuple[str, frozenset[str]]:
-    """The processor's name and its flags, as far as the system tells."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine(), frozenset()
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    name = fields.get("model name") or platform.machine()
-    return name, frozenset((fields.get("flags") or fields.get("Features") or "").split())

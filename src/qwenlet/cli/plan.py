@@ -13,13 +13,13 @@ import typer
 
 from qwenlet import plan as planning
 from qwenlet.cli import console
-from qwenlet.cli.doctor import cpu_info
 from qwenlet.cli.options import new_app
 from qwenlet.cli.random import MODELS
 from qwenlet.config import ModelConfig, QuantConfig, config_from_gguf, read_json
 from qwenlet.config.engine import KV_CACHES
 from qwenlet.config.quant import keeps_codes
 from qwenlet.errors import CheckpointError, ConfigError, OfflineError, RequestError
+from qwenlet.machine import cpu_info
 from qwenlet.plan import available_memory
 
 if TYPE_CHECKING:

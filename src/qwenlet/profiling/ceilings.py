@@ -1,0 +1,106 @@
+"""How fast this machine reads memory and multiplies, with nothing of the model in it: the best of several ways.
+
+On a CPU memory is read in pages of 2 MB, in which the weights lie, too: in pages of 4 kB a processor is busier finding
+its way than reading, and operators would reach more than everything.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from qwenlet.profiling.records import Ceilings
+
+_ROUNDS = 7
+_CPU_BYTES, _GPU_BYTES = 1 << 30, 1 << 32  # far more than any cache holds
+_CPU_SIDE, _GPU_SIDE = 2048, 8192  # of square matrices
+_FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def measure_ceilings(device: torch.device, *, size: int | None = None, side: int | None = None) -> Ceilings:
+    """A few seconds of reading and multiplying.
+
+    Args:
+        size: bytes to read; side: of the matrices. None: what is large enough for the device.
+    """
+    gpu = device.type == "cuda"
+    speed, how = read_speed(device, size or (_GPU_BYTES if gpu else _CPU_BYTES))
+    operations: dict[str, float] = {}
+    ways = {"read": how}
+    for name, way, multiply in _products(device, side or (_GPU_SIDE if gpu else _CPU_SIDE)):
+        count = 2.0 * (side or (_GPU_SIDE if gpu else _CPU_SIDE)) ** 3
+        operations[name], ways[name] = count / best_seconds(multiply, device), way
+    return Ceilings(speed, operations, ways)
+
+
+def best_seconds(work: Callable[[], object], device: torch.device, rounds: int = _ROUNDS) -> float:
+    """The shortest of several runs after one that is not counted."""
+    work()
+    best = float("inf")
+    for _ in range(rounds):
+        finish(device)
+        start = time.perf_counter()
+        work()
+        finish(device)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def finish(device: torch.device) -> None:
+    """Waits until a GPU has done what it was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def read_speed(device: torch.device, size: int = _CPU_BYTES) -> tuple[float, str]:
+    """Bytes/s, and how they were read: the fastest of several ways."""
+    data = _memory(device, size)
+    speeds = {name: moved / best_seconds(read, device) for name, moved, read in _readers(data)}
+    best = max(speeds, key=lambda name: speeds[name])
+    return speeds[best], best
+
+
+def _memory(device: torch.device, size: int) -> Tensor:
+    """[size / 4] float32 ones, on a CPU in large pages."""
+    if device.type != "cpu":
+        return torch.ones(size // 4, device=device)
+    from qwenlet.checkpoint.mapped import large_pages
+
+    return torch.frombuffer(large_pages(size // 4 * 4), dtype=torch.float32).fill_(1.0)
+
+
+def _readers(data: Tensor) -> Iterator[tuple[str, int, Callable[[], object]]]:
+    """(how, bytes moved, the work)."""
+    where = "in pages of 2 MB" if data.device.type == "cpu" else "of GPU memory"
+    yield f"sum {where}", data.nbytes, data.sum
+    yield f"largest {where}", data.nbytes, data.view(torch.int32).amax
+    yield f"dot product with itself {where}", data.nbytes, lambda: torch.dot(data, data)
+    if data.device.type == "cpu":
+        return
+    half = len(data) // 2
+    target, source = data[:half], data[half : 2 * half]
+    yield "copy of GPU memory, both ways counted", 2 * source.nbytes, lambda: target.copy_(source)
+
+
+def _products(device: torch.device, side: int) -> Iterator[tuple[str, str, Callable[[], object]]]:
+    """(type, how, the work) of the products that this torch has here."""
+    for name, dtype in _FLOATS.items():
+        a = torch.ones(side, side, device=device, dtype=dtype)
+        b = torch.ones(side, side, device=device, dtype=dtype)
+        if _runs(multiply := lambda a=a, b=b: a @ b.T):  # type: ignore[misc]
+            yield name, f"torch.matmul, {side} x {side} x {side}", multiply
+    p = torch.ones(side, side, device=device, dtype=torch.int8)
+    q = torch.ones(side, side, device=device, dtype=torch.int8)
+    if _runs(multiply := lambda: torch._int_mm(p, q.T)):
+        yield "int8", f"torch._int_mm, {side} x {side} x {side}", multiply
+
+
+def _runs(work: Callable[[], object]) -> bool:
+    try:
+        work()
+    except (RuntimeError, NotImplementedError):  # no such product of torch's on this device
+        return False
+    return True
