@@ -6,6 +6,7 @@ ends a reply, nothing is guessed ahead and no prefix is kept, so that each token
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -76,6 +77,7 @@ def engine_for(
     Args:
         tokens: of all replies together; None: of one.
     """
+    gc.collect()  # pages of the engine before this one, which stand in a circle
     options = replace(
         llm.options,
         max_context=context,
@@ -192,6 +194,7 @@ def run(engine: Engine, ids: Sequence[int], lengths: Sequence[int], limit: float
     cut = request.finish_reason is None
     engine.cancel(request)
     engine.step()
+    passed = marks.get(lengths[-1], (passed, None))[0]
     return Run(marks, first or passed, done or request.stored, passed, peak_bytes(engine.device), cut)
 
 

@@ -16,7 +16,8 @@ import torch
 from qwenlet.checkpoint.files import read_parts
 from qwenlet.checkpoint.load import plan_reading
 from qwenlet.checkpoint.names import split
-from qwenlet.errors import MissingExtraError
+from qwenlet.errors import ConfigError, MissingExtraError
+from qwenlet.plan import available_memory
 from qwenlet.profiling.ceilings import finish
 from qwenlet.profiling.measure import Loaded, engine_for, prompt_ids, run
 from qwenlet.profiling.workload import PEER_PROMPT, Job
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _IMPLEMENTATIONS = {"flash": "flash_attention_2", "math": "eager"}
 _ROOM = 8
+SIDES = ("qwenlet", "transformers")
 
 
 def peer_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, attention: str = "sdpa") -> Any:
@@ -33,12 +35,14 @@ def peer_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device,
 
     Raises:
         MissingExtraError: transformers is not installed.
+        ConfigError: memory doesn't hold the model a second time.
     """
     try:
         from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
     except ImportError as error:
         raise MissingExtraError("transformers", "peers", "--peer transformers") from error
     ours, weights = checkpoint.config, checkpoint.weights()
+    _check_room(ours.parameter_count * dtype.itemsize, device)
     config = Qwen2Config(
         vocab_size=ours.vocab_size,
         hidden_size=ours.hidden_size,
@@ -74,48 +78,67 @@ def peer_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device,
     return model.eval()
 
 
+def _check_room(needed: int, device: torch.device) -> None:
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    if free is not None and needed > free:
+        raise ConfigError(
+            f"transformers needs {needed / 1e9:.1f} GB for the same weights beside ours; {free / 1e9:.1f} GB are free",
+            hint="leave --peer out, or name smaller precisions",
+        )
+
+
 @dataclass(frozen=True)
 class Duel:
-    """Seconds of each round, by side.
+    """Both sides' work, by side.
 
     Attributes:
-        generate: for the job's tokens; prefill: for a prompt of PEER_PROMPT.
+        generate: seconds of each round for `done` tokens; prefill: for a prompt of PEER_PROMPT.
+        done: the job's tokens, or fewer where the time ran out.
     """
 
     generate: dict[str, list[float]]
     prefill: dict[str, list[float]]
+    done: dict[str, int]
 
 
 def run_duel(llm: Loaded, model: Any, job: Job) -> Duel:
-    """Both sides on the same work, in turn, until the rounds are done or the time is out (never before the first)."""
+    """Both sides on the same work, in turn: once, and again while there are rounds and time left."""
     tokens, vocabulary = job.tokens[-1], llm.model.config.vocab_size
     long, short = prompt_ids(PEER_PROMPT, vocabulary), prompt_ids(job.prompt, vocabulary)
-    duel = Duel({"qwenlet": [], "transformers": []}, {"qwenlet": [], "transformers": []})
-    context = max(PEER_PROMPT, 1 + tokens) + _ROOM
+    duel = Duel({side: [] for side in SIDES}, {side: [] for side in SIDES}, dict.fromkeys(SIDES, tokens))
+    context = max(PEER_PROMPT, job.prompt + tokens) + _ROOM
     with engine_for(llm, job.attention, context=context) as engine:
         run(engine, short, [2], None)
-        _theirs(model, short, 2)
+        _theirs(model, short, 2, None)
         spent = 0.0
-        for count in range(job.rounds):
-            if count and (job.rounds_of(spent) == 1 or spent > (job.limit_seconds or spent)):
+        while len(duel.generate["qwenlet"]) < max(1, job.rounds_of(spent)):
+            ours_read, theirs_read = run(engine, long, [1], None).first, _theirs(model, long, 1, None)[0]
+            ours, theirs = (
+                run(engine, short, [tokens], job.limit_seconds),
+                _theirs(model, short, tokens, job.limit_seconds),
+            )
+            cut = ours.done < tokens or theirs[1] < tokens
+            if cut and duel.generate["qwenlet"]:
+                break  # earlier rounds were whole
+            for side, read, took, done in zip(
+                SIDES, (ours_read, theirs_read), (ours.seconds, theirs[0]), (ours.done, theirs[1]), strict=True
+            ):
+                duel.prefill[side].append(read)
+                duel.generate[side].append(took)
+                duel.done[side] = done
+            if cut:
                 break
-            duel.prefill["qwenlet"].append(run(engine, long, [1], None).first)
-            duel.prefill["transformers"].append(_theirs(model, long, 1))
-            ours = run(engine, short, [tokens], None).marks[tokens][0]
-            duel.generate["qwenlet"].append(ours)
-            duel.generate["transformers"].append(_theirs(model, short, tokens))
-            spent += ours + duel.generate["transformers"][-1]
+            spent += ours.seconds + theirs[0]
     return duel
 
 
 @torch.inference_mode()
-def _theirs(model: Any, ids: Sequence[int], tokens: int) -> float:
+def _theirs(model: Any, ids: Sequence[int], tokens: int, limit: float | None) -> tuple[float, int]:
+    """(seconds, tokens), fewer than asked for where `limit` seconds pass before."""
     device = model.device
     prompt = torch.tensor([list(ids)], device=device)
     finish(device)
     start = time.perf_counter()
-    out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, min_new_tokens=tokens)
+    out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, max_time=limit)
     finish(device)
-    took = time.perf_counter() - start
-    assert out.shape[1] == len(ids) + tokens, f"{out.shape[1] - len(ids)} tokens, expected {tokens}"
-    return took
+    return time.perf_counter() - start, out.shape[1] - len(ids)

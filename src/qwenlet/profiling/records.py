@@ -108,7 +108,7 @@ class Row:
     @property
     def asked(self) -> int:
         """What `done` would be without a limit."""
-        return self.prompt if self.kind in ("encode", "prefill") else self.tokens
+        return self.prompt if self.kind in ("encode", "prefill", "peer prefill") else self.tokens
 
     @property
     def cut(self) -> bool:

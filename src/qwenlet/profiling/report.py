@@ -105,14 +105,15 @@ def _peers(rows: Sequence[Row]) -> str:
             other for other in rows
             if other.side != "qwenlet" and (other.kind, other.precision) == (row.kind, row.precision)
         )  # fmt: skip
-        work = f"a prompt of {row.prompt}" if row.kind == "peer prefill" else f"{row.tokens:,} tokens from one"
+        work = f"a prompt of {row.prompt}" if row.kind == "peer prefill" else f"{_both(row, theirs)} tokens from one"
         lines.append([row.precision, work, _number(row.speed), _number(theirs.speed), f"{ratio(row, theirs):.2f}"])
     return _table(["precision", "work", "qwenlet, tokens/s", "transformers, tokens/s", "ratio"], lines)
 
 
 def ratio(ours: Row, theirs: Row) -> float:
     """How many times faster ours is: the median over rounds that ran in turn."""
-    return median(b / a for a, b in zip(ours.seconds, theirs.seconds, strict=True))
+    pairs = zip(ours.seconds, theirs.seconds, strict=True)
+    return median((ours.done / mine) / (theirs.done / other) for mine, other in pairs)
 
 
 # -------------------------------------------------------------------------------------------------------- cells
@@ -127,6 +128,12 @@ def _job(row: Row) -> str:
 
 def _length(row: Row) -> str:
     return f"first {row.done:,} of {row.asked:,}" if row.cut else f"{row.asked:,}"
+
+
+def _both(ours: Row, theirs: Row) -> str:
+    if ours.cut or theirs.cut:
+        return f"first {ours.done:,} and {theirs.done:,} of {ours.tokens:,}"
+    return f"{ours.tokens:,}"
 
 
 def _cut(row: Row) -> str:

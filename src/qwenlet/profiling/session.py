@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -110,8 +111,8 @@ class Session:
     def _precision(self, precision: str, costs: Costs, clock: _Clock) -> None:
         try:
             llm = self.subject.load(precision)
-        except QwenletError as error:
-            self._keep([_refused(precision, error.message)])
+        except Exception as error:  # the other precisions go on
+            self._keep([_refused(precision, _line(error))])
             return
         with llm:
             found, refused = offered(llm, self.workload.attention)
@@ -120,7 +121,7 @@ class Session:
             together = [job for job in jobs if not self._is_alone(job)]
             for job in together:
                 self._job(job, costs, clock, llm)
-        # the model is gone from this process: two of them may not fit
+        gc.collect()  # the model goes from this process: two of them may not fit
         for job in jobs:
             if self._is_alone(job):
                 self._job(job, costs, clock, None)
@@ -140,9 +141,8 @@ class Session:
                 rows = [self._row(job, figure, costs) for figure in figures]
             else:
                 rows = [self._row(job, figure, costs) for figure in run_job(llm, job)]
-        except (QwenletError, torch.OutOfMemoryError) as error:
-            why = error.message if isinstance(error, QwenletError) else str(error).splitlines()[0]
-            rows = [_failed(job, why)]
+        except Exception as error:  # whatever it was, the other jobs can still tell something
+            rows = [_failed(job, _line(error))]
         clock.after(job, time.perf_counter() - began)
         self._keep([_shared(row, self.profile.ceilings) for row in rows])
 
@@ -184,9 +184,10 @@ class Session:
             return [_failed(job, f"transformers has no {job.precision} of these weights")]
         model = peer_model(self.subject.checkpoint(), llm.dtype, llm.device, job.attention)
         duel = run_duel(llm, model, job)
-        read, written = costs.reading(PEER_PROMPT), costs.of_job(job)
+        read = costs.reading(PEER_PROMPT)
         rows = []
-        for side in duel.generate:
+        for side, done in duel.done.items():
+            written = costs.generating(job.prompt, done)
             row = Row("peer generate", job.precision, job.attention, job.prompt, job.tokens[-1], side=side)
             rows += [
                 replace(
@@ -194,7 +195,7 @@ class Session:
                     seconds=tuple(duel.prefill[side]), bytes=read.bytes, operations=read.operations,
                 ),
                 replace(
-                    row, done=row.tokens, seconds=tuple(duel.generate[side]), bytes=written.bytes,
+                    row, done=done, seconds=tuple(duel.generate[side]), bytes=written.bytes,
                     operations=written.operations,
                 ),
             ]  # fmt: skip
@@ -209,6 +210,12 @@ def _card_peak(job: Job, tokens: int) -> int | None:
 
 def _refused(precision: str, why: str) -> Row:
     return Row(kind="", precision=precision, attention="", prompt=0, tokens=0, problem=why)
+
+
+def _line(error: Exception) -> str:
+    if isinstance(error, QwenletError):
+        return error.message
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _failed(job: Job, why: str) -> Row:
