@@ -59,6 +59,12 @@ def test_a_checkpoint_s_own_codes_are_kept():
     assert "quantized already" in str(possible_costs(qwen_1_8b(), "int8", stored))
 
 
+def test_what_does_not_fit_is_said_before_it_is_tried():
+    assert isinstance(possible_costs(qwen_1_8b(), "fp32", None, 8193, 12 * 10**9), Costs)
+    assert "8,193 tokens need about 1" in str(possible_costs(qwen_1_8b(), "fp32", None, 8193, 8 * 10**9))
+    assert isinstance(possible_costs(qwen_1_8b(), "int4", None, 8193, 8 * 10**9), Costs)
+
+
 def test_the_card_s_figures():
     assert card.speed("bf16", "flash", 8192) == 54.04
     assert card.speed("int4", "math", 2048) == 68.37

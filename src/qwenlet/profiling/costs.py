@@ -51,6 +51,7 @@ class Costs:
         weights: bytes that each step reads.
         past: bytes of a stored token.
         token, key, head: operations of a token, of a token with one key, of a position's logits.
+        peak: bytes of memory on a CPU, of one reply with the longest context.
     """
 
     weights: int
@@ -58,20 +59,23 @@ class Costs:
     token: int
     key: int
     head: int
+    peak: int
 
     @classmethod
-    def of(cls, model: ModelConfig, precision: str, stored: QuantConfig | None = None) -> Costs:
+    def of(cls, model: ModelConfig, precision: str, stored: QuantConfig | None = None, context: int = 1) -> Costs:
         """`stored`: how the checkpoint is quantized, whose groups stay. Raises ConfigError where it can't be so."""
         quant = QuantConfig.named(precision) if precision in QUANTIZED else None
         if quant is not None and stored is not None:
             quant = stored.completed(quant)
-        setup = Setup(model=model, dtype="fp32" if quant is not None else precision, quant=quant, context=1)
+        setup = Setup(model=model, dtype="fp32" if quant is not None else precision, quant=quant, context=context)
+        plan = estimate(setup)
         return cls(
-            weights=sum(kind.read for kind in estimate(setup).weights),
+            weights=sum(kind.read for kind in plan.weights),
             past=cache_bytes_per_token(model, setup.cache_type),
             token=token_operations(model),
             key=key_operations(model),
             head=head_operations(model),
+            peak=plan.peak,
         )
 
     def generating(self, prompt: int, tokens: int, batch: int = 1) -> Demand:
@@ -112,9 +116,17 @@ def expected_seconds(job: Job, costs: Costs, ceilings: Ceilings, *, alone: bool 
     return once * job.rounds_of(once) + (_OVERHEAD if alone else 0.0)
 
 
-def possible_costs(model: ModelConfig, precision: str, stored: QuantConfig | None) -> Costs | str:
-    """What it costs, or why there is no such precision of this model."""
+def possible_costs(
+    model: ModelConfig, precision: str, stored: QuantConfig | None, context: int = 1, memory: int | None = None
+) -> Costs | str:
+    """What it costs, or why there is no such precision of this model, within so many bytes of memory."""
     try:
-        return Costs.of(model, precision, stored)
+        costs = Costs.of(model, precision, stored, context)
     except ConfigError as error:
         return error.message
+    if memory is not None and costs.peak > memory:
+        need, free = costs.peak / 1e9, memory / 1e9
+        return (
+            f"{context:,} tokens need about {need:.1f} GB, and {free:.1f} GB are available; qwenlet plan says what fits"
+        )
+    return costs

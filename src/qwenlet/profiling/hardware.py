@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -20,13 +22,9 @@ def describe(device: torch.device) -> Machine:
         gpu = torch.cuda.get_device_properties(device)
         software |= {"CUDA": str(torch.version.cuda)}
         kernels = "torch"
-        try:
-            import triton
-
-            software["Triton"] = triton.__version__
-            kernels = "Triton and torch"
-        except ImportError:
-            pass
+        with suppress(PackageNotFoundError):
+            software["Triton"] = version("triton")
+            kernels = "Triton, torch"
         return Machine("cuda", gpu.name, kernels, usable, torch.get_num_threads(), gpu.total_memory, software)
     name, _ = cpu_info()
     kernels = cpu.status().isa or "torch"

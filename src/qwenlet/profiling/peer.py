@@ -108,15 +108,14 @@ def run_duel(llm: Loaded, model: Any, job: Job) -> Duel:
     duel = Duel({side: [] for side in SIDES}, {side: [] for side in SIDES}, dict.fromkeys(SIDES, tokens))
     context = max(PEER_PROMPT, job.prompt + tokens) + _ROOM
     with engine_for(llm, job.attention, context=context) as engine:
-        run(engine, short, [2], None)
-        _theirs(model, short, 2, None)
+        for ids in (short, long):  # what is made at the first call is in no figure
+            run(engine, ids, [2], None)
+            _theirs(model, ids, 2, None)
         spent = 0.0
         while len(duel.generate["qwenlet"]) < max(1, job.rounds_of(spent)):
             ours_read, theirs_read = run(engine, long, [1], None).first, _theirs(model, long, 1, None)[0]
-            ours, theirs = (
-                run(engine, short, [tokens], job.limit_seconds),
-                _theirs(model, short, tokens, job.limit_seconds),
-            )
+            ours = run(engine, short, [tokens], job.limit_seconds)
+            theirs = _theirs(model, short, tokens, job.limit_seconds)
             cut = ours.done < tokens or theirs[1] < tokens
             if cut and duel.generate["qwenlet"]:
                 break  # earlier rounds were whole

@@ -14,6 +14,7 @@ import torch
 from qwenlet.checkpoint import device_by_name
 from qwenlet.config import ModelConfig
 from qwenlet.errors import ConfigError, QwenletError
+from qwenlet.plan import available_memory
 from qwenlet.profiling import card
 from qwenlet.profiling.alone import run_alone
 from qwenlet.profiling.ceilings import measure_ceilings
@@ -59,7 +60,9 @@ class Session:
         self._check(config)
         self.hooks.say("measuring how fast this machine reads and multiplies ...")
         ceilings = measure_ceilings(self.device)
-        costs = {name: possible_costs(config, name, stored) for name in self.workload.precisions}
+        memory = available_memory() if self.device.type == "cpu" else None
+        context = self.workload.context
+        costs = {name: possible_costs(config, name, stored, context, memory) for name in self.workload.precisions}
         self.profile = Profile(
             model=self.subject.model,
             parameters=config.parameter_count,
