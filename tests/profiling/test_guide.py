@@ -9,11 +9,15 @@ from pathlib import Path
 import pytest
 
 from qwenlet.cli.completion import verbs
+from qwenlet.profiling import session
+
+from .small import CEILINGS
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "guides" / "profiling.md").read_text(encoding="utf-8")
 
 
-def test_the_python(capsys):
+def test_the_python(capsys, monkeypatch):
+    monkeypatch.setattr(session, "measure_ceilings", lambda device: CEILINGS)  # seconds of every core
     (code,) = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
     exec(compile(code, "guide", "exec"), {})
     assert "# Profile of random:tiny" in capsys.readouterr().out

@@ -110,8 +110,8 @@ def test_prompts_are_the_same_again_and_differ_by_seed():
 
 def test_ceilings_of_this_machine():
     found = measure_ceilings(CPU, size=1 << 22, side=64)
-    assert found.read > 1e8
-    assert found.operations["fp32"] > 1e8
+    assert found.read > 1e6, "even of a machine that is busy"
+    assert found.operations["fp32"] > 1e6
     assert found.arithmetic("int4") >= found.operations["fp32"]
     assert found.how.keys() == {"read", *found.operations}
     both = found.best(CEILINGS)

@@ -45,7 +45,8 @@ def run_alone(subject: Subject, job: Job, threads: int) -> list[Figure]:
 
 
 def _figure(raw: dict[str, Any]) -> Figure:
-    return Figure(**{name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()})
+    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()}
+    return Figure(**fields)
 
 
 def _answer(asked: dict[str, Any]) -> Sequence[dict[str, Any]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -87,15 +88,16 @@ def _readers(data: Tensor) -> Iterator[tuple[str, int, Callable[[], object]]]:
 
 def _products(device: torch.device, side: int) -> Iterator[tuple[str, str, Callable[[], object]]]:
     """(type, how, the work) of the products that this torch has here."""
+
+    def square(dtype: torch.dtype) -> Tensor:
+        return torch.ones(side, side, device=device, dtype=dtype)
+
+    way = f"{side} x {side} x {side}"
     for name, dtype in _FLOATS.items():
-        a = torch.ones(side, side, device=device, dtype=dtype)
-        b = torch.ones(side, side, device=device, dtype=dtype)
-        if _runs(multiply := lambda a=a, b=b: a @ b.T):  # type: ignore[misc]
-            yield name, f"torch.matmul, {side} x {side} x {side}", multiply
-    p = torch.ones(side, side, device=device, dtype=torch.int8)
-    q = torch.ones(side, side, device=device, dtype=torch.int8)
-    if _runs(multiply := lambda: torch._int_mm(p, q.T)):
-        yield "int8", f"torch._int_mm, {side} x {side} x {side}", multiply
+        if _runs(multiply := partial(torch.matmul, square(dtype), square(dtype).T)):
+            yield name, f"torch.matmul, {way}", multiply
+    if _runs(multiply := partial(torch._int_mm, square(torch.int8), square(torch.int8).T)):
+        yield "int8", f"torch._int_mm, {way}", multiply
 
 
 def _runs(work: Callable[[], object]) -> bool:

@@ -76,12 +76,12 @@ class Subject:
         Raises:
             QwenletError: the device or the checkpoint has no such precision; the message says why.
         """
-        import qwenlet
+        from qwenlet import api
 
         quantized = precision in QUANTIZED
         options: dict[str, Any] = {"quant": precision} if quantized else {"quant": "none", "dtype": precision}
         random = self.model.startswith(RANDOM)
-        return qwenlet.load(
+        return api.load(
             self.checkpoint(precision=precision) if random else self.model,
             tile_cache=not random,
             device=self.device,

@@ -93,14 +93,14 @@ class Workload:
 
     def __post_init__(self) -> None:
         known = (("precisions", PRECISIONS), ("attention", ATTENTION), ("peer", PEERS))
-        for name, values in known:
+        for name, choices in known:
             given = getattr(self, name)
             for value in (given,) if isinstance(given, str) else given or ():
-                if value not in values:
-                    raise ConfigError(f"{name} has {value!r}, expected of {', '.join(values)}")
-        for name in ("generate", "prefill", "batch"):
-            values = tuple(sorted(set(getattr(self, name))))
-            if any(value < 1 for value in values):
+                if value not in choices:
+                    raise ConfigError(f"{name} has {value!r}, expected of {', '.join(choices)}")
+        for name, lengths in (("generate", self.generate), ("prefill", self.prefill), ("batch", self.batch)):
+            values = tuple(sorted(set(lengths)))
+            if values and values[0] < 1:
                 raise ConfigError(f"{name} has {values[0]}, expected 1 or more")
             object.__setattr__(self, name, values)
         for name in ("batch_tokens", "rounds", "peer_tokens"):
