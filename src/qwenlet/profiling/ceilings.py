@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from qwenlet.ops.memory import large_pages
 from qwenlet.profiling.records import Ceilings
 
 _ROUNDS = 7
@@ -72,9 +73,7 @@ def _memory(device: torch.device, size: int) -> Tensor:
     """[size / 4] float32 ones, on a CPU in large pages."""
     if device.type != "cpu":
         return torch.ones(size // 4, device=device)
-    from qwenlet.checkpoint.mapped import large_pages
-
-    return torch.frombuffer(large_pages(size // 4 * 4), dtype=torch.float32).fill_(1.0)
+    return large_pages(size // 4 * 4).view(torch.float32).fill_(1.0)
 
 
 def _readers(data: Tensor) -> Iterator[tuple[str, int, Callable[[], object]]]:
