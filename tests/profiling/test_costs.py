@@ -11,7 +11,7 @@ from qwenlet.plan import Setup, estimate
 from qwenlet.profiling import card
 from qwenlet.profiling.costs import Costs, Demand, expected_seconds, possible_costs
 
-from .small import CEILINGS, job
+from .small import CEILINGS, TINY, job
 
 BF16 = Costs.of(qwen_1_8b(), "bf16")
 
@@ -66,6 +66,8 @@ def test_what_does_not_fit_is_said_before_it_is_tried():
 
 
 def test_the_card_s_figures():
+    assert card.is_of(qwen_1_8b())
+    assert not card.is_of(TINY.facts()[0])
     assert card.speed("bf16", "flash", 8192) == 54.04
     assert card.speed("int4", "math", 2048) == 68.37
     assert card.speed("int4", "own", 2048) == 71.07, "beside ours stands its fastest"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -39,6 +40,12 @@ def test_ours_stands_beside_the_card_s():
     assert "a processor, 2 cores, 2 threads, 8 GB; kernels: avx2; torch 2" in text
     assert "bf16 3.05 GB" in text
     assert "* A note." in text
+
+
+def test_a_model_that_is_not_the_card_s_stands_alone():
+    text = markdown(profile_of(replace(GENERATED, card_speed=None), replace(ENCODED, card_peak=None)))
+    assert "A100" not in text
+    assert "| bf16 | own | 2,048 | 10.0 | 4.9 | 90% of memory |\n" in text
 
 
 def test_what_was_cut_says_so():

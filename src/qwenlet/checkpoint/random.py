@@ -118,10 +118,9 @@ class RandomWeights:
 
 
 def _filled(shape: tuple[int, ...], block: Tensor) -> Tensor:
-    """A tensor of this shape, of the block again and again, in large pages where it is large."""
-    size = math.prod(shape)
-    whole = large_pages(size * block.itemsize).view(block.dtype)
-    for at in range(0, size, len(block)):
+    """A tensor of this shape, of the block again and again, in large pages."""
+    whole = large_pages(math.prod(shape) * block.itemsize).view(block.dtype)
+    for at in range(0, len(whole), len(block)):
         piece = whole[at : at + len(block)]
         piece.copy_(block[: len(piece)])
     return whole.view(shape)

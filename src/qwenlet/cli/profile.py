@@ -38,6 +38,7 @@ def profile(
     encode: Annotated[int | None, typer.Option(min=0, help="Tokens of the prompt whose memory is measured.")] = None,
     prefill: Annotated[str | None, typer.Option(help="Lengths of prompts: 128,512,2048 unless given.")] = None,
     batch: Annotated[str | None, typer.Option(help="Replies at once: 1,2,4,8,16,32,64 unless given.")] = None,
+    batch_tokens: Annotated[int | None, typer.Option(min=1, help="Steps of each batch that are timed: 32.")] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="The median of so many counts, of what is short.")] = None,
     limit_seconds: Annotated[
         float | None, typer.Option(help="Cut each run after so long; its row says how far it came.")
@@ -64,6 +65,7 @@ def profile(
         encode=encode,
         prefill=_numbers("--prefill", prefill),
         batch=_numbers("--batch", batch),
+        batch_tokens=batch_tokens,
         rounds=rounds,
         limit_seconds=limit_seconds,
         peer=peer,

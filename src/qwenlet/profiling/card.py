@@ -1,9 +1,11 @@
-"""The published speed and memory of Qwen-1.8B-Chat, to stand beside ours.
+"""The published speed and memory of Qwen-1.8B-Chat, to stand beside ours of the same shapes.
 
 Measured by its authors on one A100-SXM4-80G from one context token: tokens/s is the mean over what was generated.
 """
 
 from __future__ import annotations
+
+from qwenlet.config import ModelConfig, qwen_1_8b
 
 HARDWARE = "A100-SXM4-80G"
 LENGTHS = (2048, 8192)  # tokens generated
@@ -16,6 +18,13 @@ _SPEED = {
 }
 # precision -> GB at the peak, encoding 2,048 tokens and generating 8,192
 _MEMORY = {"fp32": (8.45, 13.06), "bf16": (4.23, 6.48), "int8": (3.48, 5.34), "int4": (2.91, 4.80)}
+
+
+def is_of(config: ModelConfig) -> bool:
+    """Whether a model has the shapes that the figures are of, whatever its weights."""
+    theirs = qwen_1_8b()
+    shapes = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    return all(getattr(config, name) == getattr(theirs, name) for name in shapes)
 
 
 def speed(precision: str, attention: str, tokens: int) -> float | None:

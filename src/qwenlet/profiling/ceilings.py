@@ -30,11 +30,15 @@ def measure_ceilings(device: torch.device, *, size: int | None = None, side: int
     """
     gpu = device.type == "cuda"
     speed, how = read_speed(device, size or (_GPU_BYTES if gpu else _CPU_BYTES))
+    side = side or (_GPU_SIDE if gpu else _CPU_SIDE)
     operations: dict[str, float] = {}
     ways = {"read": how}
-    for name, way, multiply in _products(device, side or (_GPU_SIDE if gpu else _CPU_SIDE)):
-        count = 2.0 * (side or (_GPU_SIDE if gpu else _CPU_SIDE)) ** 3
-        operations[name], ways[name] = count / best_seconds(multiply, device), way
+    for name, way, multiply in _products(device, side):
+        if not _runs(multiply):
+            continue
+        reached = 2.0 * side**3 / best_seconds(multiply, device)
+        if reached > operations.get(name, 0.0):
+            operations[name], ways[name] = reached, f"{way}, {side} x {side} x {side}"
     return Ceilings(speed, operations, ways)
 
 
@@ -86,22 +90,38 @@ def _readers(data: Tensor) -> Iterator[tuple[str, int, Callable[[], object]]]:
 
 
 def _products(device: torch.device, side: int) -> Iterator[tuple[str, str, Callable[[], object]]]:
-    """(type, how, the work) of the products that this torch has here."""
+    """(type, how, the work) of square products, some of which this torch may not have here."""
 
     def square(dtype: torch.dtype) -> Tensor:
         return torch.ones(side, side, device=device, dtype=dtype)
 
-    way = f"{side} x {side} x {side}"
     for name, dtype in _FLOATS.items():
-        if _runs(multiply := partial(torch.matmul, square(dtype), square(dtype).T)):
-            yield name, f"torch.matmul, {way}", multiply
-    if _runs(multiply := partial(torch._int_mm, square(torch.int8), square(torch.int8).T)):
-        yield "int8", f"torch._int_mm, {way}", multiply
+        yield name, "torch.matmul", partial(torch.matmul, square(dtype), square(dtype).T)
+    a, b = square(torch.int8), square(torch.int8)
+    yield "int8", "torch._int_mm by rows", partial(torch._int_mm, a, b)
+    yield "int8", "torch._int_mm by columns", partial(torch._int_mm, a, b.T)
+    if device.type == "cpu":
+        yield "int8", "oneDNN's int8 linear", _onednn_linear(a.view(torch.uint8), b)
+
+
+def _onednn_linear(x: Tensor, weight: Tensor) -> Callable[[], object]:
+    """x [N, N] uint8 by weight [N, N] int8 in oneDNN's own order, which is packed at the first call."""
+    packed: list[Tensor] = []
+    scales, zeros = torch.ones(len(weight)), torch.zeros(len(weight), dtype=torch.int32)
+
+    def multiply() -> object:
+        if not packed:
+            packed.append(torch.ops.onednn.qlinear_prepack(weight, list(x.shape)))
+        return torch.ops.onednn.qlinear_pointwise(
+            x, 1.0, 0, packed[0], scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+
+    return multiply
 
 
 def _runs(work: Callable[[], object]) -> bool:
     try:
         work()
-    except (RuntimeError, NotImplementedError):  # no such product of torch's on this device
+    except (RuntimeError, NotImplementedError, AttributeError):  # torch has no such product on this device
         return False
     return True

@@ -25,7 +25,6 @@ from qwenlet.profiling.workload import PEER_PROMPT, Job
 if TYPE_CHECKING:
     from qwenlet.checkpoint import Checkpoint
 
-_IMPLEMENTATIONS = {"flash": "flash_attention_2", "math": "eager"}
 _ROOM = 8
 SIDES = ("qwenlet", "transformers")
 
@@ -55,7 +54,7 @@ def peer_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device,
         rms_norm_eps=ours.rms_norm_eps,
         rope_parameters={"rope_type": "default", "rope_theta": ours.rope_theta},
         tie_word_embeddings=ours.tie_word_embeddings,
-        attn_implementation=_IMPLEMENTATIONS.get(attention, "sdpa"),
+        attn_implementation="eager" if attention == "math" else "sdpa",  # torch's own flash kernel is among sdpa's
         use_cache=True,
     )
     with torch.device("meta"):

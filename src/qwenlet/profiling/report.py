@@ -41,11 +41,12 @@ def _notes(profile: Profile) -> Iterator[str]:
     if profile.machine.device == "cpu":
         yield (
             "memory is what was resident of a process of its own (VmHWM): Python, torch and loading are among it, the "
-            "card's is a GPU's"
+            "model card's is a GPU's"
         )
     else:
         yield "memory is what the GPU's allocator gave at most (max_memory_allocated)"
-    yield f"the card's figures were taken on one {card.HARDWARE} with flash attention, or without it beside our math"
+    if any(row.card_speed is not None or row.card_peak is not None for row in profile.rows):
+        yield f"the card's figures are of one {card.HARDWARE} with flash attention, or without it beside our math"
 
 
 def _ceilings(ceilings: Ceilings) -> str:
@@ -56,27 +57,29 @@ def _ceilings(ceilings: Ceilings) -> str:
 
 
 def _generating(rows: Sequence[Row], profile: Profile) -> str:
-    columns = [
-        "precision", "attention", "tokens", "tokens/s", "GB/s", "share", f"card, {card.HARDWARE}, tokens/s",
+    columns = ["precision", "attention", "tokens", "tokens/s", "GB/s", "share", f"card, {card.HARDWARE}, tokens/s"]
+    lines = [
+        [
+            row.precision, row.attention, _length(row), _number(row.speed), _number(_giga(row.bytes_per_second)),
+            _share(row), _number(row.card_speed, 2),
+        ]
+        for row in rows
     ]  # fmt: skip
-    return _table(columns, ([
-        row.precision, row.attention, _length(row), _number(row.speed), _number(_giga(row.bytes_per_second)),
-        _share(row), _number(row.card_speed, 2),
-    ] for row in rows))  # fmt: skip
+    return _table(*_without_empty_last(columns, lines))
 
 
 def _memory(rows: Sequence[Row], profile: Profile) -> str:
-    measured = [row for row in rows if row.peak is not None]
     columns = ["precision", "attention", "work", "peak, GB", f"card, {card.HARDWARE}, GB"]
-    lines = (
+    lines = [
         [
             row.precision, row.attention,
             f"reading {_length(row)}, generating 1" if row.kind == "encode" else f"generating {_length(row)}",
             _number(_giga(row.peak), 2), _number(_giga(row.card_peak), 2),
         ]
-        for row in measured
-    )  # fmt: skip
-    return _table(columns, lines) if measured else ""
+        for row in rows
+        if row.peak is not None
+    ]  # fmt: skip
+    return _table(*_without_empty_last(columns, lines)) if lines else ""
 
 
 def _prompts(rows: Sequence[Row], profile: Profile) -> str:
@@ -154,6 +157,13 @@ def _number(value: float | None, digits: int = 1) -> str:
 
 def _rate(value: float, unit: str) -> str:
     return f"{value / 1e12:.2f} T{unit}" if value >= 1e12 else f"{value / 1e9:.1f} G{unit}"
+
+
+def _without_empty_last(columns: list[str], lines: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """A model that isn't the card's needs no column for it."""
+    if any(line[-1] for line in lines):
+        return columns, lines
+    return columns[:-1], [line[:-1] for line in lines]
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -58,6 +58,7 @@ class Session:
         """
         config, stored = self.subject.facts()
         self._check(config)
+        self._is_cards = card.is_of(config)
         self.hooks.say("measuring how fast this machine reads and multiplies ...")
         ceilings = measure_ceilings(self.device)
         memory = available_memory() if self.device.type == "cpu" else None
@@ -176,9 +177,21 @@ class Session:
             bytes=demand.bytes,
             operations=demand.operations,
             peak=figure.peak if alone else None,
-            card_speed=card.speed(job.precision, job.attention, tokens) if job.kind == "generate" else None,
-            card_peak=_card_peak(job, tokens),
+            card_speed=self._card_speed(job, tokens),
+            card_peak=self._card_peak(job, tokens),
         )
+
+    def _card_speed(self, job: Job, tokens: int) -> float | None:
+        if not self._is_cards or job.kind != "generate":
+            return None
+        return card.speed(job.precision, job.attention, tokens)
+
+    def _card_peak(self, job: Job, tokens: int) -> int | None:
+        if not self._is_cards:
+            return None
+        if job.kind == "encode":
+            return card.encoding_bytes(job.precision, job.prompt)
+        return card.generating_bytes(job.precision, tokens) if job.kind == "generate" else None
 
     def _peer(self, job: Job, costs: Costs, llm: Loaded) -> list[Row]:
         from qwenlet.profiling.peer import peer_model, run_duel
@@ -203,12 +216,6 @@ class Session:
                 ),
             ]  # fmt: skip
         return rows
-
-
-def _card_peak(job: Job, tokens: int) -> int | None:
-    if job.kind == "encode":
-        return card.encoding_bytes(job.precision, job.prompt)
-    return card.generating_bytes(job.precision, tokens) if job.kind == "generate" else None
 
 
 def _refused(precision: str, why: str) -> Row:
