@@ -23,7 +23,7 @@ from typing import Any
 HELD_OUT = 0.03
 LENGTH = 256
 SHAPE = ["--vocabulary", "4096", "--layers", "6", "--hidden", "256", "--heads", "4", "--inner", "688", "--tied"]
-RUN = ["--epochs", "3", "--batch-size", "8", "--accumulation", "1", "--lr", "2e-3", "--min-lr", "0.05",
+RUN = ["--epochs", "2", "--batch-size", "8", "--accumulation", "1", "--lr", "2e-3", "--min-lr", "0.05",
        "--eval-every", "420"]  # fmt: skip
 
 
