@@ -13,15 +13,17 @@ OUT/model/training the log, loss.png and report.json; OUT/length-NAME has the ev
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 HELD_OUT = 0.03
 LENGTH = 256
 SHAPE = ["--vocabulary", "4096", "--layers", "6", "--hidden", "256", "--heads", "4", "--inner", "688", "--tied"]
-RUN = ["--epochs", "3", "--batch-size", "8", "--accumulation", "1", "--lr", "2e-3", "--min-lr", "0.05",
+RUN = ["--epochs", "2", "--batch-size", "8", "--accumulation", "1", "--lr", "2e-3", "--min-lr", "0.05",
        "--eval-every", "420"]  # fmt: skip
 
 
@@ -42,6 +44,43 @@ def qwenlet(*arguments: str, threads: int) -> None:
     subprocess.run([sys.executable, "-m", "qwenlet", *arguments], check=True, env=environment)
 
 
+def print_training(report: dict[str, Any]) -> None:
+    print(f"\n| nats a token, over {report['tokens'][1]:,} tokens that were held out | |")
+    print("|---|---|")
+    for order, loss in report["baselines"].items():
+        counts = "single tokens" if order == "1" else f"{order}-grams, interpolated (Witten and Bell)"
+        print(f"| counts of {counts} | {loss:.3f} |")
+    print(f"| the model | {report['held_out']:.3f} |")
+    print(f"\nIts sample:\n\n{report['sample']}\n\nStands in what it learned: {report['overlap']!r}, "
+          f"{len(report['overlap'])} of {len(report['sample'])} characters.")  # fmt: skip
+
+
+def print_lengths(name: str, outcome: dict[str, Any]) -> None:
+    """A row per switch, a column per length, as in the published table."""
+    (curves, *_) = outcome["plots"]
+    print(f"\n| {name}, perplexity | " + " | ".join(f"{size:,} tokens" for size in curves["x"]) + " |")
+    print("|---" * (len(curves["x"]) + 1) + "|")
+    for switches, values in curves["curves"]:
+        print(f"| {switches} | " + " | ".join(f"{value:.2f}" for value in values) + " |")
+
+
+def draw(outcome: dict[str, Any], path: Path) -> None:
+    """The evaluation's curves as PNG: by length, and by position in the longest windows."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, plot in zip(figure.subplots(1, len(outcome["plots"]), squeeze=False)[0], outcome["plots"], strict=True):
+        for name, values in plot["curves"]:
+            axes.plot(plot["x"], values, marker="o" if plot["x_name"] == "tokens" else None, label=name)
+        axes.set(title=plot["title"], xlabel=plot["x_name"], ylabel=plot["y_name"], yscale="log")
+        axes.axvline(LENGTH, color="grey", linestyle=":", label="training length")
+        axes.title.set_size("small")
+        axes.legend()
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="+", help="texts, UTF-8")
@@ -60,6 +99,20 @@ def main() -> None:
             options.tokenizer, "--length", str(LENGTH), *SHAPE, *RUN, "--prompt", options.prompt,
             threads=options.threads,
         )  # fmt: skip
+    training = json.loads((model / "training" / "report.json").read_text())
+    print_training(training)
+    runs = {}
+    for _, held_out in parts:
+        run = options.out / f"length-{held_out.stem.removesuffix('-held-out')}"
+        qwenlet(
+            "eval", f"length:{held_out.resolve()}", "--model", str(model), "--data-dir", str(options.out), "--out",
+            str(run), "--max-context", str(8 * LENGTH), "--precisions", "fp32", threads=options.threads,
+        )  # fmt: skip
+        (runs[held_out.stem],) = json.loads((run / "results.json").read_text())["outcomes"]
+        draw(runs[held_out.stem], run / "length.png")
+    for name, outcome in runs.items():
+        print_lengths(name, outcome)
+    print(json.dumps({"training": training, "length": {name: run["figures"] for name, run in runs.items()}}))
 
 
 if __name__ == "__main__":
