@@ -109,14 +109,22 @@ def stream(port: int, path: str, body: dict[str, Any]) -> int:
 def crowd(port: int, path: str, bodies: Sequence[dict[str, Any]]) -> float:
     """Output tokens a second of all clients together."""
     counts: list[int] = []
-    clients = [threading.Thread(target=lambda b=body: counts.append(stream(port, path, b))) for body in bodies]
+    failures: list[BaseException] = []
+
+    def client(body: dict[str, Any]) -> None:
+        try:
+            counts.append(stream(port, path, body))
+        except BaseException as error:  # a thread's own sys.exit would say nothing
+            failures.append(error)
+
+    clients = [threading.Thread(target=client, args=(body,)) for body in bodies]
     began = time.perf_counter()
-    for client in clients:
-        client.start()
-    for client in clients:
-        client.join()
-    if len(counts) != len(bodies):
-        sys.exit(f"only {len(counts)} of {len(bodies)} clients were served")
+    for thread in clients:
+        thread.start()
+    for thread in clients:
+        thread.join()
+    if failures:
+        sys.exit(f"{len(failures)} of {len(bodies)} clients were not served: {failures[0]!r}")
     return sum(counts) / (time.perf_counter() - began)
 
 
