@@ -108,10 +108,12 @@ def main() -> None:
             "eval", f"length:{held_out.resolve()}", "--model", str(model), "--data-dir", str(options.out), "--out",
             str(run), "--max-context", str(8 * LENGTH), "--precisions", "fp32", threads=options.threads,
         )  # fmt: skip
-        (runs[held_out.stem],) = json.loads((run / "results.json").read_text())["outcomes"]
+        (outcome,) = json.loads((run / "results.json").read_text())["outcomes"]
+        runs[held_out.stem] = outcome["summary"]
         draw(runs[held_out.stem], run / "length.png")
     for name, outcome in runs.items():
         print_lengths(name, outcome)
+    del training["outcome"]["losses"]
     print(json.dumps({"training": training, "length": {name: run["figures"] for name, run in runs.items()}}))
 
 
