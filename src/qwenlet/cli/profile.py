@@ -53,7 +53,7 @@ def profile(
     out: Annotated[Path | None, typer.Option(help="A folder for profile.md, profile.json and profile.png.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of Markdown.")] = False,
 ) -> None:
-    """Measure speed and memory in several precisions, beside what this machine allows and the card's figures.
+    """Measure speed and memory, beside what this machine allows and the card's figures.
 
     Each length is generated from one token, as the model card does. What is finished stays, also after Ctrl-C.
     """
