@@ -121,6 +121,7 @@ BAD: dict[str, tuple[dict[str, Any], str | None]] = {
     "an image": ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content[0].type"),
     "a server's tool": ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools"),
     "a choice": ({"tools": TOOLS, "tool_choice": {"type": "maybe"}}, "tool_choice"),
+    "a choice that is no text": ({"tools": TOOLS, "tool_choice": {"type": ["tool"]}}, "tool_choice"),
     "no such tool": ({"tools": TOOLS, "tool_choice": {"type": "tool", "name": "x"}}, "tool_choice"),
     "too long": ({"messages": [{"role": "user", "content": "word " * 9000}]}, "messages"),
 }

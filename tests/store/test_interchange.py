@@ -108,6 +108,7 @@ def test_a_newer_file_is_refused(tree: Tree):
         ({"created": "now"}, r"conversations\[0\]\.created is \"now\", expected seconds"),
         ({"messages": {}}, r"conversations\[0\]\.messages is \{\}, expected a list"),
         ({"settings": {"system": 1}}, "the system prompt is 1, expected text"),
+        ({"settings": {"a": "\udc00"}}, "half a surrogate pair"),
     ],
 )
 def test_damage_in_our_own_is_refused_by_its_place(tree: Tree, change: dict[str, Any], said: str):
@@ -123,6 +124,7 @@ def test_damage_in_our_own_is_refused_by_its_place(tree: Tree, change: dict[str,
         ({"role": "robot"}, r"messages\[1\]\.role is \"robot\", expected one of system, user"),
         ({"content": None}, r"messages\[1\]\.content is null, expected text"),
         ({"content": "\ud800"}, "half a surrogate pair"),
+        ({"extra": {"a": [{"\ud800": 1}]}}, "half a surrogate pair"),
         ({"parent": "later"}, r"messages\[1\]\.parent is \"later\""),
         ({"extra": {"tool_calls": 7}}, "tool_calls is 7, expected a list"),
         ({"extra": {"tool_calls": [7]}}, "a tool call is 7"),

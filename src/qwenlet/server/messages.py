@@ -125,7 +125,7 @@ def _choice(choice: Mapping[str, Any] | None) -> tuple[Any, bool | None]:
     kind = choice.get("type")
     if kind == "tool":
         return {"type": "function", "name": choice.get("name")}, parallel
-    if kind not in _CHOICES:
+    if not isinstance(kind, str) or kind not in _CHOICES:
         words = f"tool_choice has the type {kind!r:.80}, expected auto, any, tool or none"
         raise ApiError(400, words, param="tool_choice")
     return _CHOICES[kind], parallel

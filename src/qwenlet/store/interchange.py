@@ -170,6 +170,11 @@ def _check(tree: Tree) -> None:
     """Refuses what no model could be told."""
     where = f"the conversation {tree.conversation.title!r:.80}"
     Parsed(tree.conversation.settings.get("system"), f"{where}: the system prompt").text("")
+    for kept in (tree.conversation.settings, *(message.extra for message in tree.messages)):
+        try:
+            json.dumps(dict(kept), ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise RequestError(f"{where} holds half a surrogate pair, which is no text") from None
     for message in tree.messages:
         told = message.as_told()
         for name, kind in (("tool_calls", list), ("tool_call_id", str), ("reasoning_content", str)):
