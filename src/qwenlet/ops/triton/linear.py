@@ -19,6 +19,7 @@ from qwenlet.ops.packing import Tiles
 from qwenlet.ops.triton import ROWS
 from qwenlet.ops.triton.codes import MAGIC, MINIMUMS, SYMMETRIC, ZEROS
 from qwenlet.ops.triton.few_rows import codes_rows, float_rows
+from qwenlet.ops.triton.interpreter import repair
 from qwenlet.ops.triton.one_row import codes_row, float_row
 from qwenlet.ops.triton.scratch import Scratch
 from qwenlet.ops.triton.unpack import unpack
@@ -167,6 +168,7 @@ def _launch(
     y: Tensor,
     scratch: Scratch | None,
 ) -> Tensor:
+    repair()
     _check(x, weight, gate)
     m, (n, k) = len(x), (_outputs(weight), _inputs(weight))
     flags = {"NORM": norm is not None, "BIAS": bias is not None, "RESIDUAL": residual is not None,
