@@ -1,7 +1,7 @@
 """Repairs of Triton 3.6's interpreter, which runs kernels on a CPU. Compiled kernels have nothing to do with this.
 
-a loop's bound may be a number from memory: numpy 2.4 takes no array of one element for an index
-products of bfloat16: the interpreter holds it as whole numbers, and multiplied those
+* A loop's bound may be a number from memory: numpy 2.4 takes no array of one element for an index.
+* bfloat16: the interpreter holds it as whole numbers, multiplied those in `dot`, and rounded to it towards 0.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ def repair() -> None:
     import triton.language as tl
     from triton.runtime import interpreter
 
-    patch, dot = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_dot
+    builder, handle_of = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    patch, dot, cast = interpreter._patch_lang_tensor, builder.create_dot, builder.cast_impl
 
     def patched(tensor: Any, scope: Any) -> None:
         patch(tensor, scope)
@@ -30,10 +31,20 @@ def repair() -> None:
     def floats(handle: Any) -> Any:
         if handle.dtype.scalar != tl.bfloat16:
             return handle
-        return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+        return handle_of((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
-    def repaired(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+    def product(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         return dot(self, floats(a), floats(b), *rest)
 
+    def converted(self: Any, source: Any, wanted: Any) -> Any:
+        if wanted.scalar != tl.bfloat16:
+            return cast(self, floats(source), wanted)
+        if source.dtype.scalar == tl.bfloat16:
+            return source
+        values = np.ascontiguousarray(source.data, np.float32)
+        bits = values.view(np.uint32)
+        nearest = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+        return handle_of(np.where(values == values, nearest, 0x7FC0).astype(np.uint16), tl.bfloat16)
+
     interpreter._patch_lang_tensor = patched
-    interpreter.InterpreterBuilder.create_dot = repaired
+    builder.create_dot, builder.cast_impl = product, converted

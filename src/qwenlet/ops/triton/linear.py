@@ -105,6 +105,7 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, *, scratch: Sc
 
 def dequantize(weight: Tiles, dtype: torch.dtype) -> Tensor:
     """[N, K] in `dtype`, columns in the inputs' own order."""
+    repair()
     rows, columns = weight.rows, _inputs(weight)
     y = torch.empty(rows, columns, dtype=dtype, device=weight.weight.device)
     form = _form(weight)
