@@ -96,11 +96,12 @@ def measured(case: str, kernel: JITFunction, grid: tuple[int, ...], compiled: An
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(compiled.asm["cubin"])
-        usage = subprocess.run(
-            [tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
-        )
-        code = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True)
-    numbers = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage.stdout))
+
+        def said(*command: str | Path) -> str:
+            return subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout
+
+        numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", said(tools / "cuobjdump", "-res-usage")))
+        code = said(tools / "nvdisasm", "-c")
     return Compiled(
         case, kernel.__name__, grid, int(numbers["REG"]), int(numbers["STACK"]) + int(numbers["LOCAL"]),
         compiled.metadata.shared, len(re.findall(r"LDG\S*\.128|LDGSTS\S*\.128", code)),

@@ -85,4 +85,4 @@ def test_five_launches(rows: int, bits: int, launches: list[str]) -> None:
     found = layer(x.clone(), Scratch("cpu", floats=1 << 18, counters=1 << 8))
     assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
     assert len(launches) == 5, launches
-    assert torch.equal(ours.v, pool.v[0])
+    assert (ours.v - pool.v[0]).abs().max() <= 1e-5

@@ -167,7 +167,7 @@ def _attend(
             if Q == 1:
                 scores = tl.sum(k.to(tl.float32) * q32, 1)[None, :]
             else:
-                scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
+                scores = tl.dot(q, tl.trans(k.to(tl.float32).to(q.dtype)), input_precision="ieee")
             scores *= scale
             if INT8:
                 scores *= tl.load(k_scales + first + t, mask=older, other=0.0)[None, :]
@@ -181,7 +181,7 @@ def _attend(
             if Q == 1:
                 found = tl.sum(tl.reshape(weights, (PAGE, 1)) * v.to(tl.float32), 0)[None, :]
             else:
-                found = tl.dot(weights.to(q.dtype), v.to(q.dtype), input_precision="ieee")
+                found = tl.dot(weights.to(q.dtype), v.to(tl.float32).to(q.dtype), input_precision="ieee")
             sums = sums * shrink + found
             best = peak
 

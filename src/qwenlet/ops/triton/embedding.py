@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qwenlet.ops.triton.interpreter import repair
+
 
 def embed(
     ids: Tensor,
@@ -26,6 +28,7 @@ def embed(
     Returns:
         [B, C].
     """
+    repair()
     assert all(part is None or part.is_contiguous() for part in (table, scales)), "tables on a device are contiguous"
     columns = table.shape[1]
     if out is None:

@@ -19,6 +19,7 @@ from qwenlet.ops.packing import Tiles
 from qwenlet.ops.triton import ROWS
 from qwenlet.ops.triton.codes import MAGIC, MINIMUMS, SYMMETRIC, ZEROS
 from qwenlet.ops.triton.few_rows import codes_rows, float_rows
+from qwenlet.ops.triton.interpreter import repair
 from qwenlet.ops.triton.one_row import codes_row, float_row
 from qwenlet.ops.triton.scratch import Scratch
 from qwenlet.ops.triton.unpack import unpack
@@ -104,6 +105,7 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, *, scratch: Sc
 
 def dequantize(weight: Tiles, dtype: torch.dtype) -> Tensor:
     """[N, K] in `dtype`, columns in the inputs' own order."""
+    repair()
     rows, columns = weight.rows, _inputs(weight)
     y = torch.empty(rows, columns, dtype=dtype, device=weight.weight.device)
     form = _form(weight)
@@ -167,6 +169,7 @@ def _launch(
     y: Tensor,
     scratch: Scratch | None,
 ) -> Tensor:
+    repair()
     _check(x, weight, gate)
     m, (n, k) = len(x), (_outputs(weight), _inputs(weight))
     flags = {"NORM": norm is not None, "BIAS": bias is not None, "RESIDUAL": residual is not None,

@@ -223,7 +223,7 @@ def _from(keys, count, least, MASS: tl.constexpr, STEP: tl.constexpr):
     total = tl.zeros((STEP,), tl.int64)
     for start in tl.range(0, count, STEP):
         i = start + tl.arange(0, STEP)
-        key = tl.load(keys + i, mask=i < count, other=-1)
+        key = tl.load(keys + i, mask=i < count, other=0)
         one = tl.full((STEP,), 1, tl.int64)
         if MASS:
             one = _whole(key.to(tl.float32, bitcast=True))
