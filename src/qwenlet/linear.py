@@ -151,7 +151,7 @@ def frozen_linear(x: Tensor, tiles: Tiles, bias: Tensor | None) -> Tensor:
 def on_device(tiles: Tiles, device: torch.device) -> Tiles:
     """The same weight where a GPU's kernels read it; the columns' order becomes int32."""
     named = {name: getattr(tiles, name) for name in ("weight", "scales", "zeros", "minimums")}
-    moved = {name: None if part is None else part.to(device) for name, part in named.items()}
+    moved: dict[str, Any] = {name: None if part is None else part.to(device) for name, part in named.items()}
     order = None if tiles.order is None else tiles.order.to(device, torch.int32)
     return replace(tiles, **moved, order=order)
 

@@ -38,11 +38,11 @@ def test_it_computes_what_the_published_code_computes(way: str, golden: Path) ->
 @pytest.mark.parametrize(
     ("dtype", "cache", "share"),
     [
-        (torch.float32, torch.float32, 1e-5),
-        (torch.float32, torch.int8, 0.03),  # a number at the edge between two codes falls to the other
-        (torch.bfloat16, torch.bfloat16, 0.03),
-        (torch.float16, torch.float16, 0.005),
-        (torch.bfloat16, torch.int8, 0.06),
+        (torch.float32, torch.float32, 2e-5),
+        (torch.float32, torch.int8, 0.05),  # a number at the edge between two codes falls to the other
+        (torch.bfloat16, torch.bfloat16, 0.08),
+        (torch.float16, torch.float16, 0.01),
+        (torch.bfloat16, torch.int8, 0.1),
     ],
 )
 def test_in_every_precision_it_computes_what_the_modules_compute(

@@ -84,7 +84,7 @@ class Decoder:
         self.model, self.device, self.rows = model, device, rows
         self.slots = Slots(model.config, rows, device)
         self._pages = pages
-        self._steps = _kernels(model, pool, self.slots) if kernels else Plain(model, pool, self.slots)
+        self._steps: Steps = _kernels(model, pool, self.slots) if kernels else Plain(model, pool, self.slots)
         self._graphs = graphs_for(device) if kernels else Eager()
         self._buckets: dict[int, _Bucket] = {}
         self.launch_rows = min(rows, BUCKETS[-1])
