@@ -27,7 +27,7 @@ LADDER: list[list[str]] = [
     ["store"],
     ["cache", "grammar", "linear", "sampling"],
     ["model"],
-    ["checkpoint", "hub", "program"],
+    ["checkpoint", "decode", "hub", "program"],
     ["scoring"],
     ["lora"],
     ["engine", "quant"],

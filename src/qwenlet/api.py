@@ -20,8 +20,10 @@ from qwenlet.checkpoint import (
     Checkpoint,
     LoadReport,
     Progress,
+    Rounding,
     auto_dtype,
     check_dtype,
+    check_room,
     device_by_name,
     dtype_by_name,
     dtype_name,
@@ -89,12 +91,13 @@ def load(
         device: "auto" (a GPU if torch can use one, else the CPU), "cpu", "cuda", "cuda:1".
         dtype: precision of the weights: "bf16", "fp16", "fp32", or "auto": quantized weights stay as they are, others
             take what is fast where the model will live.
-        quant: "int4", "int8" or a QuantConfig rounds weights to nearest while they are read (on a CPU) and keeps the
+        quant: "int4", "int8" or a QuantConfig rounds weights to nearest while they are read and (on a CPU) keeps the
             result in qwenlet's cache; a GPTQ checkpoint keeps its codes, and what it left in half precision is
             rounded. "stored" runs quantized weights (GPTQ; Q4_0, Q4_1 and Q8_0 of GGUF) as they are, "none" makes
-            floats of them. None means "stored" on a CPU unless `dtype` names a precision, the package was built without
-            kernels, or a GGUF model is so small (below half a billion parameters, as the demo is) that memory is no
-            reason to round its activations.
+            floats of them. None means "stored" unless `dtype` names a precision, the package was built without
+            kernels for the processor it runs on, or a GGUF model is so small (below half a billion parameters, as the
+            demo is) that memory is no reason to round its activations. On a CPU quantized weights compute in fp32, on
+            a GPU in `dtype`.
         kv_cache: how keys and values are stored: "int8", "bf16", "fp16", "fp32", or "auto": int8 if weights run
             quantized, else the precision of the weights.
         offline: True forbids any network use; None asks QWENLET_OFFLINE and HF_HUB_OFFLINE.
@@ -119,18 +122,23 @@ def load(
         name = str(name_or_path)
         checkpoint = Checkpoint.open(hub.resolve(name, offline=offline, revision=revision, progress=progress))
     as_stored = _runs_as_stored(checkpoint, quant, where, named)
-    if asked is not None or as_stored:
+    coded = asked is not None or as_stored
+    if coded and where.type == "cpu":
         chosen, reason = torch.float32, "quantized weights compute in it"
-        options = replace(options, kv_cache="int8") if options.kv_cache == "auto" else options
     else:
         chosen, reason = auto_dtype(where) if named is None else (named, "")
+    if coded:
+        options = replace(options, kv_cache="int8") if options.kv_cache == "auto" else options
+    else:
         options = replace(options, kv_cache=dtype_name(chosen)) if options.kv_cache == "auto" else options
     check_backend(options.attention, where, chosen)
+    if where.type == "cuda":
+        check_room(checkpoint, asked, chosen, options, where, coded=coded)
     # the vocabulary is Python's work and the weights are the kernels': side by side they take half as long
     with ThreadPoolExecutor(1) as side:
         reading = side.submit(read_tokenizer, checkpoint)
-        if asked is not None or as_stored:
-            model, report = _load_quantized(checkpoint, asked, options, progress)
+        if coded:
+            model, report = _load_quantized(checkpoint, asked, options, chosen, where, progress)
         else:
             model, report = load_model(checkpoint, chosen, where, linear=options.linear, progress=progress)
         tokenizer = reading.result()
@@ -148,14 +156,14 @@ def _runs_as_stored(
     if quant == "stored":
         if not checkpoint.is_quantized:
             raise ConfigError(f"quant is 'stored', but {checkpoint.path} is not quantized", hint="leave quant out")
-        if device.type != "cpu" or dtype not in (None, torch.float32):
+        if device.type == "cpu" and dtype not in (None, torch.float32):
             raise ConfigError(
-                "quant is 'stored', which needs device='cpu' and no dtype but fp32", hint="use quant='none' for floats"
+                "quant is 'stored', which on a CPU needs no dtype but fp32", hint="use quant='none' for floats"
             )
         return True
-    if quant is not None or not checkpoint.is_quantized or device.type != "cpu" or dtype is not None:
+    if quant is not None or not checkpoint.is_quantized or dtype is not None:
         return False
-    if cpu.status().isa is None:
+    if device.type == "cpu" and cpu.status().isa is None:
         return False  # floats on torch's operators take three times the memory, codes on the plain definition forever
     return keeps_codes(checkpoint.config.parameter_count, gguf=checkpoint.header is not None)
 
@@ -172,14 +180,9 @@ def _quant(quant: str | QuantConfig | None) -> QuantConfig | None:
 
 
 def _check_quant(quant: QuantConfig, device: torch.device, dtype: torch.dtype | None) -> None:
-    if device.type != "cpu":
+    if device.type == "cpu" and dtype not in (None, torch.float32):
         raise ConfigError(
-            f"quant is given, but this version runs quantized weights on a CPU only, not on {device}",
-            hint="use device='cpu', or leave quant out",
-        )
-    if dtype not in (None, torch.float32):
-        raise ConfigError(
-            f"dtype is {dtype_name(dtype)!r}, but quantized weights compute in fp32", hint="leave dtype out"
+            f"dtype is {dtype_name(dtype)!r}, but quantized weights compute in fp32 on a CPU", hint="leave dtype out"
         )
     if quant.method != "rtn":
         raise ConfigError(
@@ -189,13 +192,21 @@ def _check_quant(quant: QuantConfig, device: torch.device, dtype: torch.dtype | 
 
 
 def _load_quantized(
-    checkpoint: Checkpoint, quant: QuantConfig | None, options: EngineConfig, progress: Progress | None
+    checkpoint: Checkpoint,
+    quant: QuantConfig | None,
+    options: EngineConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress | None,
 ) -> tuple[Qwen, LoadReport]:
     """The model with codes as `quant` says, or as they are stored."""
     if quant is not None:
         quant = quant if checkpoint.quant is None else checkpoint.quant.completed(quant)
         quant = quant.fit(checkpoint.config)
         quant = None if quant == checkpoint.quant else quant
+    if device.type != "cpu":
+        rounding = None if quant is None else Rounding(quant)
+        return load_model(checkpoint, dtype, device, quantized=True, rounding=rounding, progress=progress)
     cache = hub.cache_dir() / "kernels" if options.tile_cache else None
     return load_quantized(checkpoint, quant, cache, linear=options.linear, progress=progress)
 
@@ -237,7 +248,9 @@ class LLM:
         known = tokenizer if isinstance(tokenizer, Tokenizer) else None
         stops = chat.stop_ids(known, self.chat_format) if known is not None else ()
         self._engine = Engine(model, known, options, checkpoint.defaults, device, stops)
-        if self._engine.obstacle is not None and _is_quantized(model):
+        if self._engine.obstacle is not None and device.type == "cuda":
+            report.notes.append(f"replies run without our kernels, more slowly: {self._engine.obstacle}")
+        elif self._engine.obstacle is not None and _is_quantized(model):
             report.notes.append(f"runs by modules, more slowly: {self._engine.obstacle}")
 
     @property

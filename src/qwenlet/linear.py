@@ -14,14 +14,16 @@ on two cores of a Zen 4: `F.linear` 12 GB/s, prepacked 16, streamed 20-28 (dev/L
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwenlet.errors import ConfigError
-from qwenlet.ops import cpu
+from qwenlet.ops import cpu, triton
 from qwenlet.ops.packing import QuantTensor, Tiles, float_to_tiles, from_tiles
 
 # Rows oneDNN is told to expect when it chooses the blocked order. 16 measured best for one row and no worse for many.
@@ -83,7 +85,7 @@ class QuantLinear(nn.Module):
     """y = x W^T + b with W [out, in] in codes of 4 or 8 bits. Inference only; `unpack` gives the codes back.
 
     Attributes:
-        tiles: the weight as the kernels read it; bias: [out] float32 or None.
+        tiles: the weight as the kernels read it, on a CPU or a GPU; bias: [out] float32 or None.
     """
 
     def __init__(self, tiles: Tiles, bias: Tensor | None) -> None:
@@ -108,25 +110,58 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, tiles: Tiles, bias: Tensor | None) -> Tensor:
         ctx.tiles = tiles
-        return cpu.linear_quant(x, tiles, bias)
+        return _product(x, tiles, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        if ctx.tiles.weight.is_cuda:
+            return grads[0] @ _dequantize(ctx.tiles, grads[0].dtype), None, None
         return cpu.linear_back(grads[0], ctx.tiles), None, None
+
+
+def _product(x: Tensor, tiles: Tiles, bias: Tensor | None) -> Tensor:
+    """Where the weight lies: on a CPU with x in codes too, on a GPU in x's own precision."""
+    if not tiles.weight.is_cuda:
+        return cpu.linear_quant(x, tiles, bias)
+    if triton.status().runs:
+        from qwenlet.ops.triton.linear import linear
+
+        return linear(x, tiles, bias)
+    return F.linear(x, _dequantize(tiles, x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def _dequantize(tiles: Tiles, dtype: torch.dtype) -> Tensor:
+    """[N, K] on a GPU, by Triton's kernel or, without it, as its definition says."""
+    if triton.status().runs:
+        from qwenlet.ops.triton.linear import dequantize
+
+        return dequantize(tiles, dtype)
+    order = None if tiles.order is None else tiles.order.long()
+    return from_tiles(replace(tiles, order=order)).dequantize().to(dtype)
 
 
 def frozen_linear(x: Tensor, tiles: Tiles, bias: Tensor | None) -> Tensor:
     """x W^T + b for x [..., in] -> [..., out] in x's dtype, with a gradient for x where one is wanted."""
     rows = x.reshape(-1, x.shape[-1])
     wanted = torch.is_grad_enabled() and x.requires_grad
-    y = _Frozen.apply(rows, tiles, bias) if wanted else cpu.linear_quant(rows, tiles, bias)
+    y = _Frozen.apply(rows, tiles, bias) if wanted else _product(rows, tiles, bias)
     return y.view(*x.shape[:-1], tiles.rows)
+
+
+def on_device(tiles: Tiles, device: torch.device) -> Tiles:
+    """The same weight where a GPU's kernels read it; the columns' order becomes int32."""
+    named = {name: getattr(tiles, name) for name in ("weight", "scales", "zeros", "minimums")}
+    moved: dict[str, Any] = {name: None if part is None else part.to(device) for name, part in named.items()}
+    order = None if tiles.order is None else tiles.order.to(device, torch.int32)
+    return replace(tiles, **moved, order=order)
 
 
 def float_weight(linear: nn.Module) -> Tensor:
     """A linear's weight [out, in] in floats of memory of its own: as it is, or what its codes are worth in float32."""
     tiles = getattr(linear, "tiles", None)
     if isinstance(tiles, Tiles):
+        if tiles.weight.is_cuda:
+            return _dequantize(tiles, torch.float32)
         return cpu.tiles_to_float(tiles, torch.bfloat16 if tiles.bits == 16 else torch.float32)
     assert isinstance(linear.weight, Tensor), f"{type(linear).__name__} has no weight in floats"
     return linear.weight.detach().clone()

@@ -10,7 +10,9 @@ The peak is the larger of two moments: the end of loading, when the largest tens
 copy), and the run, when the past and the activations stand beside the weights. Quantized weights stand in memory
 once, in the kernels' order.
 
-Left out: GPUs, training, and the speed that these numbers allow, which needs a machine's bandwidth.
+On a GPU everything lies in its memory, and the peak is what a model takes there.
+
+Left out: training, and the speed that these numbers allow, which needs a machine's bandwidth.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ PAGE_TOKENS = 64  # of the past, as in cache.py
 # Measured once on Linux x86-64 with Python 3.11 and torch 2.13's CPU build, as resident memory (a CUDA build of torch
 # takes more):
 RUNTIME_BYTES = 250_000_000  # the interpreter, torch, the package, and the code of the operators that run
+GPU_RUNTIME_BYTES = 200_000_000  # of a GPU: libraries' workspaces and recorded steps; an allowance, not measured
 QWEN_TOKEN_BYTES = 440  # each token of a vocabulary read from qwen.tiktoken
 TOKEN_BYTES = 680  # each token of one read from a GGUF header or tokenizer.json, which hold it in a second form
 FAULT_BYTES = 1 << 16  # of a mapped file, what Linux makes resident around the first byte that is read
@@ -100,6 +103,7 @@ class Setup:
         chunk: prompt tokens of one step.
         gguf: the weights come from a GGUF file.
         mapped: the embedding is stored in a form that is used in place, so that only its touched rows take memory.
+        gpu: everything lies in a GPU's memory.
     """
 
     model: ModelConfig
@@ -109,9 +113,10 @@ class Setup:
     kv_cache: str = "auto"
     context: int = 2048
     batch: int = 1
-    chunk: int = EngineConfig().prefill_chunk
+    chunk: int = EngineConfig().chunks("cpu")[0]
     gguf: bool = False
     mapped: bool = True
+    gpu: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in ITEM_BYTES:
@@ -215,11 +220,18 @@ def estimate(setup: Setup) -> Plan:
         weights=weights,
         cache=setup.batch * _pages(setup.context) * PAGE_TOKENS * token,
         activations=_activations(setup),
-        runtime=RUNTIME_BYTES + setup.model.vocab_size * vocabulary,
-        loading=0 if dequantized else next(kind.stored for kind in weights if kind.name == "head"),
+        runtime=GPU_RUNTIME_BYTES if setup.gpu else RUNTIME_BYTES + setup.model.vocab_size * vocabulary,
+        loading=_loading(setup, 0 if dequantized else next(kind.stored for kind in weights if kind.name == "head")),
         decode_bytes=sum(kind.read for kind in weights) + setup.context * token,
         prefill_operations=_prefill_operations(setup),
     )
+
+
+def _loading(setup: Setup, head: int) -> int:
+    """What stands beside the weights when the last of them, the head, comes. A GPU rounds it from its floats."""
+    if not setup.gpu:
+        return head
+    return 2 * setup.model.vocab_size * setup.model.hidden_size if setup.quant is not None else 0
 
 
 def cache_bytes_per_token(model: ModelConfig, cache_type: str) -> int:
@@ -249,16 +261,16 @@ def _weights(setup: Setup) -> tuple[Weights, ...]:
         for size, each in ((table, bits.head), (table, bits.embedding), (model.hidden_size, bits.embedding))
     )
     tied = model.tie_word_embeddings and (setup.quant is None or setup.quant.head_bits is None)
-    # float32 and float16 run on torch's own linears, where a tied head is the embedding itself
-    shared = tied and not setup.quantized and setup.dtype != "bf16"
+    # on a GPU, and in float32 and float16, linears are torch's own, where a tied head is the embedding itself
+    shared = tied and not setup.quantized and (setup.gpu or setup.dtype != "bf16")
     copied = 0 if shared else head
     # elsewhere it is a copy in its kernel's order, and making it from the table reads all of it
-    if not setup.mapped or (tied and not setup.quantized):
+    if setup.gpu or not setup.mapped or (tied and not setup.quantized):
         loaded = touched = embedding
     else:
         loaded, touched = 0, _touched(embedding, setup.context * setup.batch)
     own = 0 if model.tie_word_embeddings else table
-    made = 0 if setup.quantized else 1  # while loading, else mapped
+    made = 0 if setup.quantized and not setup.gpu else 1  # while loading, else mapped
     return (
         Weights("layers", linears + others, bits.layers, body, made * body, body, body),
         Weights("head", table, bits.head, head, made * copied, copied, head),
@@ -282,12 +294,12 @@ def _touched(size: int, tokens: int) -> int:
 
 
 def _activations(setup: Setup) -> int:
-    """Float32 buffers of one step: the residual stream and its norm, q/k/v, the feed-forward, a row's logits."""
+    """Buffers of one step, float32 on a CPU: the residual stream and its norm, q/k/v, the feed-forward, logits."""
     model = setup.model
     rows = max(setup.batch, min(setup.chunk, setup.context))
     width = 3 * model.hidden_size + 2 * model.qkv_size + 3 * model.intermediate_size
     # of each row that is sampled: logits in the model's dtype, in float32, and sorted or masked
-    return 4 * (rows * width + setup.batch * 3 * model.vocab_size)
+    return (ITEM_BYTES[setup.dtype] if setup.gpu else 4) * rows * width + 4 * setup.batch * 3 * model.vocab_size
 
 
 def _prefill_operations(setup: Setup) -> int:

@@ -24,6 +24,7 @@ from qwenlet.ops import cpu
 
 # Dividing by less than this leaves one token anyway, and float32 runs out of range.
 _GREEDY_BELOW = 1e-6
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,13 @@ class TokenLogprob:
 
 
 class TokenCounts:
-    """Which tokens a request has seen, for the penalties. Built only when a penalty is on.
+    """Which tokens a request has seen, for the penalties, on the CPU. Built only when a penalty is on.
 
     Attributes:
         seen: how many different tokens.
     """
 
-    def __init__(self, prompt: Sequence[int], device: torch.device) -> None:
+    def __init__(self, prompt: Sequence[int], device: torch.device = _CPU) -> None:
         ids = list(dict.fromkeys(prompt))
         self._places = {token: place for place, token in enumerate(ids)}
         self._ids = torch.tensor(ids, dtype=torch.long, device=device)
@@ -78,6 +79,10 @@ class TokenCounts:
         return self._ids.data_ptr(), self._replied.data_ptr(), self.seen
 
 
+def is_greedy(params: SamplingParams) -> bool:
+    return (params.temperature or 0.0) < _GREEDY_BELOW
+
+
 def needs_counts(params: SamplingParams) -> bool:
     return params.repetition_penalty not in (None, 1.0) or bool(params.presence_penalty or params.frequency_penalty)
 
@@ -86,11 +91,12 @@ def penalize(logits: Tensor, counts: TokenCounts, params: SamplingParams) -> Ten
     """Repetition penalty over prompt and reply: divides positive logits, multiplies others (CTRL, arXiv:1909.05858).
     Presence and frequency penalties over the reply alone: subtracted once, or per occurrence."""
     penalty = params.repetition_penalty or 1.0
-    values, replied = logits[counts.ids], counts.replied
+    ids, replied = counts.ids.to(logits.device), counts.replied.to(logits.device)
+    values = logits[ids]
     if penalty != 1.0:
         values = torch.where(values > 0, values / penalty, values * penalty)
     values = values - (params.presence_penalty * (replied > 0) + params.frequency_penalty * replied)
-    return logits.index_copy(0, counts.ids, values)
+    return logits.index_copy(0, ids, values)
 
 
 def bias(logits: Tensor, params: SamplingParams, banned: Collection[int] = ()) -> Tensor:
@@ -188,11 +194,10 @@ def choose(
     peak = logits.max()
     if not math.isfinite(peak):  # max passes NaN on
         checked(-1, logits)
-    temperature = params.temperature or 0.0
-    if temperature < _GREEDY_BELOW:
+    if is_greedy(params):
         return int(logits.argmax())
     # shifted first, so that a temperature near zero can't overflow
-    kept: tuple[Tensor, Tensor | None] = ((logits - peak) / temperature, None)
+    kept: tuple[Tensor, Tensor | None] = ((logits - peak) / (params.temperature or 1.0), None)
     kept = top_k(*kept, params.top_k or 0)
     kept = top_p(*kept, 1.0 if params.top_p is None else params.top_p)
     kept = min_p(*kept, params.min_p or 0.0)
@@ -225,12 +230,11 @@ def choose_all(rows: Sequence[Row]) -> list[int]:
         draw = (seed - (seed >> 63 << 64), row.choice, row.position)  # 64 bits of an int64
         top = min(params.top_k or 0, len(logits))  # a k beyond the vocabulary cuts nothing, and may exceed 64 bits
         numbers.append((logits.data_ptr(), len(logits), *seen, top, *draw))
-        temperature = params.temperature or 0.0
         settings.append((
             params.repetition_penalty or 1.0,
             params.presence_penalty,
             params.frequency_penalty,
-            0.0 if temperature < _GREEDY_BELOW else temperature,
+            0.0 if is_greedy(params) else params.temperature or 0.0,
             1.0 if params.top_p is None else params.top_p,
             params.min_p or 0.0,
         ))  # fmt: skip

@@ -29,9 +29,9 @@ def test_each_field_is_a_flag_of_chat_and_generate(run):
 
 def test_defaults_and_choices_are_shown(run):
     text = " ".join(run("chat", "--help").out.split())
-    assert "One of: auto, flash, math, efficient. [default: auto]" in text
+    assert "One of: auto, flash, sdpa, math, efficient. [default: auto]" in text
     assert "One of: prompt, reserve. [default: prompt]" in text
-    assert f"[default: {EngineConfig().prefill_chunk}]" in text
+    assert f"[default: {EngineConfig().max_requests}]" in text
 
 
 def test_only_the_flags_that_were_used_are_passed_on(run, api):

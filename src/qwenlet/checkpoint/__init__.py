@@ -7,6 +7,7 @@
     names      how other layouts name and cut the same tensors
     load       skeleton on the meta device -> stream -> assign -> one report
     codes      modules that run weights in codes
+    room       whether a GPU has memory for it
     rounding   floats rounded to codes while they are read
     tilefile   quantized modules in one file, in the kernels' order
     cached     ... kept in a cache
@@ -27,6 +28,7 @@ from qwenlet.checkpoint.dtypes import DTYPES, auto_dtype, check_dtype, device_by
 from qwenlet.checkpoint.load import DEFAULT_SYSTEM, Checkpoint, LoadReport, Progress, load_model, read_tokenizer
 from qwenlet.checkpoint.quantized import WeightOf, write_quantized, write_rounded
 from qwenlet.checkpoint.random import RandomCheckpoint
+from qwenlet.checkpoint.room import check_room
 from qwenlet.checkpoint.rounding import Rounding
 from qwenlet.checkpoint.save import new_folder, write_random
 from qwenlet.checkpoint.source import Source
@@ -45,6 +47,7 @@ __all__ = [
     "WeightOf",
     "auto_dtype",
     "check_dtype",
+    "check_room",
     "convert",
     "device_by_name",
     "dtype_by_name",

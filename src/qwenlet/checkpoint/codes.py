@@ -9,16 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qwenlet.checkpoint.files import WeightFile, read_parts
 from qwenlet.checkpoint.names import Part
 from qwenlet.checkpoint.rounding import Rounding
 from qwenlet.checkpoint.tilefile import TileWriter
-from qwenlet.linear import BF16_COLUMNS, QuantEmbedding, QuantLinear, TiledLinear
+from qwenlet.linear import BF16_COLUMNS, QuantEmbedding, QuantLinear, TiledLinear, on_device
 from qwenlet.model import Linear
 from qwenlet.ops import cpu
 from qwenlet.ops.packing import Tiles, to_tiles
+
+_CPU = torch.device("cpu")
 
 
 class CodeReader:
@@ -30,6 +32,7 @@ class CodeReader:
         kept: modules that were made before, by name.
         keep: takes the modules that are made, of which only shadows without weights are then given out.
         requantize: rounding goes before codes that are stored, too.
+        device: a GPU, if that is where the modules go; weights are rounded there. What stays float then stays torch's.
 
     Attributes:
         bits: the codes seen so far, 4 and 8. floats: linears that stay float, and in which precision. bytes: of all
@@ -45,13 +48,14 @@ class CodeReader:
         kept: Mapping[str, nn.Module] | None = None,
         keep: TileWriter | None = None,
         requantize: bool = False,
+        device: torch.device = _CPU,
     ) -> None:
         self.weights, self.dtype, self.rounding = weights, dtype, rounding
         self._kept, self._keep = kept or {}, keep
         self.bits: set[int] = set()
         self.floats: list[tuple[str, torch.dtype]] = []
         self.bytes = 0
-        self._requantize = requantize
+        self._requantize, self._device = requantize, device
 
     def module(self, name: str, module: nn.Module, parts: Mapping[str, Sequence[Part]]) -> nn.Module | None:
         """What stands in for `module`, whose parameters are made of `parts`; None where it stays as it is."""
@@ -78,10 +82,16 @@ class CodeReader:
             linear: QuantLinear | TiledLinear = kept
         else:
             tiles = self._tiles(name, parts)
+            if self._device.type != "cpu" and tiles is not None:
+                tiles = on_device(tiles, self._device)
             bias = read_parts(self.weights, bias_parts, torch.float32) if bias_parts else None
             if tiles is not None:
-                linear = QuantLinear(tiles, bias)
-            elif cpu.status().isa is not None and self.weights.shape(parts[0].name)[-1] % BF16_COLUMNS == 0:
+                linear = QuantLinear(tiles, None if bias is None else bias.to(self._device))
+            elif (
+                self._device.type == "cpu"
+                and cpu.status().isa is not None
+                and self.weights.shape(parts[0].name)[-1] % BF16_COLUMNS == 0
+            ):
                 linear = TiledLinear(read_parts(self.weights, parts, torch.bfloat16), bias)
             else:
                 self.floats.append((name, self.dtype))
@@ -105,8 +115,11 @@ class CodeReader:
     def _rounded(self, name: str, parts: Sequence[Part]) -> Tiles | None:
         if self.rounding is None or self.rounding.quant.of_linear(name) is None:
             return None
-        rounded = self.rounding.linear(name, read_parts(self.weights, parts, float_dtype(self.weights, parts)))
-        return to_tiles(rounded)
+        return to_tiles(self.rounding.linear(name, self._read(parts)))
+
+    def _read(self, parts: Sequence[Part]) -> Tensor:
+        """A float tensor where it is rounded."""
+        return read_parts(self.weights, parts, float_dtype(self.weights, parts)).to(self._device)
 
     def _embedding(self, name: str, parts: Sequence[Part]) -> nn.Module | None:
         kept, stored = self._kept.get(name), None
@@ -117,14 +130,19 @@ class CodeReader:
             codes = stored if isinstance(stored, QuantEmbedding) else self._rounded_embedding(parts)
         if codes is not None:
             self.bytes += codes.codes.nbytes + codes.scales.nbytes
-            return self._put(name, codes)
-        return stored
+            return self._put(name, codes if self._device.type == "cpu" else _moved(codes, self._device))
+        return stored if self._device.type == "cpu" else None
 
     def _rounded_embedding(self, parts: Sequence[Part]) -> QuantEmbedding | None:
         if self.rounding is None or self.rounding.quant.embedding_bits is None:
             return None
-        table = read_parts(self.weights, parts, float_dtype(self.weights, parts))
-        return QuantEmbedding(*self.rounding.embedding(table), self.dtype)
+        return QuantEmbedding(*self.rounding.embedding(self._read(parts)), self.dtype)
+
+
+def _moved(embedding: QuantEmbedding, device: torch.device) -> QuantEmbedding:
+    """All of the table on a GPU, row by row."""
+    codes, scales = embedding.codes.flatten(1).to(device), embedding.scales.to(device)
+    return QuantEmbedding(codes.contiguous(), scales.contiguous(), embedding.dtype)
 
 
 def float_dtype(weights: WeightFile, parts: Sequence[Part]) -> torch.dtype:

@@ -230,7 +230,7 @@ def load_model(
         dtype: of the weights; with `quantized` of what isn't, and of the activations.
         linear: which kernels run the linears that are not quantized: "torch", or as `choose_linear` says (inference
             only).
-        quantized: run quantized tensors as they are, on a CPU; otherwise they become `dtype`.
+        quantized: run quantized tensors as they are; otherwise they become `dtype`.
         rounding: with `quantized`, rounds weights that are stored as floats.
         kept: with `quantized`, holds what an earlier load made; passed over if it doesn't fit the model.
         keep: with `quantized`, gets the modules in codes; the model is left without them.
@@ -251,7 +251,9 @@ def load_model(
         # what a GPTQ folder holds was asked for; what a GGUF file holds gives way to what is asked for
         modules = None if kept is None else kept.modules(model, dtype)
         report.kept = modules is not None
-        codes = CodeReader(weights, dtype, rounding, kept=modules, keep=keep, requantize=checkpoint.quant is None)
+        codes = CodeReader(
+            weights, dtype, rounding, kept=modules, keep=keep, requantize=checkpoint.quant is None, device=device
+        )
     total = report.parameters * dtype.itemsize
     done = 0
     for module_name, module in list(model.named_modules()):
@@ -268,13 +270,13 @@ def load_model(
                 report.swapped += 1
             else:
                 for leaf, tensor in tensors.items():
-                    setattr(module, leaf, nn.Parameter(tensor.to(device), requires_grad=False))
+                    setattr(module, leaf, nn.Parameter(_placed(tensor, device), requires_grad=False))
         if parts and progress is not None:
             done += sum(p.numel() for p in module.parameters(recurse=False)) * dtype.itemsize
             progress(done, total, names.get("weight", module_name))
     if config.tie_word_embeddings:
         if codes is not None:
-            replace_linear(model, "lm_head", codes.tied_head(plan["transformer.wte.weight"]))
+            replace_linear(model, "lm_head", codes.tied_head(plan["transformer.wte.weight"]).to(device))
         elif kind is not None:
             replace_linear(model, "lm_head", new_linear(kind, model.transformer.wte.weight, None))
             report.swapped += 1
@@ -284,6 +286,11 @@ def load_model(
         _report_codes(codes, report)
     report.seconds = time.perf_counter() - started
     return model, report
+
+
+def _placed(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device; a GPU's kernels want rows side by side, a CPU's mapped tensors stay as they are."""
+    return tensor if device.type == "cpu" else tensor.to(device).contiguous()
 
 
 def _report_codes(codes: CodeReader, report: LoadReport) -> None:

@@ -27,8 +27,8 @@ class Rounding:
 
     def embedding(self, table: Tensor) -> tuple[Tensor, Tensor]:
         """[V, C] of any float dtype -> codes [V, C] int8 and scales [V, C / 32] float16."""
-        codes = torch.empty(table.shape, dtype=torch.int8)
-        scales = torch.empty(table.shape[0], table.shape[1] // EMBEDDING_GROUP_SIZE, dtype=torch.float16)
+        codes = torch.empty_like(table, dtype=torch.int8)
+        scales = codes.new_empty(table.shape[0], table.shape[1] // EMBEDDING_GROUP_SIZE, dtype=torch.float16)
         for at in range(0, len(table), _SLICE_ROWS):
             rows = slice(at, at + _SLICE_ROWS)
             rounded = round_to_nearest(table[rows], 8, EMBEDDING_GROUP_SIZE)

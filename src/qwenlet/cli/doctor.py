@@ -136,7 +136,9 @@ def _machine() -> Iterator[Fact]:
         yield Fact("GPU", None, "none that torch can use")
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
-        yield Fact(f"cuda:{index}", gpu.total_memory, f"{gpu.name}, {console.size(gpu.total_memory)}")
+        free, _ = torch.cuda.mem_get_info(index)
+        about = f"{gpu.name}, {console.size(gpu.total_memory)}, {console.size(free)} free"
+        yield Fact(f"cuda:{index}", gpu.total_memory, about, f"compute capability {gpu.major}.{gpu.minor}")
 
 
 def _precision() -> Iterator[Fact]:
@@ -152,13 +154,17 @@ def _kernels() -> Iterator[Fact]:
 
     from qwenlet.checkpoint import auto_dtype
     from qwenlet.linear import choose_linear
-    from qwenlet.ops import cpu
-    from qwenlet.ops.attention import check_backend
+    from qwenlet.ops import cpu, triton
+    from qwenlet.ops.attention import check_backend, flash_package
 
     kind, why = choose_linear("auto", torch.device("cpu"), torch.bfloat16)
     yield Fact("bf16 linears, cpu", "torch" if kind is None else kind.__name__, why=why)
     kernels = cpu.status()
     yield Fact("int4 and int8, cpu", kernels.isa or "the plain definition, slow", why=kernels.reason)
+    status = triton.status()
+    yield Fact("decoding, GPU", status.runs, "own kernels" if status.runs else "torch", why=status.reason)
+    package = flash_package() is not None
+    yield Fact("flash-attn", package, "installed" if package else "not installed", "its kernel reads prompts on a GPU")
     for device in _devices():
         dtype, _ = auto_dtype(device)
         usable = []

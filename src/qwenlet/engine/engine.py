@@ -18,6 +18,7 @@ from torch import Tensor
 
 from qwenlet.cache import PagePool, pages_for
 from qwenlet.config import DEFAULT_NEW_TOKENS, EngineConfig, GenerationDefaults, SamplingParams
+from qwenlet.engine.decoding import make_decoding, way_to_decode
 from qwenlet.engine.driver import Driver, Health
 from qwenlet.engine.intake import check_ids, check_prompt
 from qwenlet.engine.pooling import MeanState
@@ -27,7 +28,7 @@ from qwenlet.engine.replies import Replies, line
 from qwenlet.engine.request import Reader, Request
 from qwenlet.engine.runner import Runner
 from qwenlet.engine.scheduler import Limits, Scheduler, Work
-from qwenlet.engine.sizing import cache_dtype, context_and_pages
+from qwenlet.engine.sizing import cache_dtype, context_and_pages, out_of_memory
 from qwenlet.engine.speculation import GUESSES, Lookup, Speculation
 from qwenlet.engine.stats import Stats
 from qwenlet.engine.stop import StopTexts, StopTokens
@@ -49,7 +50,7 @@ class Engine:
     """Serves requests together.
 
     Attributes:
-        obstacle: why the forward pass is not the native program's; None where it is.
+        obstacle: why replies run neither by the native program nor by a GPU's kernels; None where they do.
         context_length: most tokens of one request.
 
     Args:
@@ -71,15 +72,19 @@ class Engine:
         self.device = device
         self.context_length, pages = context_and_pages(model.config, options, dtype, device)
         self.stop_ids = frozenset([*defaults.eos_token_ids, *stop_ids])
-        self.obstacle = obstacle(model, dtype) if device.type == "cpu" else "the native program is for a CPU"
-        self.pool = PagePool(model.config, pages, dtype, device, tiled=self.obstacle is None)
+        how, why = way_to_decode(model, options, dtype, device)
+        self.obstacle = obstacle(model, dtype) if how is None else why
+        self.pool = PagePool(model.config, pages, dtype, device, tiled=how is None and self.obstacle is None)
         self.prefix = PrefixCache(self.pool) if options.prefix_cache else None
         replies = options.max_requests + GUESSES
-        self.runner = Runner(model, self.pool, device, options.attention, options.prefill_chunk + replies)
+        decoding = make_decoding(how, model, self.pool, options.max_requests, pages_for(self.context_length), device)
+        chunk, mixed = options.chunks(device.type)
+        self.runner = Runner(model, self.pool, device, options.attention, chunk + replies, decoding)
         prompt = self.runner.step - replies
-        limits = Limits(options.max_requests, prompt, min(options.mixed_chunk, prompt))
+        limits = Limits(options.max_requests, prompt, min(mixed, prompt), ahead=0 if decoding is None else 1)
         self.scheduler = Scheduler(self.pool, self.prefix, limits, pages_for(_SOFT_TOKENS))
-        self.speculation = Speculation() if options.speculate else None
+        # a decode program stores one token a step: guesses would run by the modules
+        self.speculation = Speculation() if options.speculate and decoding is None else None
         self._stats = Stats(pages=pages)
         self._replies = Replies(self.scheduler, self.prefix, self.speculation, self._stats)
         self._grammars = None if tokenizer is None else Grammars(tokenizer, model.config.vocab_size, self.stop_ids)
@@ -163,7 +168,7 @@ class Engine:
             stop_texts=StopTexts(tuple(params.stop or ())),
             decoder=None if self.tokenizer is None else StreamDecoder(self.tokenizer, skip_special_tokens=True),
             choice=choice,
-            counts=TokenCounts(prompt, self.device) if needs_counts(params) else None,
+            counts=TokenCounts(prompt) if needs_counts(params) else None,
             matcher=None if grammar is None else grammar.matcher(),
         )
 
@@ -365,7 +370,7 @@ class Engine:
         with self._lock:
             self._in_flight = frozenset()
             self._failures, self._reason = 0, ""
-            drawn = self._replies.draw_ahead(work, logits)
+            drawn = self._replies.draw_ahead(work, logits) | self.runner.drawn
             for one, rows in zip(work, logits, strict=True):
                 self._replies.take(one, rows, ran - scheduled, drawn.get(one.request))
             self._stats.steps += 1
@@ -389,11 +394,16 @@ class Engine:
 
     def _fail(self, work: Sequence[Work], error: Exception) -> None:
         """A step that raised ends its requests, each with the reason; the others go on."""
+        if isinstance(error, torch.OutOfMemoryError):
+            # what grew with the step goes; single tokens need next to nothing, and are tried again
+            work = [one for one in work if len(one.tokens) > 1] or work
+            error = out_of_memory(error, self.device)
         with self._lock:
             self._in_flight = frozenset()
             self._failures += 1
             self._reason = line(error)
             self._stats.failed_steps += 1
+            self.runner.recover()
             for one in work:
                 for request in (one.request, *one.request.followers):
                     self._replies.give_up(request, error)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qwenlet.cache import PAGE_TOKENS
 from qwenlet.engine.bell import Listener, tell
+from qwenlet.engine.decoding import draws_plainly
 from qwenlet.engine.prefix import PrefixCache
 from qwenlet.engine.records import Chunk, FinishReason
 from qwenlet.engine.request import Request
@@ -37,9 +38,7 @@ class Replies:
         rows: dict[Request, Row] = {}
         for one, some in zip(work, logits, strict=True):
             request = one.request
-            shaped = request.params.logit_bias or request.reply_length < request.params.min_new_tokens
-            plain = request.reader is None and request.matcher is None and not request.followers and not shaped
-            if plain and one.wanted == 1 and draws_natively(some):
+            if draws_plainly(request) and one.wanted == 1 and draws_natively(some):
                 rows[request] = Row(some[0], request.params, request.counts, request.choice, len(request.known))
         try:
             return dict(zip(rows, choose_all(list(rows.values())), strict=True)) if rows else {}

@@ -1,13 +1,17 @@
-"""From a step's work to logits: lays out rows and pages, calls the native program or the model."""
+"""From a step's work to logits: lays out rows and pages, calls the native program or the model. On a GPU single tokens
+of replies go to the decode program, which draws the next ones too."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from qwenlet.cache import PagedPast, PagePool, Rows
+from qwenlet.engine.decoding import Decoding
+from qwenlet.engine.request import Request
 from qwenlet.engine.scheduler import Work
 from qwenlet.lora.rows import Group, LoadedAdapter, RowAdapters
 from qwenlet.model import Qwen
@@ -18,13 +22,25 @@ from qwenlet.program import QwenProgram
 class Runner:
     """Args: step: most tokens of a step; the attribute says what the program allows of it.
 
-    Attributes: wanted: adapters that rows may go with; the next step has them.
+    Attributes:
+        wanted: adapters that rows may go with; the next step has them.
+        drawn: tokens that the latest step drew itself.
     """
 
-    def __init__(self, model: Qwen, pool: PagePool, device: torch.device, attention: str, step: int) -> None:
+    def __init__(
+        self,
+        model: Qwen,
+        pool: PagePool,
+        device: torch.device,
+        attention: str,
+        step: int,
+        decoding: Decoding | None = None,
+    ) -> None:
         self.model, self.pool, self.device, self.attention = model, pool, device, attention
         self.program = QwenProgram(model, pool, step) if pool.tiled else None
         self.step = step if self.program is None else min(step, self.program.capacity)
+        self.decoding = decoding
+        self.drawn: dict[Request, int] = {}
         self.wanted: tuple[LoadedAdapter, ...] = ()
         self._recorded: tuple[LoadedAdapter, ...] = ()
         self._rows = RowAdapters(model)
@@ -49,8 +65,30 @@ class Runner:
     def run(self, work: Sequence[Work]) -> list[Tensor]:
         """Stores the tokens' keys and values; of each request float32 logits [wanted, V], on the model's device.
 
-        Of one that reads hidden states, those of its tokens [n, C].
+        Of one that reads hidden states, those of its tokens [n, C]; of one whose token is drawn, logits as they come.
         """
+        self.drawn = {}
+        with _on(self.device):
+            return self._run(work) if self.decoding is None else self._decoded(work, self.decoding)
+
+    def _decoded(self, work: Sequence[Work], decoding: Decoding) -> list[Tensor]:
+        """Single tokens by the decode program, the rest as always."""
+        single = [one for one in work if decoding.takes(one)]
+        others = [one for one in work if not decoding.takes(one)]
+        decoding.start(single, alone=not others)
+        found = dict(zip((one.request for one in others), self._run(others) if others else (), strict=True))
+        for one, (logits, token) in zip(single, decoding.finish(), strict=True):
+            found[one.request] = logits
+            if token is not None:
+                self.drawn[one.request] = token
+        return [found[one.request] for one in work]
+
+    def recover(self) -> None:
+        """After a step that failed: what was on its way is forgotten."""
+        if self.decoding is not None:
+            self.decoding.reset()
+
+    def _run(self, work: Sequence[Work]) -> list[Tensor]:
         # rows of one adapter together, those without one first
         order = sorted(range(len(work)), key=lambda i: _number(work[i].request.adapter))
         ordered = [work[i] for i in order]
@@ -95,6 +133,11 @@ class Runner:
             else:
                 logits = self.model.lm_head(hidden[at]).float()
         return logits, lambda: hidden
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the thread's own GPU, whichever the tensors are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _number(adapter: LoadedAdapter | None) -> int:

@@ -35,11 +35,16 @@ class Work:
 
 @dataclass(frozen=True)
 class Limits:
-    """Attributes: requests: that run at once; prompt, mixed: tokens of prompts in a step, alone and beside replies."""
+    """Attributes:
+    requests: that run at once.
+    prompt, mixed: tokens of prompts in a step, alone and beside replies.
+    ahead: tokens of each reply that the step after may store before this one is taken in, where pages are free.
+    """
 
     requests: int
     prompt: int
     mixed: int
+    ahead: int = 0
 
 
 class Scheduler:
@@ -112,7 +117,16 @@ class Scheduler:
             guesses = []  # nobody gives way for a guess
         if guesses and self._make_room(request, len(tokens) + len(guesses)):
             return Work(request, [*tokens, *guesses], len(guesses), len(guesses) + 1)
-        return Work(request, tokens, 0, 1) if self._make_room(request, len(tokens)) else None
+        if not self._make_room(request, len(tokens)):
+            return None
+        self._reserve(request, min(request.stored + len(tokens) + self.limits.ahead, request.total_tokens))
+        return Work(request, tokens, 0, 1)
+
+    def _reserve(self, request: Request, tokens: int) -> None:
+        """Pages for so many tokens in all, if they are free: nobody gives way for them."""
+        missing = pages_for(tokens) - len(request.pages)
+        if 0 < missing <= self.pool.free_pages:
+            request.pages += self.pool.take(missing)
 
     def _prompt_work(self, request: Request, budget: int, chosen: dict[Request, Work]) -> int:
         """How much of the budget a piece of what the request has to store takes."""

@@ -6,7 +6,7 @@ import torch
 
 from qwenlet.cache import PAGE_TOKENS, pages_for
 from qwenlet.config import EngineConfig, ModelConfig
-from qwenlet.errors import ConfigError
+from qwenlet.errors import ConfigError, EngineError
 from qwenlet.linear import QuantLinear
 from qwenlet.model import Qwen
 from qwenlet.plan import available_memory
@@ -60,3 +60,16 @@ def _free_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return available_memory()
+
+
+def out_of_memory(error: Exception, device: torch.device) -> EngineError:
+    """What a step that found no memory says to the request that asked too much. Gives back what torch holds unused."""
+    free = ""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        left, whole = torch.cuda.mem_get_info(device)
+        free = f"; {left / 1e9:.2f} of {whole / 1e9:.1f} GB are free now"
+    return EngineError(
+        f"{device} ran out of memory in this step ({str(error).splitlines()[0]:.200}){free}",
+        hint="ask for less at once (a shorter prompt, prefill_chunk=256), or load with a smaller cache_tokens",
+    )

@@ -22,6 +22,7 @@ from qwenlet.errors import CheckpointError
 from qwenlet.ops.packing import QuantTensor
 
 SLICE = 1 << 18  # weights at a time: the search's buffers stay in the cache, and large tensors need no second copy
+_GPU_SLICE = 1 << 23  # ... where a launch is what costs
 
 # Shares of a group's range that are tried.
 _SHARES = {4: (1.1, 1.04, 0.98, 0.92, 0.87, 0.82, 0.76, 0.7), 8: (1.0,)}
@@ -49,8 +50,8 @@ def group_scales(
         CheckpointError: NaN or infinite weights, or some so large that float16 can't hold their scale.
     """
     groups = weight.shape[1] // group_size
-    scales = torch.empty(weight.shape[0], groups, dtype=torch.float16)
-    zeros = None if sym else torch.empty(scales.shape, dtype=torch.uint8)
+    scales = torch.empty(weight.shape[0], groups, dtype=torch.float16, device=weight.device)
+    zeros = None if sym else torch.empty_like(scales, dtype=torch.uint8)
     counts = None if importance is None else importance.view(groups, group_size)
     for piece in _slices(weight):
         x = weight[piece].float().unflatten(1, (groups, -1))
@@ -63,7 +64,7 @@ def group_scales(
 
 def encode(weight: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> Tensor:
     """The nearest code of each weight, [N, K] uint8, at scales and zeros [N, G] as `group_scales` gives them."""
-    codes = torch.empty(weight.shape, dtype=torch.uint8)
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     for piece in _slices(weight):
         x = weight[piece].float().unflatten(1, (scales.shape[1], -1))
         middle = float(1 << (bits - 1)) if zeros is None else zeros[piece].float()[..., None]
@@ -79,7 +80,7 @@ def round_to_nearest(weight: Tensor, bits: int, group_size: int, *, sym: bool = 
 
 
 def _slices(weight: Tensor) -> list[slice]:
-    step = max(1, SLICE // weight.shape[1])
+    step = max(1, (_GPU_SLICE if weight.is_cuda else SLICE) // weight.shape[1])
     return [slice(at, min(at + step, weight.shape[0])) for at in range(0, weight.shape[0], step)]
 
 
@@ -116,7 +117,7 @@ def _fit(x: Tensor, scale: Tensor, zero: Tensor, bits: int, importance: Tensor |
     high: Any = low + (1 << bits) - 1
     inverse = torch.where(scale == 0, 0.0, 1.0 / scale)[..., None]
     shares = _SHARES[bits]
-    dots, squares = torch.empty(2, len(shares), *scale.shape)
+    dots, squares = torch.empty(2, len(shares), *scale.shape, device=x.device)
     weighted = x if importance is None else x * importance
     q, product = torch.empty_like(x), torch.empty_like(x)
     for i, share in enumerate(shares):

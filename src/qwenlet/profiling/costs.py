@@ -88,7 +88,7 @@ class Costs:
 
     def reading(self, prompt: int) -> Demand:
         """A prompt in steps of a chunk, and its last position's logits."""
-        steps = -(-prompt // EngineConfig().prefill_chunk)
+        steps = -(-prompt // EngineConfig().chunks("cpu")[0])
         return Demand(
             bytes=steps * self.weights + prompt * self.past,
             operations=prompt * self.token + prompt * prompt // 2 * self.key + self.head,

@@ -102,16 +102,16 @@ def torch_attention(name: str) -> str:
 def offered(llm: Loaded, asked: Sequence[str] = ()) -> tuple[list[str], list[str]]:
     """Attention kernels to measure with, of those asked for (none: all), and why others can't be.
 
-    The native program of a CPU has its own.
+    The native program of a CPU has its own, and so have a GPU's replies, beside torch's kernels to compare with.
     """
     with engine_for(llm, OWN, context=1) as engine:
-        native = engine.obstacle is None
+        native = llm.device.type == "cpu" and engine.obstacle is None
     if native:
         others = [name for name in asked if name != OWN]
         why = f"attention {', '.join(others)}: here it is by kernels of our own" if others else ""
         return ([] if others and OWN not in asked else [OWN]), [why] if why else []
     found, refused = [], []
-    for name in asked or ATTENTION:
+    for name in asked or ((OWN, *ATTENTION) if llm.device.type == "cuda" else ATTENTION):
         try:
             check_backend(torch_attention(name), llm.device, llm.dtype)
             found.append(name)

@@ -101,7 +101,7 @@ class Session:
             )
 
     def _expected(self, costs: dict[str, Costs | str], ceilings: Ceilings) -> list[tuple[Job, float]]:
-        attention = self.workload.attention or ("flash", "sdpa", "math") if self.device.type == "cuda" else (OWN,)
+        attention = self.workload.attention or (OWN, "flash", "sdpa", "math") if self.device.type == "cuda" else (OWN,)
         return [
             (job, expected_seconds(job, one, ceilings, alone=self._is_alone(job)))
             for precision, one in costs.items()

@@ -92,7 +92,7 @@ class Workload:
     peer_tokens: int = 256
 
     def __post_init__(self) -> None:
-        known = (("precisions", PRECISIONS), ("attention", ATTENTION), ("peer", PEERS))
+        known = (("precisions", PRECISIONS), ("attention", (OWN, *ATTENTION)), ("peer", PEERS))
         for name, choices in known:
             given = getattr(self, name)
             for value in (given,) if isinstance(given, str) else given or ():
