@@ -9,6 +9,11 @@ here=$(cd "$(dirname "$0")" && pwd)
 mkdir -p "$dir"
 cd "$dir"
 [ -d model ] || "$python" -m qwenlet random model --like qwen-1.8b --seed 0
+# a server speaks text
+[ -f model/qwen.tiktoken ] || {
+  PYTHON="$python" "$here/../scripts/fetch-test-data"
+  cp "${QWENLET_TEST_DATA:-$HOME/.cache/qwenlet-test-data}/qwen.tiktoken" model/
+}
 tools="llama-bench llama-batched-bench llama-perplexity llama-quantize llama-server"
 missing=
 for tool in $tools; do [ -x "$tool" ] || missing=$tool; done

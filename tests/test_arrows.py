@@ -117,3 +117,9 @@ def test_public_names_resolve_and_are_documented() -> None:
     assert set(dir(qwenlet)) == set(qwenlet.__all__)
     with pytest.raises(AttributeError, match="nonsense"):
         qwenlet.nonsense  # noqa: B018
+
+
+def test_a_model_is_loaded_without_torchs_compiler() -> None:
+    """torch._dynamo takes a second to import, and several of torch's modules bring it."""
+    code = "import sys, qwenlet; qwenlet.LLM; print([m for m in sys.modules if m.startswith('torch._dynamo')][:1])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

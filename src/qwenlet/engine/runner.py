@@ -94,8 +94,8 @@ class Runner:
         ordered = [work[i] for i in order]
         lengths = [len(one.tokens) for one in ordered]
         starts = [one.request.stored for one in ordered]
-        spans = [torch.arange(start, start + count) for start, count in zip(starts, lengths, strict=True)]
-        positions = torch.cat(spans).to(self.device)
+        spans = zip(starts, lengths, strict=True)
+        positions = torch.tensor([at for start, count in spans for at in range(start, start + count)]).to(self.device)
         alphas, logn = tuple(one.request.alpha for one in ordered), tuple(one.request.logn for one in ordered)
         rows = Rows(positions, tuple(lengths), alphas, logn)
         ids = torch.tensor([token for one in ordered for token in one.tokens], device=self.device)

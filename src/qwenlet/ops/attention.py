@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
 
 from qwenlet.errors import ConfigError
 from qwenlet.ops.pages import CachePages
@@ -129,10 +128,16 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, new: int, keys: int) -> Tensor:
     mask: Any = None
     if 1 < new < keys:  # torch aligns is_causal to the first key, a continued row needs the last one
         # a GPU's flash kernel refuses any tensor as a mask, but knows this alignment
-        mask = causal_lower_right(new, keys) if q.is_cuda else _lower_right(new, keys, q.device)
+        mask = _flash_lower_right(new, keys) if q.is_cuda else _lower_right(new, keys, q.device)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None and new > 1, enable_gqa=q.shape[1] != k.shape[1]
     )
+
+
+def _flash_lower_right(new: int, keys: int) -> Any:
+    from torch.nn.attention.bias import causal_lower_right  # a second's worth of torch._dynamo
+
+    return causal_lower_right(new, keys)
 
 
 def _lower_right(new: int, keys: int, device: torch.device) -> Tensor:

@@ -87,7 +87,7 @@ struct Ahead {
     int64_t lines;  // left
 
     void fetch(int64_t count) {
-        for (; count > 0 && lines > 0; --count, --lines, at += 64) prefetch(at);
+        for (; count > 0 && lines > 0; --count, --lines, at += 64) prefetch_second(at);
     }
 };
 

@@ -179,5 +179,6 @@ inline F dot2(F acc, const Line& line, const uint16_t* x) {
 }
 
 inline void prefetch(const void*) {}
+inline void prefetch_second(const void*) {}
 
 }  // namespace

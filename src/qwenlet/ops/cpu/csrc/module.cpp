@@ -217,7 +217,7 @@ PyObject* draw(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
         for (int64_t r = begin; r < end; ++r) {
             const int64_t* n = numbers + r * 9;
             const double* s = settings + r * 6;
-            const qwenlet::Draw row{address<const float>(n[0]), n[1], address<const int64_t>(n[2]), address<const float>(n[3]),
+            const qwenlet::Draw row{address<float>(n[0]), n[1], address<const int64_t>(n[2]), address<const float>(n[3]),
                                     n[4], n[5], static_cast<float>(s[0]), static_cast<float>(s[1]), static_cast<float>(s[2]),
                                     static_cast<float>(s[3]), s[4], s[5], static_cast<uint64_t>(n[6]), static_cast<uint64_t>(n[7]),
                                     static_cast<uint64_t>(n[8])};

@@ -254,23 +254,45 @@ float peak_of(const Kernels& kernels, const float* x, int64_t count, int64_t& pl
     return highest + check;
 }
 
+// A row's logits with its penalties in them, as long as this lives.
+class Penalized {
+  public:
+    explicit Penalized(const Draw& row) : row_(row) {
+        before().resize(static_cast<size_t>(row.seen));
+        for (int64_t i = 0; i < row.seen; ++i) {
+            float& logit = row.logits[row.ids[i]];
+            before()[static_cast<size_t>(i)] = logit;
+            if (row.repetition != 1.0f) logit = logit > 0.0f ? logit / row.repetition : logit * row.repetition;
+            if (row.replied[i] > 0.0f) logit -= row.presence + row.frequency * row.replied[i];
+        }
+    }
+    ~Penalized() {
+        for (int64_t i = 0; i < row_.seen; ++i) row_.logits[row_.ids[i]] = before()[static_cast<size_t>(i)];
+    }
+    Penalized(const Penalized&) = delete;
+    Penalized& operator=(const Penalized&) = delete;
+
+  private:
+    static std::vector<float>& before() {
+        static thread_local std::vector<float> values;
+        return values;
+    }
+    const Draw& row_;
+};
+
 }  // namespace
 
 int64_t draw(const Kernels& kernels, const Draw& row) {
     static thread_local std::vector<float> x;  // logits, then weights
     static thread_local Left left;
+    const Penalized penalized(row);
     const size_t count = static_cast<size_t>(row.count), padded = (count + 15) / 16 * 16;
     const int64_t length = static_cast<int64_t>(padded);
     const float* logits = row.logits;
     x.resize(padded);
-    if (row.seen || padded != count) {
-        std::copy(row.logits, row.logits + count, x.begin());
+    if (padded != count) {
+        std::copy(logits, logits + count, x.begin());
         std::fill(x.begin() + row.count, x.end(), -INFINITY);
-        for (int64_t i = 0; i < row.seen; ++i) {
-            float& logit = x[static_cast<size_t>(row.ids[i])];
-            if (row.repetition != 1.0f) logit = logit > 0.0f ? logit / row.repetition : logit * row.repetition;
-            if (row.replied[i] > 0.0f) logit -= row.presence + row.frequency * row.replied[i];
-        }
         logits = x.data();
     }
     int64_t place;

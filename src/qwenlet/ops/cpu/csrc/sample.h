@@ -9,7 +9,7 @@ namespace qwenlet {
 
 // One row from which one token is to be drawn.
 struct Draw {
-    const float* logits;  // [count]
+    float* logits;  // [count], of this row alone: penalties are in them while it is drawn
     int64_t count;
     const int64_t* ids;    // [seen] different tokens of the prompt and the reply
     const float* replied;  // [seen] how often they stand in the reply
