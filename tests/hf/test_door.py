@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import qwenlet.hf
@@ -266,6 +266,21 @@ def test_a_gptq_checkpoint_is_the_floats_it_stands_for(
         logits = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)(ids).logits[0]
     assert (logits - expected).abs().max() <= TOLERANCE
     assert (logits - reference["prefill.64.logits"][0]).abs().max() > 1e-4, "nothing was rounded"
+
+
+def test_a_gptq_checkpoint_in_shards(tmp_path: Path, tiny_folder: Path) -> None:
+    """As the larger published ones are, with codes and scales of one layer in different files."""
+    quant = QuantConfig(method="gptq", bits=4, group_size=32)
+    whole = write_rounded(Checkpoint.open(tiny_folder), tmp_path / "whole", quant)
+    parts = shutil.copytree(whole, tmp_path / "parts")
+    tensors = load_file(parts / "model.safetensors")
+    (parts / "model.safetensors").unlink()
+    index = {name: f"model-{at % 3 + 1:05}-of-00003.safetensors" for at, name in enumerate(tensors)}
+    for file in set(index.values()):
+        save_file({n: t for n, t in tensors.items() if index[n] == file}, parts / file, {"format": "pt"})
+    (parts / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    a, b = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32).state_dict() for f in (whole, parts))
+    assert all(torch.equal(a[name], b[name]) for name in a | b)
 
 
 def test_a_checkpoint_in_shards(tmp_path: Path, tiny_folder: Path, reference: dict[str, torch.Tensor]) -> None:
