@@ -2,7 +2,7 @@
 
     streams    1, 4, 8 and 16 prompts of 128 tokens at once, 64 new tokens each: ours and llama-batched-bench, in turn,
                on the same full-size Qwen-1.8B of random weights (int4 and Q4_0) and the same threads
-    sampling   what a step spends outside the model's forward pass at 16 streams, with the checkpoint's own sampling
+    sampling   what scheduling and sampling take of a step at 16 streams, with the checkpoint's own sampling
     prefix     the first token of a request whose first 1,000 tokens another one had before it
     overload   64 requests of mixed lengths on a cache for 8 of them: all end, none starves, memory is what was planned
 
@@ -139,25 +139,27 @@ def decode_speed(replies: Sequence[Reply]) -> float:
 
 
 @contextmanager
-def forward_clock(llm: qwenlet.LLM) -> Iterator[list[tuple[float, float]]]:
-    """Start and end of each forward pass within the block."""
-    program = llm.engine.runner.program
-    assert program is not None, f"the forward pass is timed in the native program: {llm.engine.obstacle}"
-    forward = program.forward
-    passes: list[tuple[float, float]] = []
+def clock(owner: Any, name: str) -> Iterator[list[tuple[float, float]]]:
+    """Start and end of each call of a method within the block."""
+    method = getattr(owner, name)
+    calls: list[tuple[float, float]] = []
 
     def timed(*args: Any, **options: Any) -> Any:
         start = time.perf_counter()
         try:
-            return forward(*args, **options)
+            return method(*args, **options)
         finally:
-            passes.append((start, time.perf_counter()))
+            calls.append((start, time.perf_counter()))
 
-    program.forward = timed  # type: ignore[method-assign]
+    setattr(owner, name, timed)
     try:
-        yield passes
+        yield calls
     finally:
-        del program.forward
+        delattr(owner, name)
+
+
+def share_outside(calls: Sequence[tuple[float, float]], start: float, end: float) -> float:
+    return 1 - sum(ended - began for began, ended in calls if start <= began and ended <= end) / (end - start)
 
 
 # ----------------------------------------------------------------------------------------------------------- questions
@@ -190,26 +192,30 @@ def _compared(count: int, ours: list[float], peer: dict[str, list[float]]) -> di
 
 
 def sampling(args: argparse.Namespace, llm: qwenlet.LLM) -> list[dict[str, Any]]:
-    """The share of a step at CROWD streams that is not the forward pass."""
+    """The share of a step at CROWD streams that is not running the model."""
     results = []
     for name, temperature in SAMPLING.items():
         params = qwenlet.SamplingParams(max_new_tokens=NEW, temperature=temperature, ignore_eos=True, seed=0)
-        shares, speeds = [], []
+        shares, outside, speeds = [], [], []
         for turn in range(args.rounds):
-            with forward_clock(llm) as passes:
+            runner = llm.engine.runner
+            assert runner.program is not None, f"the forward pass is timed in the native program: {llm.engine.obstacle}"
+            with clock(runner, "run") as runs, clock(runner.program, "forward") as passes:
                 replies = crowd(llm, CROWD, turn, params)
             start, end = common_time(replies)
-            inside = sum(ended - began for began, ended in passes if start <= began and ended <= end)
-            shares.append(1 - inside / (end - start))
+            shares.append(share_outside(runs, start, end))
+            outside.append(share_outside(passes, start, end))
             speeds.append(decode_speed(replies))
         kept = nucleus(llm, temperature)
         print(
             f"{CROWD} streams, sampling: {name} (top_p keeps some {kept:,} tokens)   "
-            f"outside the forward pass {statistics.median(shares):.1%}   target {OUTSIDE_TARGET:.0%}   "
-            f"{statistics.median(speeds):.1f} tokens/s",
+            f"scheduling, sampling and emitting {statistics.median(shares):.1%}   target {OUTSIDE_TARGET:.0%}   "
+            f"with laying out rows {statistics.median(outside):.1%}   {statistics.median(speeds):.1f} tokens/s",
             flush=True,
         )
-        results.append({"sampling": name, "nucleus": kept, "outside": shares, "tokens_per_second": speeds})
+        results.append(
+            {"sampling": name, "nucleus": kept, "share": shares, "outside": outside, "tokens_per_second": speeds}
+        )
     return results
 
 

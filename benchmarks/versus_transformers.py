@@ -43,7 +43,9 @@ class Ours:
     name = "qwenlet"
 
     def __init__(self, path: Path) -> None:
-        self.llm = qwenlet.load(str(path), dtype="bf16", device="cpu", prefix_cache=False)  # the same prompt in each round
+        self.llm = qwenlet.load(
+            str(path), dtype="bf16", device="cpu", prefix_cache=False
+        )  # the same prompt in each round
 
     def prefill(self, ids: Sequence[int]) -> float:
         """Seconds from the prompt to its last logits."""
