@@ -57,7 +57,7 @@ def test_in_every_precision_it_computes_what_the_modules_compute(
     check_kernels(way)
     model, ids = random_model(dtype), tokens(72)
     first = 72 - steps(way, 10, 1)
-    expected = by_modules(model, cache, ids, first)
+    expected = by_modules(model, cache, ids, first=first)
     found = written(Writer(model, way, cache, [ids]), first, 72)
     assert (found - expected).abs().max() <= share * expected.std()
 
@@ -71,7 +71,7 @@ def test_weights_in_codes_are_what_they_are_worth(way: str, bits: int, sym: bool
     model = coded if way == "kernels" else plain  # torch's operations on a CPU would round activations
     first = 10 - steps(way, 5, 2)
     found = written(Writer(model, way, torch.float32, [ids], plain), first, 10)
-    expected = by_modules(plain, torch.float32, ids, first)
+    expected = by_modules(plain, torch.float32, ids, first=first)
     assert (found - expected).abs().max() <= 1e-4 * expected.std()
 
 
@@ -81,7 +81,7 @@ def test_grouped_heads_and_a_tied_head(way: str) -> None:
     ids = tokens(8)
     first = 8 - steps(way, 8, 2)
     found = written(Writer(model, way, torch.float32, [ids]), first, 8)
-    expected = by_modules(model, torch.float32, ids, first)
+    expected = by_modules(model, torch.float32, ids, first=first)
     assert (found - expected).abs().max() <= 1e-5 * expected.std()
 
 

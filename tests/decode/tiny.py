@@ -82,7 +82,7 @@ class Writer:
                 rows = Rows.single(0, stop, alpha)
                 self.plain(torch.tensor(ids[:stop]), rows, PagedPast(self.pool, rows, [table], [0]))
 
-    def row(self, at: int, position: int, **changes: object) -> Row:
+    def row(self, at: int, position: int, /, **changes: object) -> Row:
         fields: dict[str, object] = {
             "reply": (at, "reply"), "slot": self.slots[at], "token": self.rows[at][position], "source": -1,
             "position": position, "pages": self.tables[at], "params": GREEDY, "u": 0.0, "counted": False,
