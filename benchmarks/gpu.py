@@ -34,7 +34,10 @@ class _Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Lets packages that aren't here be imported; whoever uses something of them is told."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> importlib.machinery.ModuleSpec | None:
-        return importlib.machinery.ModuleSpec(name, self, is_package=True) if name.split(".")[0] in OPTIONAL else None
+        top, _, below = name.partition(".")
+        # a package that is here may lack a name, which is then looked for as a module of it
+        absent = top in OPTIONAL and (not below or isinstance(sys.modules.get(top), _Stub))
+        return importlib.machinery.ModuleSpec(name, self, is_package=True) if absent else None
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
         return _Stub(spec.name)
