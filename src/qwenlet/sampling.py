@@ -220,8 +220,10 @@ def draws_natively(logits: Tensor) -> bool:
 
 
 def choose_all(rows: Sequence[Row]) -> list[int]:
-    """A token for each row by the kernels, all rows at once; for `checked`. No two rows share their logits, which hold the
-    penalties while they are drawn from, and are as they were afterwards."""
+    """A token for each row by the kernels, all rows at once; for `checked`.
+
+    No two rows share their logits: these hold the penalties while they are drawn from, and are as they were afterwards.
+    """
     held = [row.logits.contiguous() for row in rows]
     numbers, settings = [], []
     for row, logits in zip(rows, held, strict=True):
