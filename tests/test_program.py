@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from qwenlet.cache import PagedPast, PagePool, Rows, pages_for
 from qwenlet.checkpoint import Checkpoint, load_model
-from qwenlet.config import ModelConfig
 from qwenlet.linear import QuantLinear, TiledLinear, replace_linear
 from qwenlet.model import Qwen
 from qwenlet.ops import cpu
@@ -21,6 +20,7 @@ from qwenlet.ops.packing import to_tiles
 from qwenlet.ops.pages import untile
 from qwenlet.ops.rounding import round_to_nearest
 from qwenlet.program import QwenProgram, obstacle
+from random_qwen import random_qwen
 
 CPU = torch.device("cpu")
 FLOATS = {16: torch.bfloat16, 32: torch.float32}
@@ -36,17 +36,11 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def random_model(**changes: object) -> Qwen:
-    """A random model with torch's linears, in float32."""
-    fields: dict[str, object] = {
-        "model_type": "qwen", "vocab_size": 203, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 4, "head_dim": 32, "intermediate_size": 192, "max_position_embeddings": 512,
-        "seq_length": 64, "use_dynamic_ntk": True, "use_logn_attn": True,
+    sizes: dict[str, object] = {
+        "vocab_size": 203, "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32,
+        "intermediate_size": 192,
     }  # fmt: skip
-    torch.manual_seed(0)
-    model = Qwen(ModelConfig(**(fields | changes))).eval().requires_grad_(False)  # type: ignore[arg-type]
-    for name, parameter in model.named_parameters():
-        nn.init.normal_(parameter, mean=1.0 if "ln_" in name else 0.0, std=0.1)
-    return model
+    return random_qwen(0.1, **(sizes | changes))
 
 
 def swapped(bits: int, **changes: object) -> Qwen:

@@ -31,7 +31,6 @@ from qwenlet.sampling import (
     uniform,
 )
 
-CPU = torch.device("cpu")
 rows = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=40).map(torch.tensor)
 
 
@@ -97,7 +96,7 @@ def test_cuts_compose_and_give_ids_of_the_whole_vocabulary() -> None:
 
 def test_penalties() -> None:
     logits = torch.tensor([2.0, -2.0, 1.0, 1.0])
-    counts = TokenCounts([0, 1], CPU)
+    counts = TokenCounts([0, 1])
     counts.add(2)
     counts.add(2)
     out = penalize(logits, counts, params(repetition_penalty=2.0, presence_penalty=0.5, frequency_penalty=0.1))
@@ -189,7 +188,7 @@ def test_the_native_draw_follows_the_definition(isa: str, seed: int, monkeypatch
         frequency_penalty=dice.choice([0.0, 0.2]),
         seed=seed,
     )
-    counts = TokenCounts(dice.choices(range(size), k=20), CPU)
+    counts = TokenCounts(dice.choices(range(size), k=20))
     for token in dice.choices(range(size), k=40):
         counts.add(token)
     left = penalize(logits, counts, settings)
@@ -249,8 +248,7 @@ def test_the_native_draw_has_the_same_randomness(seed: int, choice: int, positio
 @pytest.mark.skipif(not cpu.available(), reason="built without a compiler: there are no kernels to test")
 def test_rows_drawn_together_are_drawn_as_alone() -> None:
     rows = [
-        Row(torch.randn(3000), params(temperature=1.0, top_p=0.7, seed=i), TokenCounts([i], CPU), 0, i)
-        for i in range(9)
+        Row(torch.randn(3000), params(temperature=1.0, top_p=0.7, seed=i), TokenCounts([i]), 0, i) for i in range(9)
     ]
     rows[4].logits[7] = math.nan
     tokens = choose_all(rows)

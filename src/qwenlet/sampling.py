@@ -24,7 +24,6 @@ from qwenlet.ops import cpu
 
 # Dividing by less than this leaves one token anyway, and float32 runs out of range.
 _GREEDY_BELOW = 1e-6
-_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -46,11 +45,11 @@ class TokenCounts:
         seen: how many different tokens.
     """
 
-    def __init__(self, prompt: Sequence[int], device: torch.device = _CPU) -> None:
+    def __init__(self, prompt: Sequence[int]) -> None:
         ids = list(dict.fromkeys(prompt))
         self._places = {token: place for place, token in enumerate(ids)}
-        self._ids = torch.tensor(ids, dtype=torch.long, device=device)
-        self._replied = torch.zeros(len(ids), device=device)
+        self._ids = torch.tensor(ids, dtype=torch.long)
+        self._replied = torch.zeros(len(ids))
         self.seen = len(ids)
 
     def add(self, token_id: int) -> None:
@@ -230,9 +229,9 @@ def choose_all(rows: Sequence[Row]) -> list[int]:
         params, counts = row.params, row.counts
         seen = (0, 0, 0) if counts is None else counts.addresses
         seed = params.seed or 0
-        draw = (seed - (seed >> 63 << 64), row.choice, row.position)  # 64 bits of an int64
+        chance = (seed - (seed >> 63 << 64), row.choice, row.position)  # the seed's 64 bits, as an int64
         top = min(params.top_k or 0, len(logits))  # a k beyond the vocabulary cuts nothing, and may exceed 64 bits
-        numbers.append((logits.data_ptr(), len(logits), *seen, top, *draw))
+        numbers.append((logits.data_ptr(), len(logits), *seen, top, *chance))
         settings.append((
             params.repetition_penalty or 1.0,
             params.presence_penalty,

@@ -52,7 +52,7 @@ def test_every_setting_draws_what_choose_draws(found: list[SamplingParams], seed
     tables = torch.full((len(found), V), -1, dtype=torch.int32)
     expected = []
     for row, params in enumerate(found):
-        counts = TokenCounts([1, 2, 3, row], CPU)
+        counts = TokenCounts([1, 2, 3, row])
         for token in (2, 2, 7):
             counts.add(token)
         tables[row, counts.ids] = counts.replied.int()

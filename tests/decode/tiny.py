@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from qwenlet.cache import PagedPast, PagePool, Rows, pages_for
-from qwenlet.config import ModelConfig, SamplingParams
+from qwenlet.config import SamplingParams
 from qwenlet.decode import Decoder, Row, obstacle
 from qwenlet.linear import QuantLinear, replace_linear
 from qwenlet.model import Qwen
 from qwenlet.ops.packing import to_tiles
 from qwenlet.ops.rounding import round_to_nearest
+from random_qwen import random_qwen
 
 CPU = torch.device("cpu")
 GREEDY = SamplingParams(temperature=0.0)
@@ -28,17 +29,11 @@ def check_kernels(way: str) -> None:
 
 
 def random_model(dtype: torch.dtype = torch.float32, **changes: object) -> Qwen:
-    """A Qwen-1 with NTK and log-n attention beyond 64 tokens."""
-    fields: dict[str, object] = {
-        "model_type": "qwen", "vocab_size": 203, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 4, "head_dim": 16, "intermediate_size": 96, "max_position_embeddings": 512,
-        "seq_length": 64, "use_dynamic_ntk": True, "use_logn_attn": True,
+    sizes: dict[str, object] = {
+        "vocab_size": 203, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16,
+        "intermediate_size": 96,
     }  # fmt: skip
-    torch.manual_seed(0)
-    model = Qwen(ModelConfig(**(fields | changes))).eval().requires_grad_(False)  # type: ignore[arg-type]
-    for name, parameter in model.named_parameters():
-        nn.init.normal_(parameter, mean=1.0 if "ln_" in name else 0.0, std=0.1)
-    return model.to(dtype)
+    return random_qwen(0.1, **(sizes | changes)).to(dtype)
 
 
 def twins(bits: int, dtype: torch.dtype = torch.float32, *, sym: bool = True) -> tuple[Qwen, Qwen]:

@@ -66,7 +66,7 @@ def _alone(
     program = QwenProgram(model, pool, 256, [] if adapter is None else [adapter.sides()]) if native else None
     table, alpha = pool.take(4), model.config.ntk_alpha(len(prompt))
     params = params.resolve(GenerationDefaults())
-    counts = TokenCounts(prompt, CPU)
+    counts = TokenCounts(prompt)
     matcher = None if params.grammar is None else GRAMMARS.compile(GrammarSpec("json_schema", SCHEMA)).matcher()
     known, stored = list(prompt), 0
     while True:

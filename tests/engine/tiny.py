@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from qwenlet.config import EngineConfig, GenerationDefaults, ModelConfig
+from qwenlet.config import EngineConfig, GenerationDefaults
 from qwenlet.engine import Engine
 from qwenlet.linear import QuantLinear, TiledLinear, replace_linear
 from qwenlet.model import Qwen
@@ -15,6 +15,7 @@ from qwenlet.ops.rounding import round_to_nearest
 from qwenlet.pretokenizer import QWEN
 from qwenlet.tokenizer import Tokenizer
 from qwenlet.tokenizer_formats import Vocabulary
+from random_qwen import random_qwen
 
 CPU = torch.device("cpu")
 END = 256
@@ -29,16 +30,12 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def random_model(kind: str, **changes: object) -> Qwen:
-    """A Qwen-1 with NTK beyond 64 tokens and log-n attention; its weights are `kind`."""
-    fields: dict[str, object] = {
-        "model_type": "qwen", "vocab_size": 271, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 96, "max_position_embeddings": 4096,
-        "seq_length": 64, "use_dynamic_ntk": True, "use_logn_attn": True,
+    """A small Qwen-1 whose weights are `kind`."""
+    sizes: dict[str, object] = {
+        "vocab_size": 271, "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32,
+        "intermediate_size": 96, "max_position_embeddings": 4096,
     }  # fmt: skip
-    torch.manual_seed(0)
-    model = Qwen(ModelConfig(**(fields | changes))).eval().requires_grad_(False)  # type: ignore[arg-type]
-    for name, parameter in model.named_parameters():
-        nn.init.normal_(parameter, mean=1.0 if "ln_" in name else 0.0, std=0.15)
+    model = random_qwen(0.15, **(sizes | changes))
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and cpu.available():
             if kind in FLOATS:

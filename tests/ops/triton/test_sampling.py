@@ -34,7 +34,7 @@ def by_kernels(logits: Tensor, rows: list[SamplingParams], prompts: list[list[in
 
 
 def by_definition(logits: Tensor, params: SamplingParams, prompt: list[int], position: int = 9) -> int:
-    counts = TokenCounts(prompt, logits.device) if needs_counts(params) else None
+    counts = TokenCounts(prompt) if needs_counts(params) else None
     return choose(logits.float(), params, counts, 0, position)
 
 
@@ -131,7 +131,7 @@ def test_drawn_tokens_are_counted() -> None:
     logits = logits_of(1, 100, 5, spread=0.5)
     s = Settings.greedy(1, 100, "cpu")
     s.slots[0], s.frequency[0] = 0, 0.4
-    scratch, counts, wanted = SampleScratch(1, 100, "cpu"), TokenCounts([], logits.device), []
+    scratch, counts, wanted = SampleScratch(1, 100, "cpu"), TokenCounts([]), []
     found = [sample(logits, s, scratch).item() for _ in range(12)]
     for position in range(12):
         wanted.append(choose(logits[0], params, counts, 0, position))
