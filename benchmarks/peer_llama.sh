@@ -10,10 +10,10 @@ mkdir -p "$dir"
 cd "$dir"
 [ -d model ] || "$python" -m qwenlet random model --like qwen-1.8b --seed 0
 # a server speaks text
-[ -f model/qwen.tiktoken ] || {
+if [ ! -f model/qwen.tiktoken ]; then
   PYTHON="$python" "$here/../scripts/fetch-test-data"
   cp "${QWENLET_TEST_DATA:-$HOME/.cache/qwenlet-test-data}/qwen.tiktoken" model/
-}
+fi
 tools="llama-bench llama-batched-bench llama-perplexity llama-quantize llama-server"
 missing=
 for tool in $tools; do [ -x "$tool" ] || missing=$tool; done
@@ -32,6 +32,15 @@ if [ -n "$missing" ]; then
   cmake --build build -j "$(nproc)" --target $tools
   for tool in $tools; do ln -sf "build/bin/$tool" "$tool"; done
 fi
-[ -f f16.gguf ] || { "$python" "$here/peer_gguf.py" model f16.part && mv f16.part f16.gguf; }
-[ -f q4_0.gguf ] || { ./llama-quantize f16.gguf q4_0.part Q4_0 && mv q4_0.part q4_0.gguf; }
-[ -f q8_0.gguf ] || { ./llama-quantize f16.gguf q8_0.part Q8_0 && mv q8_0.part q8_0.gguf; }
+# a && inside a || would hide a failure from set -e
+if [ ! -f f16.gguf ]; then
+  "$python" "$here/peer_gguf.py" model f16.part.gguf
+  mv f16.part.gguf f16.gguf
+fi
+for type in Q4_0 Q8_0; do
+  file=$(echo "$type" | tr Q q).gguf
+  if [ ! -f "$file" ]; then
+    ./llama-quantize f16.gguf "$file.part" "$type"
+    mv "$file.part" "$file"
+  fi
+done

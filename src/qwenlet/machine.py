@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import subprocess
 from pathlib import Path
 
 
@@ -37,3 +38,13 @@ def peak_memory(path: Path = Path("/proc/self/status")) -> int | None:
     except (OSError, ValueError):
         return None
     return None
+
+
+def gpu_memory(index: int = 0, command: str = "nvidia-smi") -> int | None:
+    """Bytes that are free on a GPU, as its driver's tool tells; None without a tool, a driver or such a GPU."""
+    query = [command, "--query-gpu=memory.free", "--format=csv,noheader,nounits", f"--id={index}"]
+    try:
+        told = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
+        return int(told.split()[0]) * 1024**2
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None

@@ -204,3 +204,42 @@ def test_it_answers_at_once_and_without_torch():
         used = after.children_user - before.children_user + after.children_system - before.children_system
         fastest = min(fastest, used)
     assert fastest < 0.8, "less than half a second on a quiet machine"
+
+
+# ------------------------------------------------------------------------------------------------------------ a GPU
+
+
+def test_a_gpu_has_a_plan_of_its_own(facts):
+    here = facts("--like", "qwen-1.8b", "--quant", "int4", "--context", "8192", "--memory", "3G")
+    there = facts("--like", "qwen-1.8b", "--quant", "int4", "--context", "8192", "--memory", "3G", "--device", "cuda")
+    assert there["fits"]
+    assert there["cache"] == here["cache"]
+    assert there["decode_bytes"] == here["decode_bytes"]
+    # nothing stays in a mapped file, and steps are longer
+    embedding = there["weights"][2]
+    assert embedding["name"] == "embedding"
+    assert embedding["resident"] == embedding["stored"]
+    assert there["activations"] > here["activations"]
+
+
+def test_floats_on_a_gpu_are_bfloat16_unless_asked_otherwise(facts):
+    arguments = ("--like", "qwen-1.8b", "--memory", "80G", "--device", "cuda:1")
+    assert facts(*arguments)["quantization"] == "bf16"
+    assert facts(*arguments, "--dtype", "fp32")["quantization"] == "fp32"
+
+
+def test_the_limit_is_what_the_driver_says_is_free(facts, monkeypatch):
+    monkeypatch.setattr(verb, "gpu_memory", lambda index: {0: 4 * 10**9, 1: None}[index])
+    assert facts("--like", "qwen-1.8b", "--device", "cuda")["fits"] is False
+    assert facts("--like", "qwen-1.8b", "--quant", "int4", "--device", "cuda")["fits"] is True
+    # a GPU that nobody can ask: the plan stands, without a limit
+    unknown = facts("--like", "qwen-1.8b", "--device", "cuda:1")
+    assert unknown["memory"] is None
+    assert "fits" not in unknown
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "mps", ""])
+def test_another_device_is_refused(run, device):
+    result = run("plan", "--like", "qwen-1.8b", "--device", device)
+    assert result.code != 0
+    assert f"{device!r} is not cpu, cuda or cuda:N" in result.err

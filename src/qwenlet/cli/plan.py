@@ -15,11 +15,11 @@ from qwenlet import plan as planning
 from qwenlet.cli import console
 from qwenlet.cli.options import new_app
 from qwenlet.cli.random import MODELS
-from qwenlet.config import ModelConfig, QuantConfig, config_from_gguf, read_json
+from qwenlet.config import EngineConfig, ModelConfig, QuantConfig, config_from_gguf, read_json
 from qwenlet.config.engine import KV_CACHES
 from qwenlet.config.quant import keeps_codes
 from qwenlet.errors import CheckpointError, ConfigError, OfflineError, RequestError
-from qwenlet.machine import cpu_info
+from qwenlet.machine import cpu_info, gpu_memory
 from qwenlet.plan import available_memory
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ app = new_app()
 
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _QUANTIZED_DTYPE = "fp32"  # of what is not quantized in a quantized model, on a CPU
+_GPU_DTYPE = "bf16"  # on a GPU of compute capability 8.0 and up; older ones take fp16, which is as large
 # what config.json calls the dtype of its weights
 _STORED = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
@@ -61,16 +62,21 @@ def plan(
         int | None, typer.Option(min=1, help="Tokens of prompt and reply; the training length unless given.")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 1,
+    device: Annotated[str, typer.Option(help="Where it shall run: cpu, cuda, or cuda:N.")] = "cpu",
     memory: Annotated[
-        str | None, typer.Option(help="A limit such as 4G or 900M; what is available here unless given.")
+        str | None, typer.Option(help="A limit such as 4G or 900M; what is free here, or on the GPU, unless given.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
     offline: Annotated[bool, typer.Option("--offline", help="Use only what is on this machine.")] = False,
 ) -> None:
     """Say how much memory a model will take, whether it fits, and what to change where it doesn't."""
-    limit = available_memory() if memory is None else parse_size(memory)
+    gpu = _gpu_index(device)
+    if memory is not None:
+        limit: int | None = parse_size(memory)
+    else:
+        limit = available_memory() if gpu is None else gpu_memory(gpu)
     source = _source(model, like, offline)
-    setup = _setup(source, quant, dtype, context)
+    setup = _setup(source, quant, dtype, context, gpu=gpu is not None)
     setup = replace(setup, kv_cache=kv_cache, batch=batch)
     if as_json:
         print(json.dumps(_facts(source, setup, limit), ensure_ascii=False, indent=2))
@@ -78,10 +84,23 @@ def plan(
         _print(source, setup, limit)
 
 
-def _setup(source: Source, quant: str | None, dtype: str | None, context: int | None) -> planning.Setup:
-    """What `qwenlet.load` would choose on a CPU where nothing is asked for."""
+def _gpu_index(device: str) -> int | None:
+    """Of "cuda" or "cuda:N"; None: the CPU."""
+    if device == "cpu":
+        return None
+    match = re.fullmatch(r"cuda(?::(\d+))?", device)
+    if match is None:
+        raise typer.BadParameter(f"{device!r} is not cpu, cuda or cuda:N", param_hint="--device")
+    return int(match[1] or 0)
+
+
+def _setup(
+    source: Source, quant: str | None, dtype: str | None, context: int | None, *, gpu: bool = False
+) -> planning.Setup:
+    """What `qwenlet.load` would choose where nothing is asked for: on a CPU, or on a GPU that computes in bfloat16."""
     asked = None if quant in (None, "none", "stored") else QuantConfig.named(quant)
-    if asked is not None and dtype not in (None, _QUANTIZED_DTYPE):
+    beside = _GPU_DTYPE if gpu else _QUANTIZED_DTYPE
+    if asked is not None and not gpu and dtype not in (None, beside):
         raise ConfigError(f"dtype is {dtype!r}, but quantized weights compute in fp32", hint="leave --dtype out")
     codes = None
     if asked is not None and source.quant is not None:
@@ -91,9 +110,9 @@ def _setup(source: Source, quant: str | None, dtype: str | None, context: int | 
         or (quant is None and keeps_codes(source.config.parameter_count, gguf=source.header is not None))
     ):
         asked = source.quant
-        codes = None if source.header is None else planning.gguf_bits(source.header, _QUANTIZED_DTYPE)
+        codes = None if source.header is None else planning.gguf_bits(source.header, beside)
     quantized = asked is not None or codes is not None
-    chosen = dtype or (_QUANTIZED_DTYPE if quantized else _auto_dtype())
+    chosen = dtype or (beside if quantized or gpu else _auto_dtype())
     as_stored = source.header is None and source.quant is None and source.stored in (None, chosen)
     return planning.Setup(
         model=source.config,
@@ -103,6 +122,8 @@ def _setup(source: Source, quant: str | None, dtype: str | None, context: int | 
         context=context or min(source.config.seq_length, source.config.context_length),
         gguf=source.header is not None,
         mapped=quantized or as_stored,
+        chunk=EngineConfig().chunks("cuda" if gpu else "cpu")[0],
+        gpu=gpu,
     )
 
 
@@ -253,14 +274,15 @@ def _table() -> Table:
 def _memory_table(setup: planning.Setup, found: planning.Plan, limit: int | None) -> Table:
     table = _table()
     for kind in found.weights:
-        part = "" if kind.resident == kind.stored else f"; the rows in use, of {console.size(kind.stored)}"
+        part = "" if setup.gpu or kind.resident == kind.stored else f"; the rows in use, of {console.size(kind.stored)}"
         table.add_row(kind.name, console.size(kind.resident), f"{kind.bits:.2f} bits a weight{part}")
     each = planning.cache_bytes_per_token(setup.model, setup.cache_type)
     rows = "" if setup.batch == 1 else f" in each of {setup.batch} requests"
     table.add_row("past", console.size(found.cache),
                   f"{setup.context:,} tokens{rows}, {each:,} bytes each in {setup.cache_type}")  # fmt: skip
     table.add_row("activations", console.size(found.activations), f"{min(setup.chunk, setup.context)} tokens a step")
-    table.add_row("runtime", console.size(found.runtime), "Python, torch, the vocabulary")
+    table.add_row("runtime", console.size(found.runtime),
+                  "workspaces, recorded steps" if setup.gpu else "Python, torch, the vocabulary")  # fmt: skip
     table.add_row("while loading", console.size(found.loading),
                   "the largest tensor a second time, before past and activations")  # fmt: skip
     fits = ""
