@@ -48,7 +48,7 @@ VARIANTS: dict[str, list[str]] = {
     "flash, one cache": ["-fa", "on", "-kvu"],
 }
 PROMPT, NEW = 128, 64
-# The floors: streams -> ratio to llama.cpp's best.
+# The least that is accepted: streams -> ratio to llama.cpp's best.
 TARGETS = {1: 1.2, 4: 2.5, 8: 4.0, 16: 3.0}
 CROWD = max(TARGETS)
 OUTSIDE_TARGET = 0.05

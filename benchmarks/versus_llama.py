@@ -40,7 +40,7 @@ VARIANTS: dict[str, list[str]] = {
 LONG_VARIANTS = ("flash", "flash, q8_0 cache")
 GREEDY = {"temperature": 0.0, "repetition_penalty": 1.0, "ignore_eos": True}
 PREFILL, DECODE, LONG, DEEP = 512, 64, 2048, 8000
-# The floors, as ratios to llama.cpp's best.
+# The least that is accepted, as ratios to llama.cpp's best.
 TARGETS = {
     ("int4", "prefill"): 2.2,
     ("int4", "decode"): 1.2,
