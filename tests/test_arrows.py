@@ -31,6 +31,7 @@ LADDER: list[list[str]] = [
     ["scoring"],
     ["lora"],
     ["engine", "quant"],
+    ["llm"],
     ["api"],
     ["hf", "server", "evals", "train", "profiling"],
     ["verify"],

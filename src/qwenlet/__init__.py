@@ -9,11 +9,11 @@ __version__ = "0.1.0"
 
 # public name -> module that defines it; resolved on first use
 _LAZY = {
-    "LLM": "qwenlet.api",
+    "LLM": "qwenlet.llm",
     "load": "qwenlet.api",
     "Chunk": "qwenlet.engine",
     "Completion": "qwenlet.engine",
-    "Score": "qwenlet.api",
+    "Score": "qwenlet.llm",
     "Tokenizer": "qwenlet.tokenizer",
     "EngineConfig": "qwenlet.config",
     "ModelConfig": "qwenlet.config",
@@ -25,10 +25,11 @@ _LAZY = {
 __all__ = sorted([*_LAZY, "__version__"])
 
 if TYPE_CHECKING:
-    from qwenlet.api import LLM, Score, load
+    from qwenlet.api import load
     from qwenlet.config import EngineConfig, ModelConfig, QuantConfig, SamplingParams
     from qwenlet.engine import Chunk, Completion
     from qwenlet.errors import QwenletError
+    from qwenlet.llm import LLM, Score
     from qwenlet.tokenizer import Tokenizer
 
 

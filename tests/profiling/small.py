@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from qwenlet.api import LLM
+from qwenlet.llm import LLM
 from qwenlet.profiling.records import Ceilings, Machine, Profile, Row
 from qwenlet.profiling.subject import Subject
 from qwenlet.profiling.workload import Job, Workload

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from qwenlet.api import LLM, load
+from qwenlet.api import load
 from qwenlet.checkpoint.save import write_tokenizer_json
 from qwenlet.gguf_header import read_header
+from qwenlet.llm import LLM
 from qwenlet.tokenizer_bytelevel import read_gguf
 from server.conftest import Server
 

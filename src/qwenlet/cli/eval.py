@@ -13,8 +13,8 @@ from qwenlet.cli import console
 from qwenlet.cli.options import EngineFlags, Flags, LoadOptions, expand, new_app
 
 if TYPE_CHECKING:
-    from qwenlet.api import LLM
     from qwenlet.evals.run import Outcome, Progress
+    from qwenlet.llm import LLM
 
 CACHE_TOKENS = 16384  # unless --cache-tokens says otherwise: enough for many samples at once
 _LINE_SECONDS = 30.0  # between two lines of progress where there is no terminal

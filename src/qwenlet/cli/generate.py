@@ -16,8 +16,8 @@ from qwenlet.config import SamplingParams
 from qwenlet.errors import RequestError
 
 if TYPE_CHECKING:
-    from qwenlet.api import LLM
     from qwenlet.engine import Completion
+    from qwenlet.llm import LLM
 
 app = new_app()
 

@@ -60,7 +60,8 @@ def start(
             raise
         raise MissingExtraError(problem.name or "fastapi", "serve", "the server") from problem
 
-    from qwenlet.api import LLM, load  # only now, because it takes seconds
+    from qwenlet.api import load  # only now, because it takes seconds
+    from qwenlet.llm import LLM
 
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
     logging.getLogger("qwenlet.server").setLevel(logging.WARNING if quiet else logging.INFO)

@@ -17,8 +17,8 @@ from qwenlet.errors import RequestError, StoreError
 from qwenlet.tools import ReplyParser, Toolbox
 
 if TYPE_CHECKING:
-    from qwenlet.api import LLM
     from qwenlet.engine import Chunk
+    from qwenlet.llm import LLM
 
 
 class Session:

@@ -6,8 +6,8 @@ import hashlib
 from collections import Counter
 from pathlib import Path
 
-from qwenlet.api import LLM
 from qwenlet.linear import QuantLinear
+from qwenlet.llm import LLM
 
 _EDGE = 1 << 16  # bytes at both ends of a file that are looked at: headers and last tensors
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt")

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from qwenlet import chat
-from qwenlet.api import LLM, load
+from qwenlet.api import load
 from qwenlet.config import SamplingParams
 from qwenlet.errors import EvalError, MissingExtraError, RequestError
 from qwenlet.evals.runner import answers
 from qwenlet.evals.task import Answer, Choices, Continuation, Question, Sample
+from qwenlet.llm import LLM
 
 try:
     from lm_eval.api.instance import Instance

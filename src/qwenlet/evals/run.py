@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import qwenlet
-from qwenlet.api import LLM
 from qwenlet.errors import EvalError
 from qwenlet.evals import tasks
 from qwenlet.evals.data import DataFolder
@@ -27,6 +26,7 @@ from qwenlet.evals.identity import fingerprint, quantization
 from qwenlet.evals.records import SampleLog, Settings
 from qwenlet.evals.runner import answers
 from qwenlet.evals.task import Bench, Result, Sample, Summary, Task
+from qwenlet.llm import LLM
 from qwenlet.tokenizer_formats import write_atomically
 
 # what a precision's name asks of `qwenlet.load`

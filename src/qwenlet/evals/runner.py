@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from qwenlet import chat
-from qwenlet.api import LLM
 from qwenlet.config import SamplingParams
 from qwenlet.engine import AtOnce, Chunk, Completion, Listener, Request, check_prompt
 from qwenlet.errors import CheckpointError, ContextLengthError, EngineError
 from qwenlet.evals.task import Answer, Choices, Continuation, Dialogue, Passage, Sample
+from qwenlet.llm import LLM
 
 _LOOK_UP_SECONDS = 5.0  # how long to wait before looking whether the engine still lives
 

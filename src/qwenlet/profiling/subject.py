@@ -11,8 +11,8 @@ from qwenlet.errors import RequestError
 from qwenlet.profiling.costs import QUANTIZED
 
 if TYPE_CHECKING:
-    from qwenlet.api import LLM
     from qwenlet.checkpoint import Checkpoint, Progress
+    from qwenlet.llm import LLM
 
 
 RANDOM = "random:"

@@ -13,9 +13,9 @@ from fastapi import FastAPI, Request
 from msgspec import UNSET, Meta
 from starlette.responses import Response
 
-from qwenlet.api import LLM
 from qwenlet.engine import Chunk, Completion, check_prompt
 from qwenlet.engine.request import Request as EngineRequest
+from qwenlet.llm import LLM
 from qwenlet.sampling import TokenLogprob
 from qwenlet.server import replies
 from qwenlet.server.bodies import json_answer, post

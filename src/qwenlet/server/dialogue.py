@@ -9,8 +9,8 @@ from typing import Annotated, Any, Protocol
 from msgspec import UNSET, Meta, Struct
 
 from qwenlet import chat, tools
-from qwenlet.api import LLM
 from qwenlet.errors import RequestError
+from qwenlet.llm import LLM
 from qwenlet.server.errors import ApiError, refused
 from qwenlet.server.fields import Anything, ignored, unsupported
 from qwenlet.tools import Toolbox, ToolMessage

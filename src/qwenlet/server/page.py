@@ -19,10 +19,10 @@ from fastapi import FastAPI, Request
 from starlette.responses import Response
 
 import qwenlet
-from qwenlet.api import LLM
 from qwenlet.checkpoint import dtype_name
 from qwenlet.config import SamplingParams
 from qwenlet.linear import QuantLinear
+from qwenlet.llm import LLM
 from qwenlet.server.errors import ApiError
 from qwenlet.server.service import Service
 

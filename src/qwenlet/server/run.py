@@ -14,9 +14,9 @@ from contextlib import suppress
 
 import uvicorn
 
-from qwenlet.api import LLM
 from qwenlet.config import ServerConfig, is_loopback
 from qwenlet.errors import ConfigError
+from qwenlet.llm import LLM
 from qwenlet.server.app import build
 from qwenlet.server.service import Service
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from qwenlet.api import LLM
 from qwenlet.config import ServerConfig, is_loopback
 from qwenlet.errors import ConfigError
+from qwenlet.llm import LLM
 from qwenlet.server.errors import RETRY_SECONDS, ApiError, busy
 from qwenlet.server.limits import Limits
 from qwenlet.store import Store, is_off
