@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 from qwenlet.machine import cpu_info, gpu_memory, peak_memory, total_memory
 
@@ -44,3 +49,35 @@ def test_without_a_driver_nothing_is_known_of_a_gpu(tmp_path):
     assert gpu_memory(0, str(tmp_path / "missing")) is None
     assert gpu_memory(0, tool(tmp_path, "echo '[N/A]'")) is None
     assert gpu_memory(0, tool(tmp_path, "true")) is None
+
+
+HELD_BLOCKS = """
+import ctypes, sys
+from qwenlet.machine import give_back_freed_blocks
+
+
+class Held(ctypes.Structure):  # mallinfo2 of malloc.h
+    _fields_ = [(name, ctypes.c_size_t) for name in
+                "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]
+
+
+library = ctypes.CDLL(None)
+library.mallinfo2.restype = Held
+if "asked" in sys.argv:
+    assert give_back_freed_blocks()
+block = bytearray(30 << 20)
+del block
+before = library.mallinfo2().hblkhd
+block = bytearray(10 << 20)
+print((library.mallinfo2().hblkhd - before) >> 20)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that keeps them")
+def test_a_large_block_is_a_mapping_of_its_own_where_it_was_asked_for():
+    def mapped(*arguments: str) -> int:
+        command = [sys.executable, "-c", HELD_BLOCKS, *arguments]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    assert mapped("asked") == 10
+    assert mapped() == 0  # else this test shows nothing

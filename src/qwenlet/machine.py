@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import subprocess
 from pathlib import Path
@@ -48,3 +49,16 @@ def gpu_memory(index: int = 0, command: str = "nvidia-smi") -> int | None:
         return int(told.split()[0]) * 1024**2
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return None
+
+
+def give_back_freed_blocks(size: int = 1 << 20) -> bool:
+    """Has blocks of `size` bytes and more go back to the system once they are freed; whether that could be arranged.
+
+    Left to itself, glibc keeps blocks of up to 32 MB in its heap after the first of them was freed. The logits of a
+    prompt that is scored are of that size, and in a process that lives long the heap around them stays in pieces.
+    """
+    threshold = -3  # M_MMAP_THRESHOLD of malloc.h
+    try:
+        return bool(ctypes.CDLL(None).mallopt(threshold, size))
+    except (OSError, AttributeError, TypeError):  # another system, or another C library
+        return False

@@ -13,6 +13,7 @@ from qwenlet.cli import console
 from qwenlet.cli.options import EngineFlags, Flags, LoadFlags, adapter_names, expand, new_app
 from qwenlet.config import ServerConfig
 from qwenlet.errors import MissingExtraError
+from qwenlet.machine import give_back_freed_blocks
 
 app = new_app()
 _EXTRA = {"fastapi", "starlette", "uvicorn", "httptools", "msgspec", "prometheus_client"}
@@ -63,6 +64,7 @@ def start(
     from qwenlet.api import load  # only now, because it takes seconds
     from qwenlet.llm import LLM
 
+    give_back_freed_blocks()
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
     logging.getLogger("qwenlet.server").setLevel(logging.WARNING if quiet else logging.INFO)
 
