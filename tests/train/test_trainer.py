@@ -149,8 +149,8 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(tmp_path: Path, kind: st
     outcome = rest.run()
     assert outcome.resumed == (5 if kind == "signal" else 6)
     assert outcome.losses == expected.losses[outcome.resumed :]
-    for name, tensor in whole.weights().items():
-        assert torch.equal(tensor, rest.weights()[name]), name
+    for name, tensor in whole.sharing.weights().items():
+        assert torch.equal(tensor, rest.sharing.weights()[name]), name
     lines = [line["step"] for line in read_log(tmp_path / "part" / "training") if "loss" in line]
     assert lines == list(range(1, expected.steps + 1))
 

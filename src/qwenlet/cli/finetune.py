@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -92,7 +93,7 @@ def finetune(
 
     with console.Progress("steps") as progress:
         outcome = do(job, before=before, progress=progress.update, note=console.note)
-    if outcome is not None:
+    if outcome is not None and os.environ.get("RANK", "0") == "0":  # one of several processes speaks
         report(outcome, out)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -95,6 +96,8 @@ def pretrain(
             progress=progress.update,
             note=console.note,
         )
+    if os.environ.get("RANK", "0") != "0":  # of several processes the first one tells
+        return
     if report is None:
         console.note("stopped; the same command goes on there")
         raise typer.Exit(console.INTERRUPTED)

@@ -75,7 +75,8 @@ class TrainingConfig:
         keep: checkpoints that stay.
         seed: of the order, of new weights and of dropout.
         dpo_beta: of DPO: how dear it is to leave the model as it was.
-        parallel: how several processes share the work: each with the whole model, or with a part of it.
+        parallel: how several processes share the work: ddp, each with the whole model; fsdp, each with a part of it;
+            auto, by DeepSpeed where accelerate launch asks for it, else ddp.
     """
 
     epochs: float = 3.0
@@ -100,7 +101,7 @@ class TrainingConfig:
     keep: int = 2
     seed: int = 0
     dpo_beta: float = 0.1
-    parallel: Literal["ddp", "fsdp"] = "ddp"
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
 
     def __post_init__(self) -> None:
         _check_choices(self)

@@ -335,7 +335,8 @@ def finetune(
     """
     with processes(device_by_name(job.device)) as group:
         made = Finetune(job, group=group, progress=progress, note=note)
-        if before is not None and group.first and not before(made):
+        ends = before is not None and group.first and not before(made)
+        if group.agreed(ends):  # the others must not wait for the first one's weights
             return None
         return made.run(progress=progress)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Protocol
 
 import torch
@@ -77,11 +78,18 @@ def rows_of(samples: Samples, batch: Batch, model: Qwen, device: torch.device) -
 
 
 class Learner(nn.Module):
-    """A model and its objective as one module, so that what wraps modules sees the whole way to the loss."""
+    """A model and its objective as one module, so that what wraps modules sees the whole way to the loss.
 
-    def __init__(self, model: Qwen, objective: Objective, device: torch.device) -> None:
+    Args:
+        dtype: of the arithmetic; what is kept in float32 is rounded on the way.
+    """
+
+    def __init__(
+        self, model: Qwen, objective: Objective, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
-        self.model, self.objective, self.device = model, objective, device
+        self.model, self.objective, self.device, self.dtype = model, objective, device, dtype
 
     def forward(self, batch: Batch, objective: Objective | None = None) -> Tensor:
-        return (objective or self.objective).loss(self.model, batch, self.device)
+        with nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype):
+            return (objective or self.objective).loss(self.model, batch, self.device)

@@ -12,7 +12,7 @@ from qwenlet.config import TrainingConfig
 from qwenlet.errors import ConfigError, MissingExtraError
 from qwenlet.train.processes import like, whole_tensor
 
-_SEPARATOR = "::"
+SEPARATOR = "::"
 
 
 def new_optimizer(model: nn.Module, config: TrainingConfig, lr: float) -> torch.optim.Optimizer:
@@ -51,7 +51,7 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     for name, parameter in learning_names(model).items():
         for kind, value in optimizer.state.get(parameter, {}).items():
             tensor = value if isinstance(value, Tensor) else torch.tensor(value)
-            state[f"{kind}{_SEPARATOR}{name}"] = whole_tensor(tensor).contiguous()
+            state[f"{kind}{SEPARATOR}{name}"] = whole_tensor(tensor).contiguous()
     return state
 
 
@@ -59,7 +59,7 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, state:
     """The way back from `optimizer_state`."""
     parameters = learning_names(model)
     for key, tensor in state.items():
-        kind, _, name = key.partition(_SEPARATOR)
+        kind, _, name = key.partition(SEPARATOR)
         parameter = parameters[name]
         kept: dict[str, Any] = optimizer.state[parameter]
         # the count of steps lives where the optimizer wants it: on the CPU, but for a fused one on a GPU

@@ -251,7 +251,7 @@ class _Pretraining:
             return None
         vocabulary = self.tokenizer.vocab_size
         baselines = {order: ngram_loss(samples, held_out, order, vocabulary) for order in job.baselines}
-        sample = self._sample()
+        sample = self._sample(work)
         share = 6 * self.model.config.parameter_count * outcome.tokens_per_second / self._products_per_second()
         report = Report(
             outcome, loss, baselines, (len(corpus.ids), len(left_out.ids)), share, sample,
@@ -284,13 +284,16 @@ class _Pretraining:
             write_new(folder, self.model, self.job.vocabulary, dtype)
 
     @torch.no_grad()
-    def _sample(self) -> str:
+    def _sample(self, written: Path) -> str:
         """What the model writes, drawn at temperature 0.8 from the 50 likeliest; every token is computed anew."""
         from qwenlet.cache import Rows
 
         if not self.job.prompt:
             return ""
-        self.model.eval()
+        # among several processes each may have but a part of the model, and only this one samples
+        alone = self.group.count == 1
+        model = self.model if alone else load_model(Checkpoint.open(written), self.dtype, self.device)[0]
+        model.eval()
         generator = torch.Generator().manual_seed(self.job.training.seed)
         ids = self.tokenizer.encode(self.job.prompt, allowed_special=set())
         ends = {self.tokenizer.eod_id, self.tokenizer.eos_id}
@@ -298,7 +301,7 @@ class _Pretraining:
             seen = ids[-self.job.length :]
             rows = Rows.fresh([len(seen)], [1.0], self.device)
             last = torch.tensor([len(seen) - 1], device=self.device)
-            logits: Tensor = self.model(torch.tensor(seen, device=self.device), rows, logits_at=last)[0].float().cpu()
+            logits: Tensor = model(torch.tensor(seen, device=self.device), rows, logits_at=last)[0].float().cpu()
             values, places = logits[: self.tokenizer.vocab_size].topk(min(50, self.tokenizer.vocab_size))
             drawn = int(torch.multinomial((values / 0.8).softmax(-1), 1, generator=generator))
             if int(places[drawn]) in ends:

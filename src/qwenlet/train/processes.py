@@ -1,8 +1,6 @@
-"""One process or several: which one this is, how they share a model, and what they add up.
+"""One process or several: which one this is, what they add up, and tensors of which each has a part.
 
-`torchrun` and `accelerate launch` say in the environment who takes part. With "ddp" each process holds the whole model
-and the gradients are averaged; with "fsdp" (torch's fully_shard) weights, gradients and the optimizer's moments are cut
-into as many parts, block by block.
+`torchrun` and `accelerate launch` say in the environment who takes part. How they share a model: sharing.py.
 """
 
 from __future__ import annotations
@@ -12,18 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from qwenlet.errors import TrainingError
-from qwenlet.model import Qwen
 
 
 @dataclass(frozen=True)
@@ -69,8 +62,12 @@ def processes(device: torch.device, timeout: float = 1800.0) -> Iterator[Process
     if count == 1:
         yield Processes()
         return
+    if device.type == "cuda" and device.index is None:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # else all of a machine would take its first GPU
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
+        # what is agreed on lies on the CPU, on a GPU's machine too
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     except (RuntimeError, ValueError) as error:
         raise TrainingError(
             f"{count} processes could not join: {str(error).splitlines()[0]}",
@@ -80,50 +77,6 @@ def processes(device: torch.device, timeout: float = 1800.0) -> Iterator[Process
         yield Processes(dist.get_rank(), count)
     finally:
         dist.destroy_process_group()
-
-
-def shared(whole: nn.Module, model: Qwen, how: str, group: Processes, device: torch.device) -> nn.Module:
-    """`whole`, which holds `model`, made ready for several processes; as it is in one.
-
-    Args:
-        how: "ddp" or "fsdp".
-    """
-    if group.count == 1:
-        return whole
-    if how == "ddp":
-        return DistributedDataParallel(whole, gradient_as_bucket_view=True)
-    mesh = init_device_mesh(device.type, (group.count,))
-    for block in model.transformer.h:
-        fully_shard(block, mesh=mesh)
-    # what is left (embedding, last norm, head) stays whole from forward to backward, so that the loss may use the head
-    fully_shard(whole, mesh=mesh, reshard_after_forward=False)
-    return whole
-
-
-@contextmanager
-def put_together(shared: nn.Module) -> Iterator[None]:
-    """Within it every parameter of the model is whole, in every process. All processes must enter."""
-    cut = [module for module in shared.modules() if isinstance(module, FSDPModule)]
-    for module in cut:
-        module.unshard()
-    try:
-        yield
-    finally:
-        for module in cut:
-            module.reshard()
-
-
-@contextmanager
-def quiet_gradients(shared: nn.Module, last: bool) -> Iterator[None]:
-    """Keeps gradients of one batch to this process, but those of a step's last."""
-    if isinstance(shared, DistributedDataParallel) and not last:
-        with shared.no_sync():
-            yield
-        return
-    sync: Any = getattr(shared, "set_requires_gradient_sync", None)
-    if sync is not None:
-        sync(last)
-    yield
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:

@@ -20,8 +20,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from qwenlet.checkpoint import Progress
 from qwenlet.config import TrainingConfig
@@ -30,10 +28,11 @@ from qwenlet.model import Qwen
 from qwenlet.train.batches import Course, Step, count_steps
 from qwenlet.train.checkpoints import Checkpoints, Standing
 from qwenlet.train.journal import Journal
-from qwenlet.train.objective import Learner, Objective
-from qwenlet.train.optimizer import learning_names, new_optimizer, optimizer_state, restore_optimizer
-from qwenlet.train.processes import Processes, like, put_together, quiet_gradients, shared, whole_tensor
+from qwenlet.train.objective import Objective
+from qwenlet.train.optimizer import learning_names
+from qwenlet.train.processes import Processes
 from qwenlet.train.schedule import factor
+from qwenlet.train.sharing import share
 
 
 @dataclass(frozen=True)
@@ -106,11 +105,12 @@ class Trainer:
             budget=budget,
             group=config.accumulation * self.group.count,
         )
-        self.learner = shared(Learner(model, objective, device), model, config.parallel, self.group, device)
-        self.learning = learning_names(model)
-        assert all(p.dtype == torch.float32 for p in self.learning.values()), "what learns is float32"
-        self.optimizer = new_optimizer(model, config, lr)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.learning = learning_names(model).keys()
+        assert all(p.dtype == torch.float32 for p in learning_names(model).values()), "what learns is float32"
+        self.sharing = share(
+            model, objective, config, lr=lr, dtype=dtype, device=device, group=self.group,
+            sample=self.course.epoch(0)[0].batches[0],
+        )  # fmt: skip
         self.steps = count_steps(self.course, config)
 
     # ------------------------------------------------------------------------------------------------------ the course
@@ -206,30 +206,14 @@ class Trainer:
             batch = step.batches[min(number, len(step.batches) - 1)]
             share = count / weight if number < len(step.batches) else 0.0
             torch.manual_seed(_mixed(self.config.seed, step.number, number))
-            with quiet_gradients(self.learner, last=turn == rounds - 1):
-                with self._autocast():
-                    loss = self.learner(batch)
-                self.scaler.scale(loss * share).backward()
-            total += loss.detach() * (share / count)
+            loss = self.sharing.learn(batch, share, last=turn == rounds - 1)
+            total += loss * (share / count)
         mean = float(self.group.add_up(total))
         self._check(mean, "loss", step)
-        self.scaler.unscale_(self.optimizer)
-        parameters = [p for p in self.learning.values() if p.grad is not None]
-        gradient = nn.utils.clip_grad_norm_(parameters, self.config.clip or math.inf)
-        norm = float(gradient.full_tensor() if isinstance(gradient, DTensor) else gradient)
-        if not self.scaler.is_enabled():  # float16 overflows now and then: its scaler leaves such a step out
+        norm = self.sharing.move(self.lr * factor(self.config, step.number, self.steps))
+        if self.sharing.scale is None:  # float16 overflows now and then: such a step is left out
             self._check(norm, "gradient", step)
-        for settings in self.optimizer.param_groups:
-            settings["lr"] = self.lr * factor(self.config, step.number, self.steps)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
         return mean, norm, sum(self.objective.tokens(batch) for batch in step.batches)
-
-    def _autocast(self) -> Any:
-        if self.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
 
     def _check(self, value: float, what: str, step: Step) -> None:
         if math.isfinite(value):
@@ -253,10 +237,10 @@ class Trainer:
         count = self.group.count
         total = torch.zeros((), dtype=torch.float64)
         self.model.eval()
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad():
             for turn in range(-(-len(batches) // count)):
                 number = turn * count + self.group.rank
-                loss = self.learner(batches[min(number, len(batches) - 1)], objective)
+                loss = self.sharing.loss(batches[min(number, len(batches) - 1)], objective)
                 total += float(loss) if number < len(batches) else 0.0
         self.model.train()
         return float(self.group.add_up(total)) / sum(objective.weight(batch) for batch in batches)
@@ -270,38 +254,28 @@ class Trainer:
         self.note(f"step {standing.step:,}: held-out loss {loss:.4f}, perplexity {math.exp(min(loss, 700.0)):.2f}")
         if standing.best is not None and not loss < standing.best:
             return replace(standing, worse=standing.worse + 1)
-        weights = self.weights()
+        weights = self.sharing.weights()
         if self.group.first:
             self.checkpoints.save_best(weights)
         return replace(standing, best=loss, best_step=standing.step, worse=0)
 
     # ------------------------------------------------------------------------------------------------------ on disk
 
-    def weights(self) -> dict[str, Tensor]:
-        """What learns, whole and on the CPU. All processes must ask."""
-        return {name: whole_tensor(p).contiguous() for name, p in self.learning.items()}
-
-    def assign(self, weights: dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, parameter in self.learning.items():
-                parameter.copy_(like(weights[name], parameter.data))
-
     def take_best(self) -> None:
         """Puts the weights of the best evaluation into the model."""
-        self.assign(self.checkpoints.best())
+        self.sharing.assign(self.checkpoints.best())
 
     def write(self, folder: Path) -> None:
         """`export` into a folder, by the first process, the parameters being whole."""
-        with put_together(self.learner):
+        with self.sharing.whole():
             if self.group.first and self.export is not None:
                 self.export(folder)
         self.group.wait()
 
     def _save(self, standing: Standing) -> None:
-        if self.scaler.is_enabled():
-            standing = replace(standing, scale=float(self.scaler.get_scale()))
-        weights, optimizer = self.weights(), optimizer_state(self.model, self.optimizer)
-        with put_together(self.learner) if self.export_always else nullcontext():
+        standing = replace(standing, scale=self.sharing.scale)
+        weights, optimizer = self.sharing.weights(), self.sharing.moments()
+        with self.sharing.whole() if self.export_always else nullcontext():
             if self.group.first:
                 self.checkpoints.save(standing, weights, optimizer, self.export if self.export_always else None)
         self.group.wait()
@@ -311,15 +285,12 @@ class Trainer:
         if found is None:
             return Standing()
         standing, weights, optimizer = found
-        if weights.keys() != self.learning.keys():
+        if weights.keys() != self.learning:
             raise TrainingError(
                 f"the checkpoint in {self.checkpoints.folder} holds other parameters than this run trains",
                 hint="choose another --out",
             )
-        self.assign(weights)
-        restore_optimizer(self.model, self.optimizer, optimizer)
-        if standing.scale is not None and self.scaler.is_enabled():
-            self.scaler = torch.amp.GradScaler(self.device.type, init_scale=standing.scale)
+        self.sharing.restore(weights, optimizer, standing.scale)
         return standing
 
     def _report(
