@@ -47,5 +47,5 @@ bool supported() { return has_avx512(); }
 }  // namespace
 
 namespace qwenlet {
-const Kernels kAvx512 = {"avx512", supported, linear_bf16<Dot>, linear_tiles, columns_of, norm, swiglu, peak, weigh, split, round_inputs, turn_query, store, attend};
+const Kernels kAvx512 = {"avx512", supported, linear_bf16<Dot>, linear_tiles, columns_of, nullptr, norm, swiglu, peak, weigh, split, round_inputs, turn_query, store, attend};
 }

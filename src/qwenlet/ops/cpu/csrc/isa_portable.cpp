@@ -33,5 +33,5 @@ bool supported() { return true; }
 }  // namespace
 
 namespace qwenlet {
-const Kernels kPortable = {"portable", supported, linear_bf16<Dot>, linear_tiles, columns_of, norm, swiglu, peak, weigh, split, round_inputs, turn_query, store, attend};
+const Kernels kPortable = {"portable", supported, linear_bf16<Dot>, linear_tiles, columns_of, nullptr, norm, swiglu, peak, weigh, split, round_inputs, turn_query, store, attend};
 }

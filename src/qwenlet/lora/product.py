@@ -1,0 +1,80 @@
+"""One node of autograd for a frozen linear and the low-rank part beside it.
+
+    y = x W^T + b + scale * drop(x) A^T B^T
+
+Composed of operators, every cast and every product of it would be a node that keeps something: bfloat16 copies of A
+and B, what dropout left of x, the narrow rows. Here the inputs, their mask and the narrow rows are kept, and y goes
+through a tape (ops/replay.py).
+
+Dimension letters: M rows, K inputs, N outputs, R rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qwenlet.linear import compute_dtype, product, tiles_back
+from qwenlet.ops import replay
+from qwenlet.ops.packing import Tiles
+
+
+def adapted(
+    x: Tensor, base: Tensor | Tiles, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, keep: Tensor | None
+) -> Tensor:
+    """x [..., K] -> [..., N], in autocast's dtype where that is on.
+
+    Args:
+        base: the frozen weight [N, K], or in tiles; bias: [N], frozen, or None.
+        a: [R, K]; b: [N, R], float32 as a rule.
+        keep: bool like x: what dropout keeps; None: everything.
+    """
+    dtype = compute_dtype(x)
+    rows = x.reshape(-1, x.shape[-1]).to(dtype)
+    mask = None if keep is None else keep.view(rows.shape)
+    weight = base.to(dtype) if isinstance(base, Tensor) else None
+    added = None if bias is None else bias.to(dtype if weight is not None else torch.float32)
+    tiles = base if isinstance(base, Tiles) else None
+    y = _Adapted.apply(rows, weight, tiles, added, a, b, scale, mask)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class _Adapted(torch.autograd.Function):
+    """x [M, K], weight [N, K] or None and then tiles, bias [N] or None, A [R, K], B [N, R], mask [M, K] or None."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, tiles: Tiles | None, bias: Tensor | None, a: Tensor, b: Tensor,
+        scale: float, mask: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        def result() -> Tensor:
+            y = F.linear(x, weight, bias) if weight is not None else product(x, tiles, bias)
+            return y.addmm_(narrow, b.to(x.dtype).t(), alpha=scale)
+
+        with torch.autocast(x.device.type, enabled=False):
+            kept = x if mask is None else torch.where(mask, x, 0.0)
+            narrow = replay.once(lambda: F.linear(kept, a.to(x.dtype)))
+            ctx.save_for_backward(x, weight, a, b, narrow, mask)
+            ctx.tiles, ctx.scale = tiles, scale
+            return replay.once(result)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, a, b, narrow, mask = ctx.saved_tensors
+        g = grads[0]
+        with torch.autocast(g.device.type, enabled=False):
+            of_narrow = (g @ b.to(g.dtype)).mul_(ctx.scale)  # (M, R)
+            of_a = of_b = of_x = None
+            if ctx.needs_input_grad[4]:
+                kept = x if mask is None else torch.where(mask, x, 0.0)
+                of_a = (of_narrow.t() @ kept).to(a.dtype)
+            if ctx.needs_input_grad[5]:
+                of_b = (g.t() @ narrow).to(b.dtype).mul_(ctx.scale)
+            if ctx.needs_input_grad[0]:
+                of_x = g @ weight if weight is not None else tiles_back(g, ctx.tiles)
+                low = of_narrow @ a.to(g.dtype)
+                of_x += low if mask is None else torch.where(mask, low, 0.0)
+        return of_x, None, None, None, of_a, of_b, None, None
