@@ -136,7 +136,11 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         g, (of_x, of_weight, of_bias) = grads[0], ctx.needs_input_grad
-        return (g @ weight if of_x else None, g.t() @ x if of_weight else None, g.sum(0) if of_bias else None)
+        return (
+            cpu.rows_back(g, weight) if of_x else None,
+            g.t() @ x if of_weight else None,
+            g.sum(0) if of_bias else None,
+        )
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

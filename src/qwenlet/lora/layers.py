@@ -34,17 +34,6 @@ _LINEARS = (nn.Linear, QuantLinear, TiledLinear, StreamedLinear)
 _TIED = ("wte", "lm_head")
 
 
-def kept(x: Tensor, share: float) -> Tensor:
-    """Bool like x: about `share` of it False, at random.
-
-    On a CPU torch draws a number for each entry, which took a fifth of a training step; here 16 bits of one.
-    """
-    if x.device.type != "cpu":
-        return torch.rand(x.shape, device=x.device) >= share
-    numbers = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(1 << 63), None).view(torch.int16)
-    return numbers[: x.numel()].view(x.shape) >= round(share * (1 << 16)) - (1 << 15)
-
-
 class LoraLinear(nn.Module):
     """A frozen linear with a low-rank part.
 
@@ -76,12 +65,11 @@ class LoraLinear(nn.Module):
         """x [..., in] -> [..., out]."""
         if not self.enabled:
             return self.base(x)
-        scale, keep = self.scale, None
-        if self.training and self.config.dropout:
-            keep, scale = kept(x, self.config.dropout), scale / (1.0 - self.config.dropout)
+        share = self.config.dropout if self.training else 0.0
+        scale = self.scale / (1.0 - share)
         base: Any = self.base  # frozen, one of _LINEARS
         weight = getattr(base, "tiles", None)
-        y = adapted(x, base.weight if weight is None else weight, base.bias, self.lora_A, self.lora_B, scale, keep)
+        y = adapted(x, base.weight if weight is None else weight, base.bias, self.lora_A, self.lora_B, scale, share)
         if self.lora_magnitude_vector is None:
             return y
         length = (self.lora_magnitude_vector / self.row_norms()).to(x.dtype)

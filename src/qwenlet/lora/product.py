@@ -18,27 +18,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwenlet.linear import compute_dtype, product, tiles_back
-from qwenlet.ops import replay
+from qwenlet.ops import cpu, replay
 from qwenlet.ops.packing import Tiles
 
 
 def adapted(
-    x: Tensor, base: Tensor | Tiles, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, keep: Tensor | None
+    x: Tensor, base: Tensor | Tiles, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, share: float = 0.0
 ) -> Tensor:
     """x [..., K] -> [..., N], in autocast's dtype where that is on.
 
     Args:
         base: the frozen weight [N, K], or in tiles; bias: [N], frozen, or None.
         a: [R, K]; b: [N, R], float32 as a rule.
-        keep: bool like x: what dropout keeps; None: everything.
+        share: that dropout makes 0 of what A sees, at random; the rest as it is, so `scale` has to make up for it.
     """
     dtype = compute_dtype(x)
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
-    mask = None if keep is None else keep.view(rows.shape)
+    seed, mask = None, None
+    if share and rows.device.type == "cpu":
+        # torch's generator takes a fifth of a step for all entries; it gives a seed, and what was dropped is not kept
+        seed = int(torch.randint(1 << 62, ()))
+    elif share:
+        mask = torch.rand(rows.shape, device=rows.device) >= share
     weight = base.to(dtype) if isinstance(base, Tensor) else None
     added = None if bias is None else bias.to(dtype if weight is not None else torch.float32)
     tiles = base if isinstance(base, Tiles) else None
-    y = _Adapted.apply(rows, weight, tiles, added, a, b, scale, mask)
+    y = _Adapted.apply(rows, weight, tiles, added, a, b, scale, mask, seed, share)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -48,17 +53,16 @@ class _Adapted(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, tiles: Tiles | None, bias: Tensor | None, a: Tensor, b: Tensor,
-        scale: float, mask: Tensor | None,
+        scale: float, mask: Tensor | None, seed: int | None, share: float,
     ) -> Tensor:  # fmt: skip
         def result() -> Tensor:
             y = F.linear(x, weight, bias) if weight is not None else product(x, tiles, bias)
             return y.addmm_(narrow, b.to(x.dtype).t(), alpha=scale)
 
         with torch.autocast(x.device.type, enabled=False):
-            kept = x if mask is None else torch.where(mask, x, 0.0)
-            narrow = replay.once(lambda: F.linear(kept, a.to(x.dtype)))
+            ctx.tiles, ctx.scale, ctx.seed, ctx.share = tiles, scale, seed, share
+            narrow = replay.once(lambda: F.linear(_kept(ctx, x, mask), a.to(x.dtype)))
             ctx.save_for_backward(x, weight, a, b, narrow, mask)
-            ctx.tiles, ctx.scale = tiles, scale
             return replay.once(result)
 
     @staticmethod
@@ -69,12 +73,18 @@ class _Adapted(torch.autograd.Function):
             of_narrow = (g @ b.to(g.dtype)).mul_(ctx.scale)  # (M, R)
             of_a = of_b = of_x = None
             if ctx.needs_input_grad[4]:
-                kept = x if mask is None else torch.where(mask, x, 0.0)
-                of_a = (of_narrow.t() @ kept).to(a.dtype)
+                of_a = (of_narrow.t() @ _kept(ctx, x, mask)).to(a.dtype)
             if ctx.needs_input_grad[5]:
                 of_b = (g.t() @ narrow).to(b.dtype).mul_(ctx.scale)
             if ctx.needs_input_grad[0]:
-                of_x = g @ weight if weight is not None else tiles_back(g, ctx.tiles)
-                low = of_narrow @ a.to(g.dtype)
-                of_x += low if mask is None else torch.where(mask, low, 0.0)
-        return of_x, None, None, None, of_a, of_b, None, None
+                of_x = cpu.rows_back(g, weight) if weight is not None else tiles_back(g, ctx.tiles)
+                of_x = _kept(ctx, of_narrow @ a.to(g.dtype), mask, onto=of_x)
+        return of_x, None, None, None, of_a, of_b, None, None, None, None
+
+
+def _kept(ctx: Any, x: Tensor, mask: Tensor | None, onto: Tensor | None = None) -> Tensor:
+    """What dropout leaves of x, or `onto` with that added in place."""
+    if ctx.seed is not None:
+        return cpu.drop(x, ctx.seed, ctx.share, onto)
+    left = x if mask is None else torch.where(mask, x, 0.0)
+    return left if onto is None else onto.add_(left)

@@ -26,6 +26,7 @@ from qwenlet.ops.packing import Tiles
 CHUNK_ELEMENTS = 42_000_000
 # Of these, in float32 at once: few enough to stay near the processor's caches.
 _PIECE_ELEMENTS = 1 << 20
+_KERNEL_ROWS = 64  # of a head in tiles at once
 IGNORED = -100
 
 
@@ -82,7 +83,7 @@ class _HeadLoss(torch.autograd.Function):
             dw = torch.zeros(vocabulary, x.shape[1], device=x.device) if of_weight else None
             for start in range(0, len(targets), rows):
                 part, wanted = x[start : start + rows].to(dtype), targets[start : start + rows]
-                logits = part @ w.t() if w is not None else product(part, tiles, None)
+                logits = part @ w.t() if w is not None else _logits(part, tiles)
                 total += _into_gradient(logits, wanted)
                 if dx is not None and w is not None:
                     torch.mm(logits, w, out=dx[start : start + rows])
@@ -105,6 +106,15 @@ class _HeadLoss(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _logits(x: Tensor, tiles: Tiles | None) -> Tensor:
+    """x W^T in x's dtype; the kernels' float32 results stand in memory for some rows at a time."""
+    assert tiles is not None, "a head has a weight or tiles"
+    logits = x.new_empty(len(x), tiles.rows)
+    for part, to in zip(x.split(_KERNEL_ROWS), logits.split(_KERNEL_ROWS), strict=True):
+        to.copy_(product(part, tiles, None))
+    return logits
 
 
 def _into_gradient(logits: Tensor, targets: Tensor) -> Tensor:

@@ -7,11 +7,12 @@
 
 namespace {
 
-using qwenlet::kBackColumns;
+using qwenlet::kBackPairs;
 using qwenlet::kBackRows;
+using qwenlet::kTile;
+using qwenlet::TileWeight;
 
-constexpr int kBackTiles = 4;        // registers of sixteen inputs side by side
-constexpr int64_t kBackPairs = 96;   // of outputs in a stretch: 24 KB for the four, half of a first cache or less
+constexpr int kBackTiles = 4;  // registers of sixteen inputs side by side
 
 // Sums [rows, tiles, 16] go on by `pairs` products of g [pairs, kBackRows] words and lines [pairs, kBackTiles, 64].
 inline void back_block(const uint32_t* g, const char* lines, int64_t pairs, float* sums, bool first) {

@@ -21,9 +21,10 @@ constexpr float kBandLeast[kBands] = {0x1p-3f, 0x1p-7f, 0x1p-12f};
 constexpr int64_t kMassBlock = 1024;
 // Rows of one sequence that attention takes together.
 constexpr int kQueryBlock = 16;
-// Rows whose sums the way back through a linear holds in registers, and columns of a weight that it takes at most.
+// The way back through a linear: rows whose sums are in registers, columns of a weight at most, and pairs of its outputs in
+// a stretch, whose lines of 64 columns are half of a first cache.
 constexpr int kBackRows = 6;
-constexpr int64_t kBackColumns = 256;
+constexpr int64_t kBackColumns = 256, kBackPairs = 96;
 
 // Activations as a linear reads them: rows of k numbers, either whole-number codes with a scale per group, or floats.
 // For four-bit weights a code is a byte, and of every 8 the even ones come first, as nibbles lie in a byte. For eight-bit
@@ -94,6 +95,9 @@ struct Kernels {
     void (*back)(const TileWeight& w, const uint32_t* g, int64_t rows, int64_t begin, int64_t end, int bits, void* out,
                  char* scratch);
 
+    // Dropout without its scale, see drop.h.
+    void (*drop)(const void* x, int bits, int64_t begin, int64_t end, uint64_t seed, uint32_t least, void* out, bool add);
+
     // out[i] = x[i] / rms(x) * weight[i]; out may be x.
     void (*norm)(const float* x, const float* weight, float eps, int64_t count, float* out);
     // out[i] = a[i] * silu(b[i])
@@ -128,7 +132,7 @@ struct Kernels {
 
 // What `back` needs for so many rows: a stretch of the weight, and the sums.
 inline int64_t back_scratch(int64_t rows) {
-    return kBackColumns * 96 * 4 + (rows + kBackRows - 1) / kBackRows * kBackRows * kBackColumns * 4;
+    return kBackColumns * kBackPairs * 4 + (rows + kBackRows - 1) / kBackRows * kBackRows * kBackColumns * 4;
 }
 
 #if defined(QWENLET_AMX)

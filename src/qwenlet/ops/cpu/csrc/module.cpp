@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -201,11 +202,27 @@ PyObject* linear_back(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     int64_t wide = qwenlet::kBackColumns;
     while (wide > 64 && w.k < wide * 4 * threads) wide /= 2;
     qwenlet::parallel_for(threads, (w.k + wide - 1) / wide, 1, [&](int64_t begin, int64_t end) {
-        std::vector<char> room(static_cast<size_t>(qwenlet::back_scratch(rows)) + 64);
-        char* scratch = room.data() + (64 - reinterpret_cast<uintptr_t>(room.data()) % 64);
+        const std::unique_ptr<char[]> room(new char[static_cast<size_t>(qwenlet::back_scratch(rows)) + 64]);
+        char* scratch = room.get() + (64 - reinterpret_cast<uintptr_t>(room.get()) % 64);
         for (int64_t piece = begin; piece < end; ++piece)
             kernels->back(w, packed.data(), rows, piece * wide, std::min(w.k, (piece + 1) * wide), static_cast<int>(v[3]),
                           address<void>(v[4]), scratch);
+    });
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+// drop(isa, threads, x, bits, count, seed, least, out, add): see drop.h
+PyObject* drop(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
+    int64_t v[8];
+    if (!read_all("drop", args, nargs, 1, 8, v)) return nullptr;
+    const Kernels* kernels = kernels_of(args[0]);
+    if (kernels == nullptr) return nullptr;
+    constexpr int64_t kShare = 1 << 15;  // entries that a thread takes at least
+    Py_BEGIN_ALLOW_THREADS
+    qwenlet::parallel_for(static_cast<int>(v[0]), v[3], kShare, [&](int64_t begin, int64_t end) {
+        kernels->drop(address<const void>(v[1]), static_cast<int>(v[2]), begin, end, static_cast<uint64_t>(v[4]),
+                      static_cast<uint32_t>(v[5]), address<void>(v[6]), v[7] != 0);
     });
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
@@ -421,6 +438,7 @@ PyMethodDef kMethods[] = {
     {"linear_tiles", fast(linear_tiles), METH_FASTCALL, "linear_tiles(isa, threads, x, rows, y, order, <weight>)"},
     {"tiles_columns", fast(tiles_columns), METH_FASTCALL, "tiles_columns(isa, threads, begin, end, bits, out, <weight>)"},
     {"linear_back", fast(linear_back), METH_FASTCALL, "linear_back(isa, threads, g, rows, bits, out, <weight>)"},
+    {"drop", fast(drop), METH_FASTCALL, "drop(isa, threads, x, bits, count, seed, least, out, add)"},
     {"has_back", has_back, METH_O, "has_back(isa)"},
     {"words_to_lines", fast(words_to_lines), METH_FASTCALL, "words_to_lines(threads, words, count, columns, lines)"},
     {"draw", fast(draw), METH_FASTCALL, "draw(isa, threads, rows, numbers, settings, tokens)"},
