@@ -8,6 +8,7 @@ computing it. Neither run asks Python about each operator, as torch's selective 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from contextvars import ContextVar, Token
 
 from torch import Tensor
@@ -24,7 +25,17 @@ class Tape:
     def __init__(self) -> None:
         self._kept: list[Tensor] = []
         self._next: int | None = None  # None: keeps
-        self.keeping, self.giving = _On(self, gives=False), _On(self, gives=True)
+
+    # made when asked for: held by the tape they would hold it in turn, and so all it kept until a garbage collection
+    @property
+    def keeping(self) -> AbstractContextManager[None]:
+        """On during the first run."""
+        return _On(self, gives=False)
+
+    @property
+    def giving(self) -> AbstractContextManager[None]:
+        """On during a second run; may be entered again."""
+        return _On(self, gives=True)
 
     def start(self, gives: bool) -> None:
         """Begins a run."""
@@ -44,7 +55,7 @@ class Tape:
         return self._kept[self._next - 1].detach()
 
 
-class _On:
+class _On(AbstractContextManager[None]):
     """Makes a tape the one that `once` asks."""
 
     def __init__(self, tape: Tape, gives: bool) -> None:
