@@ -56,7 +56,11 @@ class _Adapted(torch.autograd.Function):
         scale: float, mask: Tensor | None, seed: int | None, share: float,
     ) -> Tensor:  # fmt: skip
         def result() -> Tensor:
-            y = F.linear(x, weight, bias) if weight is not None else product(x, tiles, bias)
+            if weight is not None:
+                y = F.linear(x, weight, bias)
+            else:
+                assert tiles is not None, "a linear has a weight or tiles"
+                y = product(x, tiles, bias)
             return y.addmm_(narrow, b.to(x.dtype).t(), alpha=scale)
 
         with torch.autocast(x.device.type, enabled=False):

@@ -87,7 +87,7 @@ class _HeadLoss(torch.autograd.Function):
                 total += _into_gradient(logits, wanted)
                 if dx is not None and w is not None:
                     torch.mm(logits, w, out=dx[start : start + rows])
-                elif dx is not None:
+                elif dx is not None and tiles is not None:
                     dx[start : start + rows] = tiles_back(logits, tiles)
                 if dw is not None:
                     dw += logits.t() @ part
