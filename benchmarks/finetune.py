@@ -1,9 +1,10 @@
 """What does a LoRA step cost at full size, beside what a user would pick instead, and what does packing save?
 
 `step`: Qwen-1.8B in bfloat16, rank 64 beside c_attn, c_proj, w1 and w2, one sample of 256 tokens, every one of them
-foretold, AdamW in float32; gradient checkpointing on both sides. Of ours "full" computes everything in a block again, as
-peft does, "products" all but the products with its weights, "none" nothing. Ours is this package; "peft" is peft over transformers' Qwen2ForCausalLM with the same weights, optimizer and threads. Each side runs
-in a process of its own, in turn, and the peak is the process's (VmHWM).
+foretold, AdamW in float32; gradient checkpointing on both sides. Of ours "full" computes everything in a block again,
+as peft does, "products" all but the products with its weights, "none" nothing. "peft" is peft over transformers'
+Qwen2ForCausalLM with the same weights, optimizer and threads. Each side runs in a process of its own, in turn, and the
+peak is the process's (VmHWM).
 
 `packed`: tokens of real samples each second, packed, beside batches of 8 padded to their longest: with logits where a
 token is learned only, as ours, and with logits everywhere, as trainers that hand labels to a model have them. DATA are
