@@ -1,9 +1,10 @@
 """What does a LoRA step cost at full size, beside what a user would pick instead, and what does packing save?
 
 `step`: Qwen-1.8B in bfloat16, rank 64 beside c_attn, c_proj, w1 and w2, one sample of 256 tokens, every one of them
-foretold, AdamW in float32; gradient checkpointing on both sides: everything in a block is computed again. Ours is this
-package; "peft" is peft over transformers' Qwen2ForCausalLM with the same weights, optimizer and threads. Each side runs
-in a process of its own, in turn, and the peak is the process's (VmHWM). Also ours with less computed again.
+foretold, AdamW in float32; gradient checkpointing on both sides. Of ours "full" computes everything in a block again,
+as peft does, "products" all but the products with its weights, "none" nothing. "peft" is peft over transformers'
+Qwen2ForCausalLM with the same weights, optimizer and threads. Each side runs in a process of its own, in turn, and the
+peak is the process's (VmHWM).
 
 `packed`: tokens of real samples each second, packed, beside batches of 8 padded to their longest: with logits where a
 token is learned only, as ours, and with logits everywhere, as trainers that hand labels to a model have them. DATA are
@@ -35,6 +36,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 LENGTH = 256
+SIDES = ["lora, full", "lora, products", "lora, none", "qlora, full", "qlora, products", "peft"]
 # of the published card, on an A100 with 80 GB: GB and seconds a step (batch 1, 8 accumulated, 256 tokens)
 CARD = {"lora": (6.7, 1.0), "qlora": (5.8, 1.4), "full": (43.5, 2.1)}
 
@@ -67,9 +69,15 @@ def ours(path: Path, recompute: str, rounds: int, quant: bool = False) -> list[f
     from qwenlet.train.loss import head_loss
 
     if quant:
-        import qwenlet
+        from qwenlet import hub
+        from qwenlet.checkpoint import load_quantized
+        from qwenlet.config import QuantConfig
+        from qwenlet.train.finetune import compute_in
 
-        model = qwenlet.load(str(path), quant="int4", kv_cache="int8").model
+        checkpoint = Checkpoint.open(path)
+        rounding = QuantConfig.named("int4").fit(checkpoint.config)
+        model, _ = load_quantized(checkpoint, rounding, hub.cache_dir() / "kernels")
+        compute_in(model, torch.bfloat16)
     else:
         model, _ = load_model(Checkpoint.open(path), torch.bfloat16, torch.device("cpu"))
     add_lora(model, LoraConfig())
@@ -264,8 +272,7 @@ def main() -> None:
     step.add_argument("model", type=Path)
     step.add_argument("--turns", type=int, default=2)
     step.add_argument(
-        "--sides", nargs="+", default=["lora, full", "lora, products", "lora, none", "qlora, full", "peft"],
-        choices=["lora, full", "lora, products", "lora, none", "qlora, full", "peft"],
+        "--sides", nargs="+", default=SIDES, choices=SIDES,
     )  # fmt: skip
     side = verbs.add_parser("side")
     side.add_argument("side")

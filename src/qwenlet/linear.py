@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwenlet.errors import ConfigError
-from qwenlet.ops import cpu, triton
+from qwenlet.ops import cpu, replay, triton
 from qwenlet.ops.packing import QuantTensor, Tiles, float_to_tiles, from_tiles
 
 # Rows oneDNN is told to expect when it chooses the blocked order. 16 measured best for one row and no worse for many.
@@ -110,16 +110,54 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, tiles: Tiles, bias: Tensor | None) -> Tensor:
         ctx.tiles = tiles
-        return _product(x, tiles, bias)
+        return replay.once(lambda: product(x, tiles, bias))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        if ctx.tiles.weight.is_cuda:
-            return grads[0] @ _dequantize(ctx.tiles, grads[0].dtype), None, None
-        return cpu.linear_back(grads[0], ctx.tiles), None, None
+        return tiles_back(grads[0], ctx.tiles), None, None
 
 
-def _product(x: Tensor, tiles: Tiles, bias: Tensor | None) -> Tensor:
+def tiles_back(grad: Tensor, tiles: Tiles) -> Tensor:
+    """grad W: [M, out] -> [M, in] in grad's dtype."""
+    if tiles.weight.is_cuda:
+        return grad @ _dequantize(tiles, grad.dtype)
+    return cpu.linear_back(grad, tiles)
+
+
+class _Linear(torch.autograd.Function):
+    """x W^T + b whose result a tape may keep. x [M, in], W [out, in], b [out] or None, of one dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return replay.once(lambda: F.linear(x, weight, bias))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        g, (of_x, of_weight, of_bias) = grads[0], ctx.needs_input_grad
+        return (
+            cpu.rows_back(g, weight) if of_x else None,
+            g.t() @ x if of_weight else None,
+            g.sum(0) if of_bias else None,
+        )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear` for x [..., in] -> [..., out], autocast as that, kept by the tape that is on (ops/replay.py)."""
+    dtype = compute_dtype(x)
+    rows = x.reshape(-1, x.shape[-1]).to(dtype)
+    y = _Linear.apply(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
+    return y.view(*x.shape[:-1], len(weight))
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What a product with x is computed in: autocast's dtype where that is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def product(x: Tensor, tiles: Tiles, bias: Tensor | None) -> Tensor:
     """Where the weight lies: on a CPU with x in codes too, on a GPU in x's own precision."""
     if not tiles.weight.is_cuda:
         return cpu.linear_quant(x, tiles, bias)
@@ -144,7 +182,7 @@ def frozen_linear(x: Tensor, tiles: Tiles, bias: Tensor | None) -> Tensor:
     """x W^T + b for x [..., in] -> [..., out] in x's dtype, with a gradient for x where one is wanted."""
     rows = x.reshape(-1, x.shape[-1])
     wanted = torch.is_grad_enabled() and x.requires_grad
-    y = _Frozen.apply(rows, tiles, bias) if wanted else _product(rows, tiles, bias)
+    y = _Frozen.apply(rows, tiles, bias) if wanted else product(rows, tiles, bias)
     return y.view(*x.shape[:-1], tiles.rows)
 
 

@@ -27,15 +27,12 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-    noop_context_fn,
-)
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from qwenlet.cache import NoPast, Past, Rows
 from qwenlet.config import LOGN_TABLE_LENGTH, ModelConfig
+from qwenlet.linear import linear
+from qwenlet.ops import replay
 
 
 class Linear(nn.Linear):
@@ -43,6 +40,10 @@ class Linear(nn.Linear):
     import its compiler, 1.5 s of every start.)"""
 
     def reset_parameters(self) -> None: ...
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]; a product that training keeps where it asks for that."""
+        return linear(x, self.weight, self.bias) if replay.active() else super().forward(x)
 
 
 class Embedding(nn.Embedding):
@@ -156,28 +157,10 @@ class Block(nn.Module):
 Recompute = Literal["none", "products", "full"]
 """What training computes again for a block's gradient: nothing, all but the products with its weights, or all."""
 
-# A product's inner size from which it costs more to compute again than to keep: not so a low-rank part's.
-_INNER_KEPT = 512
-
 
 def _keep_products() -> tuple[Any, Any]:
-    def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        if operator in _ATTENTIONS:
-            return CheckpointPolicy.MUST_SAVE
-        # mm(x, w) and addmm(bias, x, w)
-        if operator in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default) and args[-1].shape[0] >= _INNER_KEPT:
-            return CheckpointPolicy.MUST_SAVE
-        return CheckpointPolicy.PREFER_RECOMPUTE
-
-    return create_selective_checkpoint_contexts(policy)
-
-
-_ATTENTIONS = (
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-)
+    tape = replay.Tape()
+    return tape.keeping, tape.giving
 
 
 class Transformer(nn.Module):

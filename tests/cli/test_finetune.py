@@ -49,6 +49,27 @@ def test_an_adapter_out_of_examples(run, model: Path, data: Path, tmp_path: Path
     assert "holds a finished model already" in again.err
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_an_adapter_beside_codes(run, data: Path, tmp_path: Path, qwen_vocab: Path, dtype: str):
+    from dataclasses import replace
+
+    sizes = replace(TINY, vocab_size=151_936, hidden_size=64, head_dim=32, intermediate_size=128)
+    model = write_random(tmp_path / "tiny", sizes, dtype="fp32", tokenizer_file=qwen_vocab)
+    out = tmp_path / "out"
+    result = run(
+        "finetune", str(model), str(data), "--out", str(out), "--method", "qlora", "--rank", "8", "--lr", "0.02",
+        "--checkpointing", "products", "--held-out", "2", *ARGUMENTS[:-1], dtype,
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    log = [json.loads(line) for line in (out / "training" / "log.jsonl").read_text().splitlines()]
+    held_out = [line["eval_loss"] for line in log if "eval_loss" in line]
+    assert held_out[-1] < held_out[0] - 0.05
+    assert len(Adapter.read(out, Checkpoint.open(model).config).factors) == 2 * 5
+    other = run("finetune", str(model), str(data), "--out", "x", "--method", "qlora", *ARGUMENTS[:-1], "fp16")
+    assert other.code == 1
+    assert "dtype is 'fp16'" in other.err
+
+
 def test_all_weights_become_a_checkpoint(run, model: Path, data: Path, tmp_path: Path):
     out = tmp_path / "out"
     result = run(

@@ -1,6 +1,7 @@
 """Low-rank adapters (LoRA): a frozen model, and beside some of its linears the product of two narrow matrices.
 
 layers    the modules that train: `add_lora`, `trainable`
+product   what they compute, as one node of autograd
 adapter   the folder an adapter lives in, in peft's format, read and written
 """
 

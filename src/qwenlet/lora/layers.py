@@ -11,9 +11,9 @@ where the norm counts as a constant, as in the paper.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwenlet.config import LoraConfig
@@ -27,22 +27,11 @@ from qwenlet.linear import (
     float_weight,
     replace_linear,
 )
+from qwenlet.lora.product import adapted
 from qwenlet.model import Embedding, Linear, Qwen, RMSNorm
 
 _LINEARS = (nn.Linear, QuantLinear, TiledLinear, StreamedLinear)
 _TIED = ("wte", "lm_head")
-
-
-def drop(x: Tensor, share: float) -> Tensor:
-    """x with about `share` of its entries 0, the others as they are: `F.dropout` without its scale.
-
-    On a CPU torch draws a number for each entry, which took a fifth of a training step; here 16 bits of one.
-    """
-    if x.device.type != "cpu":
-        return F.dropout(x, share) * (1.0 - share)
-    numbers = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(1 << 63), None).view(torch.int16)
-    keep = numbers[: x.numel()].view(x.shape) >= round(share * (1 << 16)) - (1 << 15)
-    return torch.where(keep, x, 0.0)
 
 
 class LoraLinear(nn.Module):
@@ -76,21 +65,17 @@ class LoraLinear(nn.Module):
         """x [..., in] -> [..., out]."""
         if not self.enabled:
             return self.base(x)
-        scale = self.scale
-        kept = x
-        if self.training and self.config.dropout:
-            kept, scale = drop(x, self.config.dropout), scale / (1.0 - self.config.dropout)
-        narrow = F.linear(kept, self.lora_A.to(x.dtype))
-        added = F.linear(narrow, (self.lora_B * scale).to(x.dtype))
-        # last, as a frozen weight keeps nothing for backward: where a block is computed again, its last product isn't
-        y = self.base(x)
+        share = self.config.dropout if self.training else 0.0
+        scale = self.scale / (1.0 - share)
+        base: Any = self.base  # frozen, one of _LINEARS
+        weight = getattr(base, "tiles", None)
+        y = adapted(x, base.weight if weight is None else weight, base.bias, self.lora_A, self.lora_B, scale, share)
         if self.lora_magnitude_vector is None:
-            return y + added
+            return y
         length = (self.lora_magnitude_vector / self.row_norms()).to(x.dtype)
-        bias = self.base.bias
-        if bias is None:
-            return length * (y + added)
-        return length * (y - bias.to(y.dtype) + added) + bias.to(y.dtype)
+        if base.bias is None:
+            return length * y
+        return length * (y - base.bias.to(y.dtype)) + base.bias.to(y.dtype)
 
     # switched off by `adapter_off`: the model then is the one before training
     enabled: bool = True

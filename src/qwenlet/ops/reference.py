@@ -5,6 +5,8 @@ Dimension letters: M rows, N outputs, K inputs, G groups.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -62,3 +64,22 @@ def linear_float(x: Tensor, weight: QuantTensor, bias: Tensor | None = None) -> 
     """The same with float activations: x is not rounded."""
     y = x.float() @ weight.dequantize().T
     return y if bias is None else y + bias.float()
+
+
+def least_kept(share: float) -> int:
+    """The least number of 32 bits whose entry dropout keeps."""
+    return min(round(share * (1 << 32)), (1 << 32) - 1)
+
+
+def kept(shape: tuple[int, ...] | torch.Size, seed: int, share: float) -> Tensor:
+    """Bool of a shape: which entries dropout keeps, all but about `share` of them, by a number of each that depends on
+    the seed and on its place alone (a multiply-xorshift mixer of 32 bits)."""
+    count = math.prod(shape)
+    whole = (1 << 32) - 1
+    number = ((torch.arange(count) ^ (seed & whole)) * 0x9E3779B1) & whole
+    number ^= number >> 16
+    number = ((number + (seed >> 32)) & whole) * 0x7FEB352D & whole
+    number ^= number >> 15
+    number = number * 0x846CA68B & whole
+    number ^= number >> 16
+    return (number >= least_kept(share)).view(shape)

@@ -31,8 +31,9 @@ from qwenlet.checkpoint import (
 )
 from qwenlet.config import DataConfig, LoraConfig, QuantConfig, TrainingConfig
 from qwenlet.errors import CheckpointError, ConfigError, MissingTokenizerError, TrainingError
+from qwenlet.linear import MappedEmbedding, QuantEmbedding
 from qwenlet.lora import add_lora, load_adapter, save_adapter
-from qwenlet.model import Qwen
+from qwenlet.model import Qwen, RMSNorm
 from qwenlet.tokenizer import Tokenizer
 from qwenlet.train.checkpoints import FOLDER
 from qwenlet.train.dpo import Preference
@@ -178,10 +179,10 @@ class Finetune:
 
     def _dtype(self) -> torch.dtype:
         named = self.job.training.dtype
-        if self.job.method == "qlora":
-            if named not in ("auto", "fp32"):
-                raise ConfigError(f"dtype is {named!r}, but quantized weights compute in fp32", hint="leave dtype out")
-            return torch.float32
+        if self.job.method == "qlora" and named == "fp16":
+            raise ConfigError(
+                "dtype is 'fp16', but beside quantized weights it is bf16 or fp32", hint="leave dtype out"
+            )
         dtype = auto_dtype(self.device)[0] if named == "auto" else dtype_by_name(named)
         check_dtype(dtype, self.device)
         return dtype
@@ -193,6 +194,7 @@ class Finetune:
                 raise ConfigError("quantized weights run on a CPU only in this version", hint="use --method lora")
             quant = None if self.checkpoint.is_quantized else QuantConfig.named(job.quant).fit(self.checkpoint.config)
             model, _ = load_quantized(self.checkpoint, quant, hub.cache_dir() / "kernels", progress=progress)
+            compute_in(model, self.dtype)
         else:
             model, _ = load_model(self.checkpoint, self.dtype, self.device, progress=progress)
         torch.manual_seed(job.training.seed)
@@ -339,6 +341,15 @@ def finetune(
         if group.agreed(ends):  # the others must not wait for the first one's weights
             return None
         return made.run(progress=progress)
+
+
+def compute_in(model: Qwen, dtype: torch.dtype) -> None:
+    """What stands in floats beside weights in codes, norms and rows of the embedding, becomes `dtype`."""
+    for module in model.modules():
+        if isinstance(module, QuantEmbedding | MappedEmbedding):
+            module.dtype = dtype
+        elif isinstance(module, RMSNorm):
+            module.weight.data = module.weight.data.to(dtype)
 
 
 def keep_masters(model: Qwen) -> None:

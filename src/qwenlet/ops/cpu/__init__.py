@@ -121,15 +121,23 @@ def linear_quant(x: Tensor, weight: Tiles, bias: Tensor | None) -> Tensor:
 
 
 _BACK_COLUMNS = 256  # of a weight that stand in memory in floats at a time
+_BACK_LEAST_ROWS = 24  # from which it pays to unpack a weight into the first cache
 
 
 def linear_back(grad: Tensor, weight: Tiles) -> Tensor:
     """grad W for grad [M, N] -> [M, K] in its dtype: how a linear's inputs change what its outputs change.
 
-    W is dequantized some columns at a time. Products are of bfloat16 where the processor has them and the weight is not
-    float32, of float32 else.
+    Products are of bfloat16 where the processor has them and the weight is not float32, of float32 else. W is
+    dequantized into the first cache where there are kernels for that, else some columns at a time.
     """
     columns = weight.weight.shape[1] * 32 // weight.bits
+    if weight.bits in (4, 8) and _backs(len(grad), weight.rows, columns):
+        out = _back(grad, weight_numbers(weight, None), columns)
+        if weight.order is None:
+            return out
+        ordered = torch.empty_like(out)
+        ordered[:, weight.order] = out
+        return ordered
     dtype = torch.float32 if weight.bits == 32 or not _has_bf16() else torch.bfloat16
     rows, out = grad.to(dtype), grad.new_empty(len(grad), columns)
     for at in range(0, columns, _BACK_COLUMNS):
@@ -140,6 +148,32 @@ def linear_back(grad: Tensor, weight: Tiles) -> Tensor:
         else:
             out[:, weight.order[at:end]] = piece.to(out.dtype)
     return out
+
+
+def rows_back(grad: Tensor, weight: Tensor) -> Tensor:
+    """grad W for bfloat16 grad [M, N] and W [N, K] row by row -> [M, K]; any other dtype or device by torch."""
+    both = grad.dtype == weight.dtype == torch.bfloat16 and grad.device.type == "cpu"
+    if not both or not weight.is_contiguous() or not _backs(len(grad), *weight.shape):
+        return grad @ weight
+    return _back(grad, (0, 0, *weight.shape, weight.data_ptr(), 0, 0, 0, 0), weight.shape[1])
+
+
+def _backs(rows: int, outputs: int, columns: int) -> bool:
+    """Whether kernels take the way back through a weight [outputs, columns]."""
+    isa = status().isa
+    if isa is None or rows < _BACK_LEAST_ROWS or outputs % TILE_ROWS or columns % TILE_ROWS:
+        return False
+    return bool(kernels().has_back(isa))
+
+
+def _back(grad: Tensor, weight: tuple[int, ...], columns: int) -> Tensor:
+    dtype = torch.bfloat16 if grad.dtype == torch.bfloat16 else torch.float32
+    rows = grad.to(torch.bfloat16).contiguous()
+    out = torch.empty(len(rows), columns, dtype=dtype)
+    kernels().linear_back(
+        status().isa, torch.get_num_threads(), rows.data_ptr(), len(rows), out.itemsize * 8, out.data_ptr(), *weight
+    )
+    return out.to(grad.dtype)
 
 
 @lru_cache(maxsize=1)
@@ -185,6 +219,27 @@ def linear_tiles(x: Tensor, weight: Tiles, bias: Tensor | None) -> Tensor:
             isa, torch.get_num_threads(), piece.data_ptr(), len(piece), out.data_ptr(), order_at, *bound
         )
     return y.to(x.dtype)
+
+
+def drop(x: Tensor, seed: int, share: float, onto: Tensor | None = None) -> Tensor:
+    """x with about `share` of its entries 0, the others as they are: `x * reference.kept(...)`.
+
+    Args:
+        seed: 0 or more, below 2^63.
+        onto: contiguous, like x: what is kept is added to it, in place.
+    """
+    isa = status().isa
+    if isa is None or x.dtype not in (torch.bfloat16, torch.float32):
+        kept = torch.where(reference.kept(x.shape, seed, share), x, 0.0)
+        return kept if onto is None else onto.add_(kept)
+    x = x.contiguous()
+    out = torch.empty_like(x) if onto is None else onto
+    assert (out.dtype, out.shape) == (x.dtype, x.shape), f"{out.dtype} {out.shape} is not like x"
+    assert out.is_contiguous(), "onto is contiguous"
+    least = reference.least_kept(share)
+    numbers = (x.data_ptr(), x.itemsize * 8, x.numel(), seed, least, out.data_ptr(), onto is not None)
+    kernels().drop(isa, torch.get_num_threads(), *numbers)
+    return out
 
 
 def draw(numbers: Tensor, settings: Tensor) -> Tensor:

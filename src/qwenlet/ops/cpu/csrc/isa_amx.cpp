@@ -7,6 +7,7 @@
 
 #include "attention.h"
 #include "columns.h"
+#include "drop.h"
 #include "linear_amx.h"
 #include "linear_bf16.h"
 #include "rows.h"
@@ -31,5 +32,5 @@ bool supported() { return has_avx512() && __builtin_cpu_supports("avx512bf16") &
 }  // namespace
 
 namespace qwenlet {
-const Kernels kAmx = {"amx", supported, linear_bf16<Dot>, linear_tiles_amx, columns_of, norm, swiglu, peak, weigh, split, round_inputs, turn_query, store, attend};
+const Kernels kAmx = {"amx", supported, linear_bf16<Dot>, linear_tiles_amx, columns_of, nullptr, drop, norm, swiglu, peak, weigh, split, round_inputs, turn_query, store, attend};
 }

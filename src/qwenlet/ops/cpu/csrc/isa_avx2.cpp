@@ -5,6 +5,7 @@
 
 #include "attention.h"
 #include "columns.h"
+#include "drop.h"
 #include "linear_bf16.h"
 #include "linear_tiles.h"
 #include "rows.h"
@@ -50,5 +51,5 @@ bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_suppor
 }  // namespace
 
 namespace qwenlet {
-const Kernels kAvx2 = {"avx2", supported, linear_bf16<Dot>, linear_tiles, columns_of, norm, swiglu, peak, weigh, split, round_inputs, turn_query, store, attend};
+const Kernels kAvx2 = {"avx2", supported, linear_bf16<Dot>, linear_tiles, columns_of, nullptr, drop, norm, swiglu, peak, weigh, split, round_inputs, turn_query, store, attend};
 }

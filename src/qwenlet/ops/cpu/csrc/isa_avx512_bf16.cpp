@@ -2,7 +2,9 @@
 #include "lanes_avx512.h"
 
 #include "attention.h"
+#include "back_avx512_bf16.h"
 #include "columns.h"
+#include "drop.h"
 #include "linear_bf16.h"
 #include "linear_tiles.h"
 #include "rows.h"
@@ -15,5 +17,5 @@ bool supported() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); 
 }  // namespace
 
 namespace qwenlet {
-const Kernels kAvx512Bf16 = {"avx512_bf16", supported, linear_bf16<Dot>, linear_tiles, columns_of, norm, swiglu, peak, weigh, split, round_inputs, turn_query, store, attend};
+const Kernels kAvx512Bf16 = {"avx512_bf16", supported, linear_bf16<Dot>, linear_tiles, columns_of, back, drop, norm, swiglu, peak, weigh, split, round_inputs, turn_query, store, attend};
 }

@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "columns.h"
+#include "drop.h"
 #include "linear_bf16.h"
 #include "linear_tiles.h"
 #include "rows.h"
@@ -33,5 +34,5 @@ bool supported() { return true; }
 }  // namespace
 
 namespace qwenlet {
-const Kernels kPortable = {"portable", supported, linear_bf16<Dot>, linear_tiles, columns_of, norm, swiglu, peak, weigh, split, round_inputs, turn_query, store, attend};
+const Kernels kPortable = {"portable", supported, linear_bf16<Dot>, linear_tiles, columns_of, nullptr, drop, norm, swiglu, peak, weigh, split, round_inputs, turn_query, store, attend};
 }

@@ -21,6 +21,10 @@ constexpr float kBandLeast[kBands] = {0x1p-3f, 0x1p-7f, 0x1p-12f};
 constexpr int64_t kMassBlock = 1024;
 // Rows of one sequence that attention takes together.
 constexpr int kQueryBlock = 16;
+// The way back through a linear: rows whose sums are in registers, columns of a weight at most, and pairs of its outputs in
+// a stretch, whose lines of 64 columns are half of a first cache.
+constexpr int kBackRows = 6;
+constexpr int64_t kBackColumns = 256, kBackPairs = 96;
 
 // Activations as a linear reads them: rows of k numbers, either whole-number codes with a scale per group, or floats.
 // For four-bit weights a code is a byte, and of every 8 the even ones come first, as nibbles lie in a byte. For eight-bit
@@ -83,6 +87,17 @@ struct Kernels {
     // at the end), in bfloat16 (bits 16) or float32 (32). begin and end lie between words.
     void (*columns)(const TileWeight& w, int64_t tile, int64_t begin, int64_t end, int64_t first, int bits, void* out);
 
+    // Columns [begin, end) of out = g W, at most kBackColumns, for W in tiles of four or eight bits, or (bits 0) bfloat16
+    // row by row: products of bfloat16, summed in float32 in the outputs' order. n, k and begin are multiples of 16. Null
+    // where torch's products are as good.
+    //   g: [rows / kBackRows, n / 2, kBackRows] words of two bfloat16, rows beyond the last zero
+    //   out [rows, k] in bfloat16 (bits 16) or float32 (32); scratch: back_scratch bytes at an address of whole lines
+    void (*back)(const TileWeight& w, const uint32_t* g, int64_t rows, int64_t begin, int64_t end, int bits, void* out,
+                 char* scratch);
+
+    // Dropout without its scale, see drop.h.
+    void (*drop)(const void* x, int bits, int64_t begin, int64_t end, uint64_t seed, uint32_t least, void* out, bool add);
+
     // out[i] = x[i] / rms(x) * weight[i]; out may be x.
     void (*norm)(const float* x, const float* weight, float eps, int64_t count, float* out);
     // out[i] = a[i] * silu(b[i])
@@ -114,6 +129,11 @@ struct Kernels {
                    int64_t q_stride, int64_t code_stride, int64_t rows, int64_t position, const int32_t* table, float* out,
                    int64_t out_stride, char* scratch);
 };
+
+// What `back` needs for so many rows: a stretch of the weight, and the sums.
+inline int64_t back_scratch(int64_t rows) {
+    return kBackColumns * kBackPairs * 4 + (rows + kBackRows - 1) / kBackRows * kBackRows * kBackColumns * 4;
+}
 
 #if defined(QWENLET_AMX)
 extern const Kernels kAmx;

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -171,6 +172,66 @@ PyObject* tiles_columns(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     });
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
+}
+
+// linear_back(isa, threads, g, rows, bits, out, <weight>): out = g W, see kernels.h; g [rows, n] bfloat16
+PyObject* linear_back(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
+    int64_t v[14];
+    if (!read_all("linear_back", args, nargs, 1, 14, v)) return nullptr;
+    const Kernels* kernels = kernels_of(args[0]);
+    if (kernels == nullptr) return nullptr;
+    if (kernels->back == nullptr) return PyErr_Format(PyExc_ValueError, "%s has no linear_back", kernels->name);
+    const TileWeight w = weight_from(v + 5);
+    const int threads = static_cast<int>(v[0]);
+    const int64_t rows = v[2], pairs = w.n / 2;
+    constexpr int64_t kRows = qwenlet::kBackRows;
+    const int64_t blocks = (rows + kRows - 1) / kRows;
+    Py_BEGIN_ALLOW_THREADS
+    // words, so that a copy keeps both bfloat16 of a pair in their order
+    const auto* g = address<const uint32_t>(v[1]);
+    std::vector<uint32_t> packed(blocks * pairs * kRows);
+    qwenlet::parallel_for(threads, blocks, 4, [&](int64_t begin, int64_t end) {
+        for (int64_t b = begin; b < end; ++b)
+            for (int64_t r = 0; r < kRows && b * kRows + r < rows; ++r) {
+                const uint32_t* from = g + (b * kRows + r) * pairs;
+                uint32_t* to = packed.data() + b * pairs * kRows + r;
+                for (int64_t p = 0; p < pairs; ++p) to[p * kRows] = from[p];
+            }
+    });
+    // wide pieces, as a row of them is read at a time, but four for every thread
+    int64_t wide = qwenlet::kBackColumns;
+    while (wide > 64 && w.k < wide * 4 * threads) wide /= 2;
+    qwenlet::parallel_for(threads, (w.k + wide - 1) / wide, 1, [&](int64_t begin, int64_t end) {
+        const std::unique_ptr<char[]> room(new char[static_cast<size_t>(qwenlet::back_scratch(rows)) + 64]);
+        char* scratch = room.get() + (64 - reinterpret_cast<uintptr_t>(room.get()) % 64);
+        for (int64_t piece = begin; piece < end; ++piece)
+            kernels->back(w, packed.data(), rows, piece * wide, std::min(w.k, (piece + 1) * wide), static_cast<int>(v[3]),
+                          address<void>(v[4]), scratch);
+    });
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+// drop(isa, threads, x, bits, count, seed, least, out, add): see drop.h
+PyObject* drop(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
+    int64_t v[8];
+    if (!read_all("drop", args, nargs, 1, 8, v)) return nullptr;
+    const Kernels* kernels = kernels_of(args[0]);
+    if (kernels == nullptr) return nullptr;
+    constexpr int64_t kShare = 1 << 15;  // entries that a thread takes at least
+    Py_BEGIN_ALLOW_THREADS
+    qwenlet::parallel_for(static_cast<int>(v[0]), v[3], kShare, [&](int64_t begin, int64_t end) {
+        kernels->drop(address<const void>(v[1]), static_cast<int>(v[2]), begin, end, static_cast<uint64_t>(v[4]),
+                      static_cast<uint32_t>(v[5]), address<void>(v[6]), v[7] != 0);
+    });
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+// whether an instruction set has linear_back
+PyObject* has_back(PyObject*, PyObject* isa) {
+    const Kernels* kernels = kernels_of(isa);
+    return kernels == nullptr ? nullptr : PyBool_FromLong(kernels->back != nullptr);
 }
 
 // words_to_lines(threads, words, count, columns, lines): words [count, columns] to lines [tiles, count, 16], zeros beyond
@@ -376,6 +437,9 @@ PyMethodDef kMethods[] = {
     {"linear_bf16", fast(linear_bf16), METH_FASTCALL, "linear_bf16(isa, threads, x, rows, w, n, k, bias, y)"},
     {"linear_tiles", fast(linear_tiles), METH_FASTCALL, "linear_tiles(isa, threads, x, rows, y, order, <weight>)"},
     {"tiles_columns", fast(tiles_columns), METH_FASTCALL, "tiles_columns(isa, threads, begin, end, bits, out, <weight>)"},
+    {"linear_back", fast(linear_back), METH_FASTCALL, "linear_back(isa, threads, g, rows, bits, out, <weight>)"},
+    {"drop", fast(drop), METH_FASTCALL, "drop(isa, threads, x, bits, count, seed, least, out, add)"},
+    {"has_back", has_back, METH_O, "has_back(isa)"},
     {"words_to_lines", fast(words_to_lines), METH_FASTCALL, "words_to_lines(threads, words, count, columns, lines)"},
     {"draw", fast(draw), METH_FASTCALL, "draw(isa, threads, rows, numbers, settings, tokens)"},
     {"program_new", program_new, METH_NOARGS, "An empty program."},
