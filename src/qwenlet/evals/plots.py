@@ -101,7 +101,8 @@ def _lines(plot: Lines) -> str:
 
 def _heat_map(plot: HeatMap) -> str:
     left, top, cell_wide, cell_high = 110.0, 52.0, 46.0, 26.0
-    parts = [_text(left, 36, plot.x_name), _text(left - 8, 36, plot.y_name, "end")]
+    middle = left + len(plot.columns) * cell_wide / 2
+    parts = [_text(middle, 34, plot.x_name, "middle"), _text(left - 8, top - 2, plot.y_name, "end")]
     for number, name in enumerate(plot.columns):
         parts.append(_text(left + (number + 0.5) * cell_wide, top - 2, name, "middle"))
     for row, (name, values) in enumerate(zip(plot.rows, plot.values, strict=True)):
