@@ -83,3 +83,24 @@ def test_the_table_knows_the_published_counts() -> None:
     }  # fmt: skip
     assert counts["gsm8k/test.jsonl"] == 1319
     assert counts["humaneval/HumanEval.jsonl.gz"] == 164
+
+
+def test_an_archive_that_is_cut_or_none_is_named(folder: DataFolder) -> None:
+    whole = gzip.compress(b'{"a": 1}\n' * 100)
+    damaged = whole[:10] + b"\xff" * 8 + whole[18:]
+    for raw, reason in ((whole[:-9], "ended"), (b"hello", "[Nn]ot a gzipped"), (damaged, "invalid block type")):
+        (folder.root / "exam" / "other.jsonl.gz").write_bytes(raw)
+        with pytest.raises(EvalError, match=rf"can't unpack .*other\.jsonl\.gz: .*{reason}"):
+            folder.json_lines("exam/other.jsonl.gz")
+
+
+def test_an_empty_table_has_no_header(folder: DataFolder) -> None:
+    (folder.root / "exam" / "other.csv").touch()
+    with pytest.raises(EvalError, match=r"other\.csv is empty, expected a header and rows"):
+        folder.rows("exam/other.csv")
+
+
+def test_a_line_that_is_no_json_is_named(folder: DataFolder) -> None:
+    (folder.root / "exam" / "other.jsonl").write_text('{"a": 1}\n\n{"a": \n', encoding="utf-8")
+    with pytest.raises(EvalError, match=r"line 3 of .*other\.jsonl is not valid JSON"):
+        folder.json_lines("exam/other.jsonl")

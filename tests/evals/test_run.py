@@ -232,6 +232,27 @@ def test_unchecked_data_is_named_in_the_report(root: Path, byte_qwen: Path) -> N
     assert "gsm8k/test.jsonl" in report(root / "run").markdown().split("## How it was made")[1]
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "gsm8k has no samples: its data in .* is empty"),
+        ('{"q": 1}\n', r"gsm8k can't use .*test\.jsonl, which is not the published file: KeyError: 'question'"),
+        ("[1]\n", r"gsm8k can't use .*test\.jsonl, which is not the published file: TypeError"),
+    ],
+)
+def test_unchecked_data_of_another_kind_is_named(root: Path, byte_qwen: Path, content: str, message: str) -> None:
+    (root / "data" / "gsm8k" / "test.jsonl").write_text(content)
+    with pytest.raises(EvalError, match=message):
+        a_run(root).evaluate(["gsm8k"], loader(byte_qwen), ["fp32"])
+    assert not (root / "run").exists()
+
+
+def test_a_folder_that_can_not_be_is_refused(root: Path, byte_qwen: Path) -> None:
+    (root / "run").write_text("a file")
+    with pytest.raises(EvalError, match="run can't be the folder of a run: "):
+        a_run(root).evaluate(["gsm8k"], loader(byte_qwen), ["fp32"])
+
+
 def test_a_model_without_a_chat_format_is_not_asked_to_chat(root: Path, byte_qwen: Path, tmp_path: Path) -> None:
     import shutil
 
@@ -241,16 +262,26 @@ def test_a_model_without_a_chat_format_is_not_asked_to_chat(root: Path, byte_qwe
         a_run(root).evaluate(["gsm8k-chat"], loader(base), ["fp32"])
 
 
-def test_a_truncated_results_file_says_how_to_get_it_back(root: Path) -> None:
+DAMAGED = [
+    '{"outcomes": [',
+    "[1]",
+    "{}",
+    '{"model": "m", "seed": 1, "altered_data": [], "outcomes": [{"task": "gsm8k"}]}',
+]
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_a_truncated_results_file_says_how_to_get_it_back(root: Path, content: str) -> None:
     (root / "run").mkdir()
-    (root / "run" / "results.json").write_text('{"outcomes": [')
+    (root / "run" / "results.json").write_text(content)
     with pytest.raises(EvalError, match=r"results\.json is damaged"):
         report(root / "run")
 
 
 def test_damaged_results_are_written_again(root: Path, byte_qwen: Path) -> None:
-    a_run(root, limit=3).evaluate(["gsm8k"], loader(byte_qwen), ["fp32"])
-    (root / "run" / "results.json").write_text('{"outcomes": [')
+    for content in DAMAGED:
+        a_run(root, limit=3).evaluate(["gsm8k"], loader(byte_qwen), ["fp32"])
+        (root / "run" / "results.json").write_text(content)
     a_run(root, limit=3).evaluate(["gsm8k"], loader(byte_qwen), ["fp32"])
     assert len(read_results(root / "run")["outcomes"]) == 1
 

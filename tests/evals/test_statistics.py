@@ -41,6 +41,24 @@ def test_the_error_of_a_macro_average_is_its_spread() -> None:
     assert statistics.stdev(values) == pytest.approx(math.sqrt(statistics.fmean(e * e for e in errors)), rel=0.06)
 
 
+def test_the_error_of_few_samples_in_many_groups_is_not_too_small() -> None:
+    """One or two samples of each of 40 groups, among which the two may well agree everywhere."""
+    draw = random.Random(1)
+    runs = [
+        [[float(draw.random() < p) for _ in range(1 + (number % 4 == 0))] for number, p in enumerate([0.1, 0.4] * 20)]
+        for _ in range(2000)
+    ]
+    values, errors = zip(*[mean_of_means(run)[:2] for run in runs], strict=True)
+    said = math.sqrt(statistics.fmean(e * e for e in errors))
+    assert statistics.stdev(values) < said < 1.2 * statistics.stdev(values)
+
+
+def test_one_sample_of_each_group_is_a_plain_mean() -> None:
+    assert mean_of_means([[1.0], [0.0], [0.0], [1.0]]) == pytest.approx(mean([1.0, 0.0, 0.0, 1.0]))
+    assert mean_of_means([[1.0]]) == (1.0, None, 1)
+    assert math.isnan(mean_of_means([])[0])
+
+
 @pytest.mark.parametrize(
     ("better", "worse", "expected"),
     # 2 * sum of binomials / 2^n, by hand

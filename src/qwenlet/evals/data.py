@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import io
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from qwenlet.errors import EvalError
+
+_AGAIN = "fetch the published file again"
 
 
 @dataclass(frozen=True)
@@ -59,11 +62,21 @@ class DataFolder:
     def text(self, name: str) -> str:
         """A file as text, unpacked if its name ends in .gz; line breaks as they are."""
         raw = self._bytes(name)
-        return self._decoded(name, gzip.decompress(raw) if name.endswith(".gz") else raw)
+        if name.endswith(".gz"):
+            try:
+                raw = gzip.decompress(raw)
+            except (OSError, EOFError, zlib.error) as problem:
+                raise EvalError(f"can't unpack {self.root / name}: {problem}", hint=_AGAIN) from None
+        return self._decoded(name, raw)
 
     def rows(self, name: str, columns: Sequence[str] | None = None) -> list[dict[str, str]]:
         """Rows of a CSV file, by the names of its header, or by `columns` where it has none."""
-        lines = list(csv.reader(io.StringIO(self.text(name), newline="")))
+        try:
+            lines = list(csv.reader(io.StringIO(self.text(name), newline="")))
+        except csv.Error as problem:
+            raise EvalError(f"{self.root / name} is not valid CSV: {problem}", hint=_AGAIN) from None
+        if columns is None and not lines:
+            raise EvalError(f"{self.root / name} is empty, expected a header and rows", hint=_AGAIN)
         header, body = (lines[0], lines[1:]) if columns is None else (list(columns), lines)
         self._count(name, len(body))
         for number, line in enumerate(body):
@@ -76,13 +89,14 @@ class DataFolder:
     def json_lines(self, name: str) -> list[Any]:
         """One value per line."""
         text = self.text(name)
-        values = [self._json(name, line) for line in text.split("\n") if line.strip()]
+        lines = enumerate(text.split("\n"), 1)
+        values = [self._json(f"line {number} of {self.root / name}", line) for number, line in lines if line.strip()]
         self._count(name, len(values))
         return values
 
     def json(self, name: str) -> Any:
         """The value of a JSON file."""
-        return self._json(name, self.text(name))
+        return self._json(str(self.root / name), self.text(name))
 
     # ------------------------------------------------------------------------------------------------- checks
 
@@ -113,7 +127,7 @@ class DataFolder:
     def _count(self, name: str, records: int) -> None:
         known = expected().get(name)
         if known is not None and records != known.records and not self.unchecked:
-            raise EvalError(f"{self.root / name} has {records} records, expected {known.records}")
+            raise EvalError(f"{self.root / name} has {records} records, expected {known.records}", hint=_AGAIN)
 
     def _decoded(self, name: str, raw: bytes) -> str:
         try:
@@ -121,8 +135,8 @@ class DataFolder:
         except UnicodeDecodeError as problem:
             raise EvalError(f"{self.root / name} is not valid UTF-8 at byte {problem.start}") from None
 
-    def _json(self, name: str, text: str) -> Any:
+    def _json(self, where: str, text: str) -> Any:
         try:
             return json.loads(text)
         except json.JSONDecodeError as problem:
-            raise EvalError(f"{self.root / name} is not valid JSON: {problem}") from None
+            raise EvalError(f"{where} is not valid JSON: {problem}", hint=_AGAIN) from None

@@ -58,6 +58,6 @@ def _table(table: Table) -> str:
 
 
 def _inline(text: str) -> str:
-    """Escaped, with the two marks our own texts use: `code` and **strong**."""
-    marked = re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
+    """Escaped, with the two marks our own texts use: `code` and **strong**. A figure and its error stay on one line."""
+    marked = re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text).replace(" ± ", "\u00a0±\u00a0"))
     return re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", marked)

@@ -10,6 +10,7 @@ from qwenlet.evals.figures import Bars, HeatMap, Lines, Plot
 
 _COLOURS = ("#615ced", "#e4572e", "#17a398", "#f2a541", "#7d8597", "#c2185b")
 _ROW = 22.0  # height of a bar with its gap
+_LETTER = 7.5  # width of a digit
 
 
 def svg(plot: Plot) -> str:
@@ -77,8 +78,10 @@ def _lines(plot: Lines) -> str:
         _text(left + wide / 2, top + high + 38, plot.x_name, "middle"),
     ]
     parts.append(_text(left, top - 6, plot.y_name))
-    for number, x in enumerate(plot.x):
-        parts.append(_text(left + number * step, top + high + 18, f"{x:g}", "middle"))
+    marks = [f"{x:g}" for x in plot.x]
+    every = math.ceil((max(map(len, marks)) * _LETTER + 8) / step)  # so that they don't run into each other
+    for number in range(0, len(marks), every):
+        parts.append(_text(left + number * step, top + high + 18, marks[number], "middle"))
     for share in (0.0, 0.5, 1.0):
         mark = low + share * span
         y = top + high * (1 - share)
@@ -98,7 +101,8 @@ def _lines(plot: Lines) -> str:
 
 def _heat_map(plot: HeatMap) -> str:
     left, top, cell_wide, cell_high = 110.0, 52.0, 46.0, 26.0
-    parts = [_text(left, 36, plot.x_name), _text(left - 8, 36, plot.y_name, "end")]
+    middle = left + len(plot.columns) * cell_wide / 2
+    parts = [_text(middle, 34, plot.x_name, "middle"), _text(left - 8, top - 2, plot.y_name, "end")]
     for number, name in enumerate(plot.columns):
         parts.append(_text(left + (number + 0.5) * cell_wide, top - 2, name, "middle"))
     for row, (name, values) in enumerate(zip(plot.rows, plot.values, strict=True)):

@@ -202,7 +202,7 @@ def _precisions(out: Path) -> list[Section]:
 
 def _curves(outcomes: Sequence[_Outcome]) -> list[Section]:
     plots = [plot for one in outcomes for plot in one.plots]
-    return [Section("Curves and maps", "On the page.", plots=plots)] if plots else []
+    return [Section("Curves and maps", "Drawn in report.html.", plots=plots)] if plots else []
 
 
 def _not_read(outcomes: Sequence[_Outcome]) -> Section:

@@ -14,12 +14,12 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import qwenlet
-from qwenlet.errors import EvalError
+from qwenlet.errors import EvalError, QwenletError
 from qwenlet.evals import tasks
 from qwenlet.evals.data import DataFolder
 from qwenlet.evals.identity import fingerprint, quantization
@@ -128,6 +128,7 @@ class Run:
             with load(precision) as llm:
                 bench = Bench(self.data, llm.tokenizer, llm.context_length, llm.config)
                 chosen = [(task, *self._chosen(llm, task, bench)) for task in found]
+                self._make_folder()
                 for task, samples, available in chosen:
                     outcome = self._one(llm, task, bench, precision, samples, available, progress)
                     outcomes.append(outcome)
@@ -141,8 +142,27 @@ class Run:
                 f"{task.name} asks for chat, but {llm.name} has no chat format",
                 hint="take the task's form for base models; `qwenlet eval list` names them",
             )
-        samples = list(task.samples(bench))
+        try:
+            samples = list(task.samples(bench))
+        except (LookupError, TypeError, AttributeError, ValueError) as problem:
+            if isinstance(problem, QwenletError) or not self.data.altered:
+                raise
+            raise EvalError(
+                f"{task.name} can't use {self.data.root / self.data.altered[-1]}, which is not the published file: "
+                f"{type(problem).__name__}: {problem}",
+                hint="give it the published file's fields, or fetch that",
+            ) from problem
+        if not samples:
+            raise EvalError(f"{task.name} has no samples: its data in {self.data.root} is empty", hint="fetch it again")
         return choose(samples, self.limit, self.seed), len(samples)
+
+    def _make_folder(self) -> None:
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as problem:
+            raise EvalError(
+                f"{self.out} can't be the folder of a run: {problem.strerror or problem}", hint="choose another --out"
+            ) from None
 
     def _one(
         self,
@@ -234,9 +254,14 @@ def read_results(out: Path) -> dict[str, Any]:
     path = out / RESULTS
     try:
         value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        for name in ("model", "seed", "altered_data"):
+            value[name]
+        for outcome in value["outcomes"]:
+            if missing := {one.name for one in fields(Outcome)} - set(outcome):
+                raise ValueError(f"an outcome has no {sorted(missing)[0]}")
     except FileNotFoundError:
         raise EvalError(f"{path} does not exist", hint="qwenlet eval TASK --out RUN makes it") from None
-    except ValueError as problem:
+    except (ValueError, LookupError, TypeError) as problem:
         raise EvalError(f"{path} is damaged: {problem}", hint="the same command as before writes it again") from None
     return value
 

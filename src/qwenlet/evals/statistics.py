@@ -36,14 +36,19 @@ def mean(values: Sequence[float]) -> tuple[float, float | None, int]:
 
 
 def mean_of_means(groups: Iterable[Sequence[float]]) -> tuple[float, float | None, int]:
-    """The mean of the groups' means, every group with the same weight; the error is that of independent groups."""
+    """The mean of the groups' means, every group with the same weight, as `mean` gives it.
+
+    The error is that of independent groups. Where most groups have one sample, what these few say of the spread within
+    groups is next to nothing: then the spread of the groups' means stands for it, which can only be too large.
+    """
     parts = [mean(values) for values in groups]
-    if not parts:
-        return math.nan, None, 0
-    errors = [error for _, error, _ in parts if error is not None]
-    # a group of one sample has no error of its own: what the others say stands for it
-    error = math.sqrt(math.fsum(e * e for e in errors) / len(errors) / len(parts)) if errors else None
-    return math.fsum(part[0] for part in parts) / len(parts), error, sum(part[2] for part in parts)
+    center, error, _ = mean([part[0] for part in parts])
+    count = sum(part[2] for part in parts)
+    if count >= 2 * len(parts) > 0:
+        errors = [error for _, error, _ in parts if error is not None]
+        # a group of one sample has no error of its own: what the others say stands for it
+        error = math.sqrt(math.fsum(e * e for e in errors) / len(errors) / len(parts))
+    return center, error, count
 
 
 def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:

@@ -19,7 +19,8 @@ from qwenlet.evals.data import DataFolder
 from qwenlet.evals.figures import Lines
 from qwenlet.evals.run import Run
 from qwenlet.evals.runner import answers
-from qwenlet.evals.task import Answer, Bench, Passage
+from qwenlet.evals.task import Answer, Bench, Passage, Result, Sample, Scored
+from qwenlet.evals.tasks import length
 from qwenlet.evals.tasks.length import variants
 from qwenlet.pretokenizer import QWEN
 from qwenlet.tokenizer_export import tokenizer_json
@@ -64,10 +65,16 @@ def test_every_length_covers_the_same_tokens(book: Bench) -> None:
         kinds.setdefault((sample.fields["length"], sample.fields["switches"]), []).extend(sample.question.ids)
     assert sorted({size for size, _ in kinds}) == [16, 32, 64, 128, 256]
     assert len({tuple(ids) for ids in kinds.values()}) == 1
-    assert len(next(iter(kinds.values()))) == 8 * 256
+    assert len(next(iter(kinds.values()))) == len(TEXT) // 256 * 256
     assert {switches for size, switches in kinds if size <= 32} == {"within the training length"}
     assert {switches for size, switches in kinds if size > 32} == {"neither", "NTK", "log-n", "both"}
     assert len({sample.id for sample in samples}) == len(samples)
+
+
+def test_long_windows_are_few(book: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(length, "MOST_TOKENS", 1024)  # four of them
+    samples = tasks.get("length").samples(book)
+    assert sum(sample.fields["length"] == 256 for sample in samples) == 4 * length.MOST_WINDOWS
 
 
 @pytest.mark.parametrize(
@@ -103,16 +110,18 @@ def test_figures_and_plots(book: Bench, tiny: qwenlet.LLM, golden: Path, tmp_pat
     (outcome,) = run.evaluate(["length"], load)
     names = [figure.name for figure in outcome.summary.figures]
     assert names[:4] == [f"256 tokens (8x), {name}" for name in ("both", "log-n", "NTK", "neither")]
-    assert names[-1] == "16 tokens (0.5x), within the training length"
-    assert len(names) == 2 + 3 * 4
-    figure = outcome.summary.figures[-1]
-    assert (figure.unit, figure.higher_is_better, figure.count) == ("number", False, 128)
+    assert names[13] == "16 tokens (0.5x), within the training length"
+    assert names[-3:] == [f"64 tokens (2x), change by {name} in %" for name in ("NTK", "log-n", "log-n beside NTK")]
+    assert len(names) == 2 + 3 * 4 + 3 * 3
+    figure = outcome.summary.figures[2 + 3 * 4 - 1]
+    assert (figure.unit, figure.higher_is_better, figure.count) == ("number", False, 9 * 16)
     used = [s for s in tasks.get("length").samples(book) if s.fields["length"] == 16]
     losses = [-math.fsum(a.logprobs) / 15 for _, a in answers(tiny, used)]
     assert figure.value == pytest.approx(math.exp(math.fsum(losses) / len(losses)), rel=1e-6)
-    lengths, positions = outcome.summary.plots
+    lengths, positions, changes = outcome.summary.plots
     assert isinstance(lengths, Lines)
     assert isinstance(positions, Lines)
+    assert isinstance(changes, Lines)
     assert list(lengths.x) == [16, 32, 64, 128, 256]
     curves = dict(lengths.curves)
     assert list(curves) == ["neither", "NTK", "log-n", "both"]
@@ -122,6 +131,36 @@ def test_figures_and_plots(book: Bench, tiny: qwenlet.LLM, golden: Path, tmp_pat
     first = [values[0] for _, values in positions.curves]
     assert dict(positions.curves)["neither"][0] == pytest.approx(dict(positions.curves)["log-n"][0])
     assert None not in first
+    # log-n acts from position 32 on, which is the end of the fourth quarter of the training length
+    assert list(changes.x) == list(positions.x)
+    of_logn = dict(changes.curves)["log-n"]
+    assert of_logn[:4] == pytest.approx([0.0] * 4, abs=1e-4)
+    assert max(map(abs, of_logn[4:])) > 1e-3  # type: ignore[arg-type, type-var]
+
+
+def read(number: int, switches: str, losses: list[float]) -> Result:
+    """A window of twice the training length with these losses."""
+    sample = Sample(
+        f"64/{switches}/{number}", Passage(tuple(range(64))), None,
+        fields={"length": 64, "switches": switches, "window": number},
+    )  # fmt: skip
+    answer = Answer(logprobs=tuple(-loss for loss in losses))
+    return Result(sample, answer, Scored({"nats per token": sum(losses) / len(losses)}))
+
+
+def test_what_a_switch_changes_is_taken_window_by_window(book: Bench) -> None:
+    """Windows differ by 4 nats, the switch by 0.01: a third window that was read one way only is left out."""
+    results = [read(0, "neither", [1.0] * 63), read(1, "neither", [5.0] * 63), read(2, "neither", [9.0] * 63)]
+    results += [read(0, "NTK", [0.98] * 63), read(1, "NTK", [4.96] * 63)]
+    summary = tasks.get("length").summary(results, book)
+    (change,) = [figure for figure in summary.figures if "change" in figure.name]
+    assert change.name == "64 tokens (2x), change by NTK in %"
+    assert change.value == pytest.approx(100 * (math.exp(-0.03) - 1))
+    assert change.error == pytest.approx(100 * math.exp(-0.03) * 0.01)
+    assert (change.count, change.unit, change.higher_is_better) == (2, "number", False)
+    (name, values), *others = summary.plots[2].curves  # type: ignore[union-attr]
+    assert (name, others) == ("NTK", [])
+    assert values == pytest.approx([100 * (math.exp(-0.03) - 1)] * 8)
 
 
 def test_a_model_without_switches_has_one_curve(book: Bench) -> None:

@@ -2,7 +2,8 @@
 
 The same tokens at every length: a text is cut into windows of half the training length, of it, and of twice, four and
 eight times it, as far as the context goes. Windows within the training length are the same whatever is switched off.
-The text is a book unless length:FILE names another, in the data folder or anywhere. The beginning of
+What a switch changes is taken window by window: its error is that of the differences, which is far smaller than that of
+either perplexity. The text is a book unless length:FILE names another, in the data folder or anywhere. The beginning of
 longctx/en_books/walden.md:
 
     # Walden, and On The Duty Of Civil Disobedience
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -29,9 +30,12 @@ from qwenlet.evals.task import Answer, Bench, Passage, Result, Sample, Scored, S
 
 TEXT = "longctx/en_books/walden.md"
 MULTIPLES = (0.5, 1, 2, 4, 8)
-MOST_WINDOWS = 8  # of the greatest length
+MOST_WINDOWS = 8  # of the greatest length, or more where they are short:
+MOST_TOKENS = 1 << 16
 # name -> (dynamic NTK, log-n attention)
 SWITCHES = {"neither": (False, False), "NTK": (True, False), "log-n": (False, True), "both": (True, True)}
+# name -> (without it, with it)
+CHANGES = {"NTK": ("neither", "NTK"), "log-n": ("neither", "log-n"), "log-n beside NTK": ("NTK", "both")}
 WITHIN = "within the training length"
 _PARTS = 4  # of a training length, in the plot by position
 
@@ -56,7 +60,7 @@ class Length(Task):
         sizes = lengths(bench)
         name = self.file if bench.data.has(self.file) else str(Path(self.file).resolve())
         ids = bench.tokenizer.encode(bench.data.text(name), allowed_special=set())
-        count = min(len(ids) // sizes[-1], MOST_WINDOWS)
+        count = min(len(ids) // sizes[-1], max(MOST_WINDOWS, MOST_TOKENS // sizes[-1]))
         if not count:
             raise EvalError(
                 f"{name} has {len(ids)} tokens, but {self.name} needs windows of {sizes[-1]}",
@@ -68,7 +72,7 @@ class Length(Task):
             for switches, (ntk, logn) in variants(bench.config, size).items():
                 for number in range(len(used) // size):
                     passage = Passage(tuple(used[number * size :][:size]), ntk=ntk, logn=logn)
-                    fields = {"length": size, "switches": switches}
+                    fields = {"length": size, "switches": switches, "window": number}
                     found.append(Sample(f"{size}/{switches}/{number}", passage, None, fields=fields))
         return found
 
@@ -78,22 +82,40 @@ class Length(Task):
         return Scored({"nats per token": -math.fsum(answer.logprobs) / len(answer.logprobs)})
 
     def summary(self, results: Sequence[Result], bench: Bench) -> Summary:
-        """Figures from the greatest length down, that with all switches on first."""
+        """Perplexities from the greatest length down, all switches on first; then what each switch changes."""
         kinds = grouped(((r.sample.fields["length"], r.sample.fields["switches"]), r) for r in results)
         ordered = sorted(kinds, key=lambda kind: (-kind[0], -_rank(kind[1])))
         figures = [self._figure(bench, size, switches, kinds[size, switches]) for size, switches in ordered]
+        for size in sorted({size for size, _ in kinds}, reverse=True):
+            of_size = {switches: of_kind for (other, switches), of_kind in kinds.items() if other == size}
+            figures += self._changes(bench, size, of_size)
         plots = [by_length(bench.config, figures_of(kinds))]
         longest = max((size for size, _ in kinds), default=0)
         if longest > bench.config.seq_length:
-            plots.append(by_position(bench.config, longest, [r for r in results if len(_ids(r)) == longest]))
+            of_longest = [r for r in results if len(_ids(r)) == longest]
+            plots += by_position(bench.config, longest, of_longest)
         return Summary(tuple(figures), tuple(plots))
 
     def _figure(self, bench: Bench, size: int, switches: str, results: Sequence[Result]) -> Figure:
         value, error = perplexity(results)
-        times = f"{size / bench.config.seq_length:g}x"
-        return Figure(
-            f"{size} tokens ({times}), {switches}", value, error, len(results), "number", higher_is_better=False
-        )
+        name = f"{_at(bench.config, size)}, {switches}"
+        return Figure(name, value, error, len(results), "number", higher_is_better=False)
+
+    def _changes(self, bench: Bench, size: int, of_size: Mapping[str, Sequence[Result]]) -> list[Figure]:
+        """Percent of perplexity at this length that each switch adds, over the windows that were read both ways."""
+        found = []
+        for name, (without, with_it) in CHANGES.items():
+            if pairs := paired_windows(of_size, without, with_it):
+                differences = [
+                    after.scored.values["nats per token"] - before.scored.values["nats per token"]
+                    for before, after in pairs
+                ]
+                center, error, count = mean(differences)
+                spread = None if error is None else 100 * math.exp(center) * error
+                label = f"{_at(bench.config, size)}, change by {name} in %"
+                value = 100 * math.expm1(center)
+                found.append(Figure(label, value, spread, count, "number", higher_is_better=False))
+        return found
 
 
 def lengths(bench: Bench) -> list[int]:
@@ -130,25 +152,51 @@ def by_length(config: ModelConfig, values: dict[tuple[int, str], float]) -> Line
     return Lines(title, "tokens", "perplexity", sizes, curves, logarithmic=True)
 
 
-def by_position(config: ModelConfig, size: int, results: Sequence[Result]) -> Lines:
-    """Where in the longest windows it is lost: perplexity of the tokens of each quarter of a training length."""
-    step = max(config.seq_length // _PARTS, 1)
+def paired_windows(of_size: Mapping[str, Sequence[Result]], without: str, with_it: str) -> list[tuple[Result, Result]]:
+    """The windows of one length that were read both ways."""
+    before, after = (
+        {result.sample.fields["window"]: result for result in of_size.get(switches, ())}
+        for switches in (without, with_it)
+    )
+    return [(before[window], after[window]) for window in before if window in after]
+
+
+def by_position(config: ModelConfig, size: int, results: Sequence[Result]) -> list[Lines]:
+    """Where in the longest windows, by quarters of a training length: perplexities, and what each switch changes."""
+    step = max(config.seq_length // _PARTS, 2)  # the first token is not predicted
     starts = list(range(0, size, step))
-    curves = []
-    for name, of_switch in grouped((r.sample.fields["switches"], r) for r in results).items():
-        values: list[float | None] = []
-        for start in starts:
-            # logprobs begin with the second token
-            losses = [-x for r in of_switch for x in r.answer.logprobs[max(start - 1, 0) : start + step - 1]]
-            values.append(math.exp(math.fsum(losses) / len(losses)) if losses else None)
-        curves.append((name, values))
-    title = f"Perplexity by position in windows of {size} tokens (training length {config.seq_length})"
-    return Lines(title, "position", "perplexity", [start + step / 2 for start in starts], curves, logarithmic=True)
+    middles = [start + step / 2 for start in starts]
+    of_size = grouped((r.sample.fields["switches"], r) for r in results)
+
+    def losses(some: Sequence[Result]) -> list[float]:
+        return [_loss(some, start, start + step) for start in starts]
+
+    perplexities = [(name, [math.exp(loss) for loss in losses(some)]) for name, some in of_size.items()]
+    changes = []
+    for name, (without, with_it) in CHANGES.items():
+        if pairs := paired_windows(of_size, without, with_it):
+            before, after = (losses(some) for some in zip(*pairs, strict=True))
+            changes.append((name, [100 * math.expm1(b - a) for a, b in zip(before, after, strict=True)]))
+    where = f"by position in windows of {size} tokens (training length {config.seq_length})"
+    plots = [Lines(f"Perplexity {where}", "position", "perplexity", middles, perplexities, logarithmic=True)]
+    if changes:
+        plots.append(Lines(f"What a switch changes, {where}", "position", "% of perplexity", middles, changes))
+    return plots
+
+
+def _loss(results: Sequence[Result], start: int, end: int) -> float:
+    """Mean loss of the tokens at these positions; log-probabilities begin with the second token."""
+    losses = [-x for r in results for x in r.answer.logprobs[max(start - 1, 0) : end - 1]]
+    return math.fsum(losses) / len(losses)
 
 
 def _ids(result: Result) -> tuple[int, ...]:
     assert isinstance(result.sample.question, Passage)
     return result.sample.question.ids
+
+
+def _at(config: ModelConfig, size: int) -> str:
+    return f"{size} tokens ({size / config.seq_length:g}x)"
 
 
 def _rank(switches: str) -> int:

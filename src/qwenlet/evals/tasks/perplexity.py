@@ -46,8 +46,10 @@ class Perplexity(Task):
             raise EvalError("perplexity needs a text", hint="perplexity:FILE, or the tasks wikitext2 and zh-perplexity")
         try:
             return self.path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as problem:
-            raise EvalError(f"can't read {self.path}: {problem}") from None
+        except OSError as problem:
+            raise EvalError(f"can't read {self.path}: {problem.strerror or problem}") from None
+        except UnicodeDecodeError as problem:
+            raise EvalError(f"{self.path} is not valid UTF-8 at byte {problem.start}") from None
 
     def samples(self, bench: Bench) -> list[Sample]:
         ids = bench.tokenizer.encode(self.text(bench), allowed_special=set())
