@@ -351,6 +351,23 @@ checks.shortcuts = async (job) => {
   await page.waitForFunction(() => document.getElementById("message")?.value === "one\ntwo"); // a draft survives
 };
 
+checks.typing_right_after_a_new_conversation = async (job) => {
+  const id = await talkOf(job.url, "Old", ["A question", "An answer"]);
+  const page = await opened(job, `/#${id}`);
+  await lastReply(page).waitFor();
+  const kept = await page.evaluate(async () => {
+    const keys = { key: "O", code: "KeyO", ctrlKey: true, shiftKey: true, bubbles: true, cancelable: true };
+    document.activeElement.dispatchEvent(new KeyboardEvent("keydown", keys));
+    await new Promise((done) => queueMicrotask(done)); // faster than a frame, as a busy machine makes it
+    const field = document.getElementById("message");
+    field.value = "typed at once";
+    field.dispatchEvent(new Event("input", { bubbles: true }));
+    await new Promise((done) => setTimeout(done, 300));
+    return [location.hash, field.value];
+  });
+  assert.deepEqual(kept, ["", "typed at once"]);
+};
+
 // ------------------------------------------------------------------------------------------------------------ text
 
 const RICH = [

@@ -1,5 +1,5 @@
 import { useComputed, useSignal } from "@preact/signals";
-import { useEffect, useRef } from "preact/hooks";
+import { useEffect, useLayoutEffect, useRef } from "preact/hooks";
 import { textOf } from "../files";
 import { call, Refused, Unreachable } from "../http";
 import { remember, remembered } from "../memory";
@@ -59,7 +59,8 @@ export function Composer() {
     keepTimer.current = window.setTimeout(() => keep(whose, next), 300);
   }
 
-  useEffect(() => {
+  // before anything can be typed: an effect of the next frame would wipe the first letters away
+  useLayoutEffect(() => {
     clearTimeout(keepTimer.current);
     if (!sending.current) {
       if (owner.current !== undefined) keep(owner.current, draft.value);
