@@ -8,8 +8,6 @@ Runs from src/ without an installation: packages that only files and text need m
 from __future__ import annotations
 
 import argparse
-import importlib.abc
-import importlib.machinery
 import importlib.util
 import json
 import os
@@ -21,39 +19,10 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 LIMIT = 470  # seconds, of everything
-# of what runs on a GPU nothing needs these: reading files, text and command lines do
-OPTIONAL = ("tiktoken", "regex", "safetensors", "gguf", "huggingface_hub", "platformdirs", "typer", "rich",
-            "prompt_toolkit", "llguidance", "msgspec")  # fmt: skip
-
-
-class _Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Lets packages that aren't here be imported; whoever uses something of them is told."""
-
-    def find_spec(self, name: str, path: object = None, target: object = None) -> importlib.machinery.ModuleSpec | None:
-        top, _, below = name.partition(".")
-        # a package that is here may lack a name, which is then looked for as a module of it
-        absent = top in OPTIONAL and (not below or isinstance(sys.modules.get(top), _Stub))
-        return importlib.machinery.ModuleSpec(name, self, is_package=True) if absent else None
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
-        return _Stub(spec.name)
-
-    def exec_module(self, module: ModuleType) -> None: ...
-
-
-class _Stub(ModuleType):
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-
-        def refuse(*_: object, **__: object) -> None:
-            raise ModuleNotFoundError(f"{self.__name__} is not installed here")
-
-        return type(name, (Exception,), {"__init__": refuse})
+ABSENT = Path(__file__).parent / "absent"  # lets parts import packages that no GPU needs
 
 
 def say(**fact: Any) -> None:
@@ -67,11 +36,12 @@ def say(**fact: Any) -> None:
 
 def environment(device: str, tiny: bool) -> None:
     import torch
+    from sitecustomize import OPTIONAL, Absent
 
     found: dict[str, Any] = {"python": sys.version.split()[0], "torch": torch.__version__, "cuda": torch.version.cuda}
     for name in ("triton", "numpy", "transformers", "flash_attn", *OPTIONAL):
         spec = importlib.util.find_spec(name)
-        there = spec is not None and not isinstance(spec.loader, _Absent)
+        there = spec is not None and not isinstance(spec.loader, Absent)
         found[name] = getattr(__import__(name), "__version__", True) if there and name in ("triton", "numpy") else there
     if device != "cpu":
         gpu = torch.cuda.get_device_properties(device)
@@ -309,7 +279,8 @@ def run_part(name: str, words: list[str], options: list[str], seconds: float) ->
     handle, path = tempfile.mkstemp(suffix=".jsonl")
     os.close(handle)
     command = [sys.executable, __file__, "--part", name.split()[0], *options, "--", *words]
-    child = subprocess.Popen(command, env=os.environ | {"FACTS": path}, stdout=sys.stderr)
+    paths = os.pathsep.join([str(ABSENT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    child = subprocess.Popen(command, env=os.environ | {"FACTS": path, "PYTHONPATH": paths}, stdout=sys.stderr)
     ended = "ok"
     try:
         if child.wait(timeout=max(seconds, 1.0)):
@@ -339,7 +310,6 @@ def main() -> int:
     if asked.device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
     if asked.part:
-        sys.meta_path.append(_Absent())  # behind all others: what is here is found first
         globals()[asked.part](asked.device, asked.tiny, *asked.words)
         return 0
     end = time.monotonic() + asked.limit
@@ -358,14 +328,19 @@ def main() -> int:
         for fact in checks:
             if not fact["passed"]:
                 print(f"FAILED {fact}", file=sys.stderr, flush=True)
+        for fact in found[name]["facts"]:
+            if fact.get("row", {}).get("problem"):
+                print(f"NOT MEASURED {fact['row']}", file=sys.stderr, flush=True)
         passed = f", {sum(fact['passed'] for fact in checks)} of {len(checks)} checks passed" if checks else ""
         print(f"== {name}: {found[name]['ended']} in {found[name].get('seconds', 0)} s{passed}", file=sys.stderr)
-    failed = sum("passed" in fact and not fact["passed"] for part in found.values() for fact in part["facts"])
+    facts = [fact for part in found.values() for fact in part["facts"]]
+    failed = sum("passed" in fact and not fact["passed"] for fact in facts)
+    missing = sum(bool(fact.get("row", {}).get("problem")) for fact in facts)
     ended = all(part["ended"] == "ok" for part in found.values())
-    print(
-        json.dumps({"repository": Path(__file__).resolve().parent.parent.name, "failed_checks": failed, "parts": found})
-    )
-    return 0 if ended and not failed else 1
+    repository = Path(__file__).resolve().parent.parent.name
+    told = {"repository": repository, "failed_checks": failed, "rows_not_measured": missing, "parts": found}
+    print(json.dumps(told))
+    return 0 if ended and not failed and not missing else 1
 
 
 if __name__ == "__main__":
