@@ -83,14 +83,21 @@ class LLM:
         self._closed = False
         self._model = model
         self._tokenizer = tokenizer
-        self.chat_format = _chat_format(checkpoint.defaults, tokenizer)
+        self._own_format = _chat_format(checkpoint.defaults, tokenizer)
+        self._chatting: frozenset[str] = frozenset()
         known = tokenizer if isinstance(tokenizer, Tokenizer) else None
-        stops = chat.stop_ids(known, self.chat_format) if known is not None else ()
+        # a base model's too: no text holds them, and an adapter may have taught it to end its turns
+        stops = chat.stop_ids(known) if known is not None else ()
         self._engine = Engine(model, known, options, checkpoint.defaults, device, stops)
         if self._engine.obstacle is not None and device.type == "cuda":
             report.notes.append(f"replies run without our kernels, more slowly: {self._engine.obstacle}")
         elif self._engine.obstacle is not None and _is_quantized(model):
             report.notes.append(f"runs by modules, more slowly: {self._engine.obstacle}")
+
+    @property
+    def chat_format(self) -> Literal["chatml", "raw"]:
+        """How conversations are told to the model; "raw" for one that learned none, itself or by an adapter."""
+        return "chatml" if self._chatting else self._own_format
 
     @property
     def precision(self) -> str:
@@ -258,10 +265,12 @@ class LLM:
             raise RequestError(f"an adapter's name is {name!r}, expected a printable text")
         adapter = Adapter.read(folder, self.config)
         self.engine.add_adapter(LoadedAdapter.beside(self.model, name, adapter))
+        self._chatting = self._chatting | {name} if adapter.chat_format == "chatml" else self._chatting - {name}
 
     def remove_adapter(self, name: str) -> None:
         """Lets no request ask for it any more. Raises RequestError if there is none of that name."""
         self.engine.remove_adapter(name)
+        self._chatting -= {name}
 
     # ---------------------------------------------------------------------------------------------- logits
 

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from tests.train.tiny import TINY
 
+from qwenlet.api import load
 from qwenlet.checkpoint import Checkpoint, write_random
 from qwenlet.lora import Adapter
+from qwenlet.lora.merge import merge
 
 ARGUMENTS = ["--epochs", "2", "--accumulation", "1", "--batch-size", "4", "--max-length", "64", "--dtype", "fp32"]
 
@@ -82,6 +84,30 @@ def test_all_weights_become_a_checkpoint(run, model: Path, data: Path, tmp_path:
     assert (out / "generation_config.json").exists()
 
 
+def test_a_base_model_becomes_one_that_chats(run, model: Path, data: Path, tmp_path: Path):
+    generation = model / "generation_config.json"
+    generation.write_text(json.dumps(json.loads(generation.read_text()) | {"chat_format": "raw"}))
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"text": "Nobody speaks in here."}) + "\n")
+    full, adapter, merged, read = (tmp_path / name for name in ("full", "adapter", "merged", "read"))
+    few = ["--max-steps", "1", *ARGUMENTS]
+    for out, source, method in ((full, data, "full"), (adapter, data, "lora"), (read, text, "full")):
+        result = run("finetune", str(model), str(source), "--out", str(out), "--method", method, *few)
+        assert result.code == 0, result.err
+        untaught = "--modules-to-save wte --modules-to-save lm_head" in result.err
+        assert untaught == (method == "lora")
+    merge(model, adapter, merged)
+    chats = {path.name: Checkpoint.open(path).defaults.chat_format for path in (model, full, merged, read)}
+    assert chats == {"tiny": "raw", "full": "chatml", "merged": "chatml", "read": "raw"}
+    with load(model, device="cpu", dtype="fp32", max_context=128) as llm:
+        assert llm.chat_format == "raw"
+        llm.add_adapter("chatty", adapter)
+        assert llm.chat_format == "chatml"
+        assert llm.tokenizer.im_end_id in llm.engine.stop_ids, "or its turns would never end"
+        llm.remove_adapter("chatty")
+        assert llm.chat_format == "raw"
+
+
 def test_a_preview_shows_what_is_learned_and_trains_nothing(run, model: Path, data: Path, tmp_path: Path):
     result = run("finetune", str(model), str(data), "--out", str(tmp_path / "out"), "--preview", "1")
     assert result.code == 0, result.err
@@ -120,3 +146,4 @@ def test_a_model_from_nothing(run, tmp_path: Path, qwen_vocab: Path):
     assert "by counts alone" in result.err
     config = Checkpoint.open(out).config
     assert (config.model_type, config.vocab_size, config.seq_length) == ("qwen", 512, 32)
+    assert Checkpoint.open(out).defaults.chat_format == "raw", "it has read, and never talked"

@@ -31,7 +31,7 @@ from qwenlet.checkpoint.save import (
     write_tokenizer,
     write_tokenizer_json,
 )
-from qwenlet.config import DYNAMIC_ROPE, GenerationDefaults, ModelConfig, ModelType
+from qwenlet.config import DYNAMIC_ROPE, GenerationDefaults, ModelConfig, ModelType, read_json
 from qwenlet.errors import CheckpointError, ConfigError, MissingTokenizerError
 from qwenlet.model import Qwen
 from qwenlet.tokenizer import Tokenizer, read_folder
@@ -51,11 +51,13 @@ class Change:
         weights: by our parameters' names, from what is stored to what is written, both in float32.
         vocab_size: rows of embedding and head afterwards; None: as many as before.
         untie: the head becomes a tensor of its own, which begins as the embedding.
+        chat_format: of the model afterwards; None: as before.
     """
 
     weights: Mapping[str, Callable[[Tensor], Tensor]]
     vocab_size: int | None = None
     untie: bool = False
+    chat_format: Literal["chatml"] | None = None
 
     def of_config(self, config: ModelConfig) -> ModelConfig:
         return replace(
@@ -106,7 +108,7 @@ def convert(
     """
     if to not in TARGETS:
         raise ConfigError(f"to is {to!r}, expected one of {', '.join(TARGETS)}")
-    checkpoint = Checkpoint.open(source)
+    checkpoint = _chatting(Checkpoint.open(source), change.chat_format)
     config = change.of_config(_target_config(checkpoint.config, to, architecture))
     if dynamic_rope and not (to == "qwen2" and config.use_dynamic_ntk):
         raise ConfigError("dynamic_rope is for a first-generation model with dynamic NTK written as 'qwen2'")
@@ -141,15 +143,24 @@ def convert(
     return Path(out)
 
 
-def write_trained(folder: Path, checkpoint: Checkpoint, model: Qwen, dtype: torch.dtype) -> None:
+def write_trained(
+    folder: Path,
+    checkpoint: Checkpoint,
+    model: Qwen,
+    dtype: torch.dtype,
+    *,
+    chat_format: Literal["chatml"] | None = None,
+) -> None:
     """A trained model of floats, with the small files of the checkpoint it came from, into an empty folder.
 
     In the published layout if it is a first-generation model's, else in Llama's or Qwen2's.
 
+    Args:
+        chat_format: what it learned; None: the checkpoint's own.
     Raises:
         ConfigError: the layout can't express this model.
     """
-    config = model.config
+    config, checkpoint = model.config, _chatting(checkpoint, chat_format)
     if config.model_type == "qwen":
         _published_files(folder, checkpoint, config, dtype)
     else:
@@ -157,15 +168,22 @@ def write_trained(folder: Path, checkpoint: Checkpoint, model: Qwen, dtype: torc
     _write_parameters(folder, model, dtype)
 
 
+def _chatting(checkpoint: Checkpoint, chat_format: Literal["chatml"] | None) -> Checkpoint:
+    if chat_format is None:
+        return checkpoint
+    return replace(checkpoint, defaults=replace(checkpoint.defaults, chat_format=chat_format))
+
+
 def write_new(folder: Path, model: Qwen, vocabulary: Vocabulary, dtype: torch.dtype) -> None:
-    """A model that comes from no checkpoint, in the published layout, into an empty folder.
+    """A base model that comes from no checkpoint, in the published layout, into an empty folder.
 
     Raises:
         ConfigError: the published layout can't express this model.
     """
     tokenizer = Tokenizer(vocabulary)
     ends = () if vocabulary.eos_id is None else (vocabulary.eos_id,)
-    write_published_configs(folder, model.config, dtype, replace(QWEN_CHAT_DEFAULTS, eos_token_ids=ends))
+    defaults = replace(QWEN_CHAT_DEFAULTS, chat_format="raw", repetition_penalty=1.0, eos_token_ids=ends)
+    write_published_configs(folder, model.config, dtype, defaults)
     if tokenizer.is_qwen:
         tokenizer.save(folder)
     else:
@@ -264,6 +282,10 @@ def _published_files(folder: Path, checkpoint: Checkpoint, config: ModelConfig, 
         return
     write_published_configs(folder, config, dtype, defaults)
     write_tokenizer(folder, checkpoint)
+    generation = folder / "generation_config.json"
+    copied = read_json(generation)  # as it was, with fields that we don't know
+    if defaults.chat_format not in (None, copied.get("chat_format")):
+        write_json(generation, copied | {"chat_format": defaults.chat_format})
 
 
 def _qwen2_files(

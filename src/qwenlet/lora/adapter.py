@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,12 +19,12 @@ from torch import Tensor, nn
 
 from qwenlet.checkpoint.names import Layout, parts_of
 from qwenlet.checkpoint.save import new_folder, write_json
-from qwenlet.config import LoraConfig, ModelConfig, read_json
+from qwenlet.config import GenerationDefaults, LoraConfig, ModelConfig, read_json
 from qwenlet.errors import CheckpointError, ConfigError
 from qwenlet.lora.layers import LoraLinear, add_lora, lora_config, saved_modules, trainable_module
 from qwenlet.model import Qwen
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, GENERATION = "adapter_config.json", "adapter_model.safetensors", "generation_config.json"
 _PREFIX = "base_model.model."
 _PART = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)")
 _SHOWN = 6
@@ -63,6 +64,7 @@ class Adapter:
         factors: of linears, such as "transformer.h.0.attn.c_attn".
         saved: whole parameters that take the place of the model's, such as "lm_head.weight".
         base: what was adapted, as the folder says it.
+        chat_format: of the conversations it learned, where the folder says so.
     """
 
     path: Path
@@ -70,6 +72,7 @@ class Adapter:
     factors: Mapping[str, Factors]
     saved: Mapping[str, Tensor]
     base: str | None
+    chat_format: Literal["chatml"] | None = None
 
     @classmethod
     def read(cls, folder: str | Path, model: ModelConfig) -> Adapter:
@@ -87,7 +90,7 @@ class Adapter:
         raw = read_json(folder / CONFIG)
         config = LoraConfig.from_peft(raw, str(folder / CONFIG))
         factors, saved = _Reading(folder, model, config, _tensors(folder)).result()
-        return cls(folder, config, factors, saved, raw.get("base_model_name_or_path"))
+        return cls(folder, config, factors, saved, raw.get("base_model_name_or_path"), _chat_format(folder))
 
     @property
     def vocab_size(self) -> int | None:
@@ -96,6 +99,13 @@ class Adapter:
 
 
 _VOCABULARY = ("transformer.wte.weight", "lm_head.weight")
+
+
+def _chat_format(folder: Path) -> Literal["chatml"] | None:
+    file = folder / GENERATION
+    if not file.exists():
+        return None
+    return "chatml" if GenerationDefaults.from_dict(read_json(file), str(file)).chat_format == "chatml" else None
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
@@ -224,11 +234,14 @@ def _fused(found: Mapping[str, Factors], stems: list[tuple[str, int]]) -> Factor
 # ------------------------------------------------------------------------------------------------ to and from a model
 
 
-def save_adapter(model: Qwen, folder: str | Path, *, base: str | None = None) -> Path:
+def save_adapter(
+    model: Qwen, folder: str | Path, *, base: str | None = None, chat_format: Literal["chatml"] | None = None
+) -> Path:
     """Writes the model's adapter, and the modules that trained as a whole.
 
     Args:
         base: name or path of the model, kept for those who load the adapter.
+        chat_format: of the conversations it learned, kept in a generation config, which peft passes over.
     Raises:
         ConfigError: the model has no adapter.
         CheckpointError: `folder` exists and is not empty, or could not be written.
@@ -242,6 +255,8 @@ def save_adapter(model: Qwen, folder: str | Path, *, base: str | None = None) ->
         path.chmod(work.stat().st_mode & 0o666)  # safetensors makes it private; the folder follows the umask
         kept = [name.rpartition(".")[2] for name in saved_modules(model, config)]
         write_json(work / CONFIG, replace(config, modules_to_save=kept).to_peft(base))
+        if chat_format is not None:
+            write_json(work / GENERATION, {"chat_format": chat_format})
     return Path(folder)
 
 

@@ -75,7 +75,7 @@ def change_of(checkpoint: Checkpoint, adapter: Adapter, beside: QuantConfig | No
     for name, tensor in adapter.saved.items():
         changes[name] = partial(_instead, tensor)
     untie = config.tie_word_embeddings and _head_differs(adapter)
-    return Change(changes, adapter.vocab_size, untie)
+    return Change(changes, adapter.vocab_size, untie, adapter.chat_format)
 
 
 def _same(weight: Tensor) -> Tensor:

@@ -208,6 +208,12 @@ class Finetune:
             )
         if grown:
             model.resize_vocabulary(self.tokenizer.vocab_size)
+        begins = job.adapter is None and not job.moves_all and not {"wte", "lm_head"} <= kept
+        if begins and self.chat_format is not None and self.checkpoint.defaults.chat_format == "raw":
+            self.note(
+                "this is a base model, to which <|im_start|> and <|im_end|> mean nothing yet; the published recipe has "
+                "embedding and head learn beside its adapter: --modules-to-save wte --modules-to-save lm_head"
+            )
         if job.moves_all:
             model.requires_grad_(True)
         elif job.adapter is not None:
@@ -218,8 +224,10 @@ class Finetune:
         return model.train()
 
     @property
-    def is_chat(self) -> bool:
-        return self.checkpoint.defaults.chat_format is not None
+    def chat_format(self) -> Literal["chatml"] | None:
+        """What the model will have learned of conversations, which are all told alike."""
+        im_start = self.tokenizer.im_start_id
+        return "chatml" if im_start is not None and (self.samples.ids == im_start).any() else None
 
     # -------------------------------------------------------------------------------------------------------- the plan
 
@@ -314,12 +322,12 @@ class Finetune:
 
     def _export(self, folder: Path) -> None:
         if not self.job.moves_all:
-            save_adapter(self.model, folder, base=str(self.path))
+            save_adapter(self.model, folder, base=str(self.path), chat_format=self.chat_format)
             return
         folder.mkdir(parents=True)
         dtype = torch.float16 if self.dtype == torch.float16 else torch.bfloat16
         dtype = torch.float32 if self.job.training.dtype == "fp32" else dtype
-        write_trained(folder, self.checkpoint, self.model, dtype)
+        write_trained(folder, self.checkpoint, self.model, dtype, chat_format=self.chat_format)
 
 
 def finetune(
