@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -51,3 +53,25 @@ def test_a_file_that_ends_early(tmp_path, file, monkeypatch):
     monkeypatch.setattr(mapped, "_LEAST", 1)
     with pytest.raises(OSError, match="ends after 400,000 bytes, expected 400,001"):
         mapped.copied_bytes(file, 0, 400_001, spare=0, setting=setting(tmp_path, OFFERED))
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="what a mapping was told stands there on Linux only")
+def test_of_a_table_that_is_read_by_rows_the_system_maps_no_large_pieces(file):
+    table = mapped.mapped_bytes(file, 0, 400_000).view(1000, 400)
+    before = table.clone()
+    assert mapped.by_rows(table) is table
+    flags = next(flags for begin, end, flags in _mappings() if begin <= table.data_ptr() + mmap.PAGESIZE < end)
+    assert "nh" in flags
+    mapped.let_go(table)
+    assert torch.equal(table, before)
+
+
+def _mappings() -> Iterator[tuple[int, int, list[str]]]:
+    span = (0, 0)
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, _, rest = line.partition(" ")
+        if "-" in first:
+            begin, end = first.split("-")
+            span = (int(begin, 16), int(end, 16))
+        elif first == "VmFlags:":
+            yield *span, rest.split()

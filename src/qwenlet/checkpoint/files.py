@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from qwenlet.checkpoint.dtypes import DTYPES
 from qwenlet.checkpoint.gguf import PLAIN_TYPES, GGUFTensors, dequantize_rows
-from qwenlet.checkpoint.mapped import mapped_bytes
+from qwenlet.checkpoint.mapped import by_rows, mapped_bytes
 from qwenlet.checkpoint.names import Part, join, unpermute
 from qwenlet.config import read_json
 from qwenlet.errors import CheckpointError, ConfigError, FormatError
@@ -105,7 +105,7 @@ class Shards:
         stored = self.stored_dtype(name)
         if stored == dtype or stored not in DTYPES.values():
             return None  # what is no float type `read` refuses by name
-        return MappedEmbedding(self._tensor(name), _as_stored, dtype)
+        return MappedEmbedding(by_rows(self._tensor(name)), _as_stored, dtype)
 
     def _directory(self, path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Names and shapes in one file."""
@@ -250,8 +250,9 @@ class GGUFFile:
             return None
         if type_id == Q8_0:
             blocks = raw.unflatten(1, (-1, 2 + GGUF_BLOCK))
+            by_rows(raw)
             return QuantEmbedding(blocks[..., 2:].view(torch.int8), blocks[..., :2].view(torch.float16)[..., 0], dtype)
-        return MappedEmbedding(raw, partial(dequantize_rows, type_id=type_id), dtype)
+        return MappedEmbedding(by_rows(raw), partial(dequantize_rows, type_id=type_id), dtype)
 
 
 def read_parts(weights: WeightFile, parts: Sequence[Part], dtype: torch.dtype) -> Tensor:

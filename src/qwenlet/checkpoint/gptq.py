@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qwenlet.checkpoint.files import SafetensorsFiles, Shards
-from qwenlet.checkpoint.mapped import let_go
+from qwenlet.checkpoint.mapped import by_rows, let_go
 from qwenlet.checkpoint.names import Part
 from qwenlet.config import QuantConfig
 from qwenlet.errors import FormatError
@@ -130,7 +130,7 @@ class GPTQFile:
         codes, scales = self._stored(name, torch.int8), self._stored(f"{stem}.scales", torch.float16)
         # only bytes that lie in the file may be let go; scales are few
         mapped = isinstance(self.files, SafetensorsFiles)
-        return QuantEmbedding(codes, scales, dtype, partial(let_go, codes) if mapped else None)
+        return QuantEmbedding(by_rows(codes), scales, dtype, partial(let_go, codes) if mapped else None)
 
     # ---------------------------------------------------------------------------------------------- inside
 

@@ -86,14 +86,26 @@ def _madvise() -> ctypes._NamedFuncPointer | None:
     return call
 
 
+def by_rows(mapped: Tensor) -> Tensor:
+    """The tensor itself, of whose pages few will be looked at: a file that the system keeps in pieces of 2 MB is else mapped
+    piece by piece, and a few hundred rows of an embedding make all of it count as ours."""
+    _advise(mapped, "MADV_NOHUGEPAGE")
+    return mapped
+
+
 def let_go(mapped: Tensor) -> None:
     """Stops counting a mapped tensor's pages as ours; what is looked at next is mapped again, from the file's cache.
 
     Around a page that is looked at the system maps fifteen more, so a few thousand rows of an embedding can make most
     of it count. Nothing may have been written to the tensor: it would be lost.
     """
-    call = _madvise()
-    if call is None:
+    _advise(mapped, "MADV_DONTNEED")
+
+
+def _advise(mapped: Tensor, advice: str) -> None:
+    """Tells Linux of the pages that lie in the tensor whole."""
+    call, number = _madvise(), getattr(mmap, advice, None)
+    if call is None or number is None:
         return
     start = -(-mapped.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     # the span in memory: a strided view holds other columns between its own
@@ -102,4 +114,4 @@ def let_go(mapped: Tensor) -> None:
         + sum((n - 1) * s for n, s in zip(mapped.shape, mapped.stride(), strict=True)) * mapped.itemsize
     )
     if end > start:
-        call(start, end // mmap.PAGESIZE * mmap.PAGESIZE - start, mmap.MADV_DONTNEED)
+        call(start, end // mmap.PAGESIZE * mmap.PAGESIZE - start, number)

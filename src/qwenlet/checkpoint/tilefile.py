@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwenlet.checkpoint.mapped import copied_bytes, let_go, mapped_bytes
+from qwenlet.checkpoint.mapped import by_rows, copied_bytes, let_go, mapped_bytes
 from qwenlet.linear import QuantEmbedding, QuantLinear, TiledLinear
 from qwenlet.ops.packing import TILE_ROWS, Tiles
 
@@ -169,7 +169,7 @@ def _embedding(module: nn.Module | None, parts: dict[str, Tensor | None], dtype:
         return None
     if codes.shape != module.weight.shape or codes.dtype != torch.int8 or len(scales) != len(codes):
         return None
-    return QuantEmbedding(codes, scales, dtype, partial(let_go, codes))
+    return QuantEmbedding(by_rows(codes), scales, dtype, partial(let_go, codes))
 
 
 def _linear(module: nn.Module | None, parts: dict[str, Tensor | None], said: dict[str, Any]) -> nn.Module | None:

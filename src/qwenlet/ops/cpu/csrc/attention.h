@@ -80,14 +80,18 @@ void store(const Pages& p, float* k, const float* v, const float* cos, const flo
     for (int64_t w = 0; w < dim * bytes / 4; ++w) std::memcpy(tile + w * 64, key + w * 4, 4);
 }
 
-// What is read next, fetched while something else is computed: a processor's own reading ahead ends with every 4 kB, and
-// a head's part of a page is not much longer.
+// The keys and values that are read next, fetched while something else is computed. A processor reads ahead by itself, but
+// only to the end of 4 kB, and begins anew behind it: so both halves of both are fetched side by side, a head ahead.
 struct Ahead {
-    const uint8_t* at;
-    int64_t lines;  // left
+    const uint8_t *k, *v;
+    int64_t lines;  // of both together
+    int64_t next = 0;
 
     void fetch(int64_t count) {
-        for (; count > 0 && lines > 0; --count, --lines, at += 64) prefetch_second(at);
+        for (; count > 0 && next < lines; --count, ++next) {
+            const int64_t line = (next & 1) * (lines / 4) + next / 4;
+            prefetch((next & 2 ? v : k) + line * 64);
+        }
     }
 };
 
@@ -96,30 +100,30 @@ template <int R>
 inline void scores_int8(const uint8_t* k, const float* k_scales, const int8_t* codes, const float* code_scales,
                         int64_t q_stride, int64_t scales_stride, int64_t dim, float factor, F (*scores)[kKeyTiles],
                         Ahead& ahead) {
-    I high[R][kKeyTiles], low[R][kKeyTiles];
-    for (int r = 0; r < R; ++r) {
-        // keys are stored 128 higher
-        const I start = i_set(-128 * static_cast<int32_t>(code_scales[r * scales_stride + 1]));
-        for (int t = 0; t < kKeyTiles; ++t) {
-            low[r][t] = start;
-            high[r][t] = i_set(0);
+    for (int t = 0; t < kKeyTiles; ++t) {
+        // two sums of each kind, for a product takes some cycles; a tile after the other, as they lie in memory
+        I high[R][2], low[R][2];
+        for (int r = 0; r < R; ++r) {
+            // keys are stored 128 higher
+            low[r][0] = i_set(-128 * static_cast<int32_t>(code_scales[r * scales_stride + 1]));
+            low[r][1] = high[r][0] = high[r][1] = i_set(0);
         }
-    }
-    for (int64_t w = 0; w < dim / 4; ++w) {
-        ahead.fetch(kKeyTiles);
-        for (int t = 0; t < kKeyTiles; ++t) {
-            const Line line = line_load(k + t * 16 * dim + w * 64);
-            for (int r = 0; r < R; ++r) {
-                high[r][t] = dot4<8>(high[r][t], line, codes + r * q_stride + w * 8);
-                low[r][t] = dot4<8>(low[r][t], line, codes + r * q_stride + w * 8 + 4);
+        const uint8_t* tile = k + t * 16 * dim;
+        for (int64_t w = 0; w < dim / 4; w += 2) {
+            ahead.fetch(1);
+            for (int i = 0; i < 2; ++i) {
+                const Line line = line_load(tile + (w + i) * 64);
+                for (int r = 0; r < R; ++r) {
+                    const int8_t* word = codes + r * q_stride + (w + i) * 8;
+                    high[r][i] = dot4<8>(high[r][i], line, word);
+                    low[r][i] = dot4<8>(low[r][i], line, word + 4);
+                }
             }
         }
-    }
-    for (int r = 0; r < R; ++r) {
-        const F scale = f_set(code_scales[r * scales_stride] * factor);
-        for (int t = 0; t < kKeyTiles; ++t) {
-            const F dot = f_from(i_add(low[r][t], i_times128(high[r][t])));
-            scores[r][t] = f_mul(f_mul(dot, scale), f_load(k_scales + t * 16));
+        for (int r = 0; r < R; ++r) {
+            const F scale = f_set(code_scales[r * scales_stride] * factor);
+            const I sum = i_add(i_add(low[r][0], low[r][1]), i_times128(i_add(high[r][0], high[r][1])));
+            scores[r][t] = f_mul(f_mul(f_from(sum), scale), f_load(k_scales + t * 16));
         }
     }
 }
@@ -142,7 +146,7 @@ inline void scores_float(const uint8_t* k, const float* q, int64_t q_stride, int
     for (int r = 0; r < R; ++r)
         for (int t = 0; t < kKeyTiles; ++t) scores[r][t] = f_set(0.0f);
     for (int64_t w = 0; w < dim / kEach; ++w) {
-        ahead.fetch(kKeyTiles);
+        ahead.fetch(kKeyTiles / 2);
         for (int t = 0; t < kKeyTiles; ++t) {
             F numbers[kEach];
             line_floats<Kind>(k + (t * dim / kEach + w) * 64, numbers);
@@ -176,7 +180,7 @@ inline void mix_chunk(const void* v, int64_t dim, int64_t at, int keys, const fl
     for (int r = 0; r < R; ++r)
         for (int c = 0; c < Chunks; ++c) acc[r][c] = f_mul(f_load(sums + r * dim + at + c * 16), f_set(fade[r]));
     for (int j = 0; j < keys; ++j) {
-        ahead.fetch(Chunks * (Kind == Cache::kInt8 ? 1 : Kind == Cache::kFp32 ? 4 : 2) / 4);
+        ahead.fetch(Chunks * (Kind == Cache::kInt8 ? 1 : Kind == Cache::kFp32 ? 4 : 2) * 3 / 8);
         for (int c = 0; c < Chunks; ++c) {
             const F value = value_at<Kind>(v, j * dim + at + c * 16);
             for (int r = 0; r < R; ++r) acc[r][c] = f_fma(f_set(weights[r * kPage + j]), value, acc[r][c]);
@@ -217,89 +221,112 @@ inline void page_scores(const Pages& p, const uint8_t* k, const float* k_scales,
         scores_float<R, Cache::kFp32>(k, q, q_stride, p.dim, factor, scores, ahead);
 }
 
-void attend(const Pages& p, int64_t head, const float* q, const int8_t* codes, const float* code_scales, int64_t q_stride,
-            int64_t code_stride, int64_t rows, int64_t position, const int32_t* table, float* out, int64_t out_stride, char* scratch) {
-    const int64_t dim = p.dim, kv_head = head / (p.heads / p.kv_heads), lines = part_bytes(p) / 64;
-    float* sums = reinterpret_cast<float*>(scratch);    // [rows, dim]
-    float* weights = sums + kQueryBlock * dim;          // [rows, 64]
-    float* widened = weights + kQueryBlock * kPage;     // [64, dim]
+// A running softmax of a head's rows: what it has seen, and the values mixed so far.
+struct Running {
+    float *top, *total, *fade, *sums;  // [rows], [rows], [rows], [rows, dim]
+};
+
+// One head's part of a page joins its softmax.
+void attend_page(const Pages& p, int64_t kv_head, const float* q, const int8_t* codes, const float* code_scales, int64_t q_stride,
+                 int64_t code_stride, int64_t rows, int64_t position, int64_t first_key, int64_t page, Ahead ahead,
+                 const Running& run, float* weights, float* widened) {
+    const int64_t dim = p.dim, in_pool = page * p.kv_heads + kv_head;
+    const uint8_t *k = p.k + part_at(p, page, kv_head), *v = p.v + part_at(p, page, kv_head);
+    // rows before the page's first key see nothing of it
+    int64_t r0 = first_key > position ? first_key - position : 0;
+    const int64_t from = r0;
+    while (r0 < rows) {
+        F scores[4][kKeyTiles];
+        const int64_t block = p.kind == Cache::kInt8 ? 2 : 4, count = rows - r0 >= block ? block : 1;
+        const float* scale_at = code_scales ? code_scales + r0 * 2 * p.heads : nullptr;
+        const int8_t* codes_at = codes ? codes + r0 * code_stride : nullptr;
+        const float* q_at = q + r0 * q_stride;
+        if (count == 4)
+            page_scores<4>(p, k, p.k_scales + in_pool * kPage, q_at, codes_at, scale_at, q_stride, code_stride, scores, ahead);
+        else if (count == 2)
+            page_scores<2>(p, k, p.k_scales + in_pool * kPage, q_at, codes_at, scale_at, q_stride, code_stride, scores, ahead);
+        else
+            page_scores<1>(p, k, p.k_scales + in_pool * kPage, q_at, codes_at, scale_at, q_stride, code_stride, scores, ahead);
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t r = r0 + i, keys = position + r - first_key + 1;  // keys of this page that row r sees
+            F highest = f_set(-INFINITY);
+            for (int t = 0; t < kKeyTiles; ++t) {
+                scores[i][t] = f_first(scores[i][t], static_cast<int>(keys - t * 16), -INFINITY);
+                highest = f_max(highest, scores[i][t]);
+            }
+            const float before = run.top[r], now = max_lanes(highest), top = before > now ? before : now;
+            run.top[r] = top;
+            run.fade[r] = 0.0f;
+            if (before > -INFINITY) {
+                float lanes[16];
+                f_store(lanes, f_exp(f_set(before - top)));
+                run.fade[r] = lanes[0];
+            }
+            F sum = f_set(0.0f);
+            for (int t = 0; t < kKeyTiles; ++t) {
+                F weight = f_exp(f_sub(scores[i][t], f_set(top)));
+                weight = f_first(weight, static_cast<int>(keys - t * 16), 0.0f);
+                sum = f_add(sum, weight);
+                if (p.kind == Cache::kInt8) {  // the value's scale joins its weight; what was never stored is no number
+                    weight = f_mul(weight, f_load(p.v_scales + in_pool * kPage + t * 16));
+                    weight = f_first(weight, static_cast<int>(keys - t * 16), 0.0f);
+                }
+                f_store(weights + r * kPage + t * 16, weight);
+            }
+            run.total[r] = run.total[r] * run.fade[r] + sum_lanes(sum);
+        }
+        r0 += count;
+    }
+    const int64_t most = position + rows - first_key;
+    const int keys = static_cast<int>(most < kPage ? most : kPage);
+    if (rows - from >= 8) {  // many rows: values as floats once
+        const float* values = widened;
+        if (p.kind == Cache::kFp32)
+            values = reinterpret_cast<const float*>(v);
+        else
+            for (int64_t i = 0; i < keys * dim; i += 16) f_store(widened + i, load_value(p, v, i));
+        int64_t r = from;
+        for (; r + 2 <= rows; r += 2)
+            mix<Cache::kFp32, 2>(values, dim, keys, weights + r * kPage, run.fade + r, run.sums + r * dim, ahead);
+        for (; r < rows; ++r) mix<Cache::kFp32, 1>(values, dim, keys, weights + r * kPage, run.fade + r, run.sums + r * dim, ahead);
+    } else {
+        for (int64_t r = from; r < rows; ++r)
+            mix_stored<1>(p, v, keys, weights + r * kPage, run.fade + r, run.sums + r * dim, ahead);
+    }
+}
+
+// Page by page, and of each page head by head, as they lie in memory: a processor reads long stretches ahead by itself.
+void attend(const Pages& p, int64_t head, int64_t heads, const float* q, const int8_t* codes, const float* code_scales,
+            int64_t q_stride, int64_t code_stride, int64_t rows, int64_t position, const int32_t* table, float* out,
+            int64_t out_stride, char* scratch) {
+    const int64_t dim = p.dim, shared = p.heads / p.kv_heads;
+    float* sums = reinterpret_cast<float*>(scratch);  // [heads, rows, dim]
+    float* weights = sums + kQueryBlock * dim;        // [rows, 64]
+    float* widened = weights + kQueryBlock * kPage;   // [64, dim]
     float top[kQueryBlock], total[kQueryBlock], fade[kQueryBlock];
-    for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t r = 0; r < heads * rows; ++r) {
         top[r] = -INFINITY;
         total[r] = 0.0f;
     }
-    for (int64_t i = 0; i < rows * dim; i += 16) f_store(sums + i, f_set(0.0f));
-    for (int64_t page = 0; page * kPage < position + rows; ++page) {
-        const int64_t first_key = page * kPage, in_pool = table[page] * p.kv_heads + kv_head;
-        const uint8_t *k = p.k + part_at(p, table[page], kv_head), *v = p.v + part_at(p, table[page], kv_head);
-        Ahead ahead{v, lines};
-        // rows before the page's first key see nothing of it
-        int64_t r0 = first_key > position ? first_key - position : 0;
-        const int64_t from = r0;
-        while (r0 < rows) {
-            F scores[4][kKeyTiles];
-            const int64_t block = p.kind == Cache::kInt8 ? 2 : 4, count = rows - r0 >= block ? block : 1;
-            const float* scale_at = code_scales ? code_scales + r0 * 2 * p.heads : nullptr;
-            const int8_t* codes_at = codes ? codes + r0 * code_stride : nullptr;
-            const float* q_at = q + r0 * q_stride;
-            if (count == 4)
-                page_scores<4>(p, k, p.k_scales + in_pool * kPage, q_at, codes_at, scale_at, q_stride, code_stride, scores, ahead);
-            else if (count == 2)
-                page_scores<2>(p, k, p.k_scales + in_pool * kPage, q_at, codes_at, scale_at, q_stride, code_stride, scores, ahead);
-            else
-                page_scores<1>(p, k, p.k_scales + in_pool * kPage, q_at, codes_at, scale_at, q_stride, code_stride, scores, ahead);
-            for (int64_t i = 0; i < count; ++i) {
-                const int64_t r = r0 + i, keys = position + r - first_key + 1;  // keys of this page that row r sees
-                F highest = f_set(-INFINITY);
-                for (int t = 0; t < kKeyTiles; ++t) {
-                    scores[i][t] = f_first(scores[i][t], static_cast<int>(keys - t * 16), -INFINITY);
-                    highest = f_max(highest, scores[i][t]);
-                }
-                const float before = top[r], now = max_lanes(highest);
-                top[r] = before > now ? before : now;
-                fade[r] = 0.0f;
-                if (before > -INFINITY) {
-                    float lanes[16];
-                    f_store(lanes, f_exp(f_set(before - top[r])));
-                    fade[r] = lanes[0];
-                }
-                F sum = f_set(0.0f);
-                for (int t = 0; t < kKeyTiles; ++t) {
-                    F weight = f_exp(f_sub(scores[i][t], f_set(top[r])));
-                    weight = f_first(weight, static_cast<int>(keys - t * 16), 0.0f);
-                    sum = f_add(sum, weight);
-                    if (p.kind == Cache::kInt8) {  // the value's scale joins its weight; what was never stored is no number
-                        weight = f_mul(weight, f_load(p.v_scales + in_pool * kPage + t * 16));
-                        weight = f_first(weight, static_cast<int>(keys - t * 16), 0.0f);
-                    }
-                    f_store(weights + r * kPage + t * 16, weight);
-                }
-                total[r] = total[r] * fade[r] + sum_lanes(sum);
-            }
-            r0 += count;
+    for (int64_t i = 0; i < heads * rows * dim; i += 16) f_store(sums + i, f_set(0.0f));
+    for (int64_t page = 0; page * kPage < position + rows; ++page)
+        for (int64_t h = 0; h < heads; ++h) {
+            // heads that share keys need nothing new among themselves
+            const int64_t kv_head = (head + h) / shared;
+            const bool turns = kv_head == (head + heads - 1) / shared, last = turns && (page + 1) * kPage >= position + rows;
+            const int64_t after = last ? 0 : part_at(p, table[turns ? page + 1 : page], turns ? head / shared : kv_head + 1);
+            const Ahead ahead{p.k + after, p.v + after, last ? 0 : part_bytes(p) / 32};
+            const Running run{top + h * rows, total + h * rows, fade + h * rows, sums + h * rows * dim};
+            attend_page(p, kv_head, q + h * dim, codes ? codes + 2 * h * dim : nullptr,
+                        code_scales ? code_scales + 2 * h : nullptr, q_stride, code_stride, rows, position, page * kPage,
+                        table[page], ahead, run, weights, widened);
         }
-        if (first_key + kPage < position + rows) ahead = {p.k + part_at(p, table[page + 1], kv_head), lines};
-        const int64_t most = position + rows - first_key;
-        const int keys = static_cast<int>(most < kPage ? most : kPage);
-        if (rows - from >= 8) {  // many rows: values as floats once
-            const float* values = widened;
-            if (p.kind == Cache::kFp32)
-                values = reinterpret_cast<const float*>(v);
-            else
-                for (int64_t i = 0; i < keys * dim; i += 16) f_store(widened + i, load_value(p, v, i));
-            int64_t r = from;
-            for (; r + 2 <= rows; r += 2)
-                mix<Cache::kFp32, 2>(values, dim, keys, weights + r * kPage, fade + r, sums + r * dim, ahead);
-            for (; r < rows; ++r) mix<Cache::kFp32, 1>(values, dim, keys, weights + r * kPage, fade + r, sums + r * dim, ahead);
-        } else {
-            for (int64_t r = from; r < rows; ++r)
-                mix_stored<1>(p, v, keys, weights + r * kPage, fade + r, sums + r * dim, ahead);
+    for (int64_t h = 0; h < heads; ++h)
+        for (int64_t r = 0; r < rows; ++r) {
+            const F scale = f_set(1.0f / total[h * rows + r]);
+            for (int64_t i = 0; i < dim; i += 16)
+                f_store(out + h * dim + r * out_stride + i, f_mul(f_load(sums + (h * rows + r) * dim + i), scale));
         }
-    }
-    for (int64_t r = 0; r < rows; ++r) {
-        const F scale = f_set(1.0f / total[r]);
-        for (int64_t i = 0; i < dim; i += 16) f_store(out + r * out_stride + i, f_mul(f_load(sums + r * dim + i), scale));
-    }
 }
 
 }  // namespace

@@ -120,12 +120,12 @@ struct Kernels {
     // Turns key head `head` of one token and stores it and its value in a slot of a page.
     void (*store)(const Pages& p, float* k, const float* v, const float* cos, const float* sin, int64_t page, int64_t slot,
                   int64_t head);
-    // out = softmax(q k^T / sqrt(dim)) v of one head for `rows` <= kQueryBlock tokens of one sequence at positions
-    // position, position + 1, ..., each over the keys up to its own. Pages are the block of the running softmax, in their
-    // order, so a row does not depend on the rows beside it.
-    //   q [rows, q_stride] floats at this head; for an int8 cache codes [rows, code_stride] and code_scales [rows, heads, 2]
+    // out = softmax(q k^T / sqrt(dim)) v of `heads` heads from `head` on for `rows` tokens of one sequence at positions
+    // position, position + 1, ..., each over the keys up to its own; heads * rows <= kQueryBlock. Pages are the block of the
+    // running softmax, in their order, so a row does not depend on the rows and heads beside it.
+    //   q [rows, q_stride] floats at the first head; for an int8 cache codes [rows, code_stride] and code_scales [rows, heads, 2]
     //   (a scale, and the codes' sum) likewise
-    void (*attend)(const Pages& p, int64_t head, const float* q, const int8_t* codes, const float* code_scales,
+    void (*attend)(const Pages& p, int64_t head, int64_t heads, const float* q, const int8_t* codes, const float* code_scales,
                    int64_t q_stride, int64_t code_stride, int64_t rows, int64_t position, const int32_t* table, float* out,
                    int64_t out_stride, char* scratch);
 };

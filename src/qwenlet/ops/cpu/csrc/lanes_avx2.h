@@ -188,6 +188,5 @@ inline void line_half(Line v, F& first, F& second) {
 }
 
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
-inline void prefetch_second(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }  // into that cache
 
 }  // namespace

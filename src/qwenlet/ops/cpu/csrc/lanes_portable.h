@@ -179,6 +179,5 @@ inline F dot2(F acc, const Line& line, const uint16_t* x) {
 }
 
 inline void prefetch(const void*) {}
-inline void prefetch_second(const void*) {}
 
 }  // namespace

@@ -122,27 +122,31 @@ class Run {
                 for (int64_t i = begin; i < end; ++i) store(step, i);
                 return;
             case Step::kAttend:
-                for (int64_t i = begin; i < end; ++i) attend(step, i, scratch);
+                while (begin < end) begin = attend(step, begin, end, scratch);
                 return;
             default:
                 for (int64_t i = begin; i < end; ++i) row(step, i, reinterpret_cast<float*>(scratch));
         }
     }
 
-    // Takes pieces of one step until there are none. Weights are shared out in large pieces first, which stream best, and
-    // in small ones towards the end, so that nobody waits long for the last.
+    // Takes pieces of one step until there are none. What is read from memory is shared out in large pieces first, which
+    // stream best, and in small ones towards the end, so that nobody waits long for the last.
     void share(size_t index, int threads, char* scratch) {
         const Step& step = program_.steps[index];
         const int64_t all = count(step), least = chunk(step);
-        const bool shrinking = step.kind == Step::kLinear;
         int64_t begin = next_[index].load(std::memory_order_relaxed);
         while (begin < all) {
-            const int64_t size = shrinking ? std::max(least, (all - begin) / (2 * threads)) : least;
-            const int64_t end = std::min(begin + size, all);
+            const int64_t end = std::min(begin + std::max(least, large(step, all - begin, threads)), all);
             if (!next_[index].compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
             work(step, begin, end, scratch);
             begin = next_[index].load(std::memory_order_relaxed);
         }
+    }
+
+    // A large piece of what is left.
+    int64_t large(const Step& step, int64_t left, int threads) const {
+        if (step.kind == Step::kLinear) return left / (2 * threads);
+        return step.kind == Step::kAttend ? std::min(left / threads, of(step).heads) : 0;
     }
 
     bool idle(const Step& step) const { return step.slot >= 0 && count(step) == 0; }
@@ -238,19 +242,21 @@ class Run {
                        place.table[place.position / kPage], place.position % kPage, kv_head);
     }
 
-    void attend(const Step& step, int64_t i, char* scratch) const {
+    // Heads of one block, as many from `i` on as are taken together; returns the first that is not among them.
+    int64_t attend(const Step& step, int64_t i, int64_t end, char* scratch) const {
         const Pages& p = of(step);
         const Block& block = blocks_[static_cast<size_t>(i / p.heads)];
         const int64_t head = i % p.heads, width = p.heads * p.dim;
+        const int64_t heads = std::min({end - i, p.heads - head, std::max<int64_t>(kQueryBlock / block.rows, 1)});
         // queries lie at the front of qkv, their codes in rows of their own
         const float* q = step.out + block.first * step.stride + head * p.dim;
-        if (p.kind == Cache::kInt8)
-            kernels_.attend(p, head, q, step.codes + 2 * (block.first * width + head * p.dim),
-                            step.code_scales + 2 * (block.first * p.heads + head), step.stride, 2 * width, block.rows, block.position, block.table,
-                            step.y + block.first * width + head * p.dim, width, scratch);
-        else
-            kernels_.attend(p, head, q, nullptr, nullptr, step.stride, 0, block.rows, block.position, block.table,
-                            step.y + block.first * width + head * p.dim, width, scratch);
+        float* out = step.y + block.first * width + head * p.dim;
+        const bool coded = p.kind == Cache::kInt8;
+        const int8_t* codes = coded ? step.codes + 2 * (block.first * width + head * p.dim) : nullptr;
+        const float* code_scales = coded ? step.code_scales + 2 * (block.first * p.heads + head) : nullptr;
+        kernels_.attend(p, head, heads, q, codes, code_scales, step.stride, 2 * width, block.rows, block.position, block.table,
+                        out, width, scratch);
+        return i + heads;
     }
 
     const Program& program_;
