@@ -87,8 +87,8 @@ def _madvise() -> ctypes._NamedFuncPointer | None:
 
 
 def by_rows(mapped: Tensor) -> Tensor:
-    """The tensor itself, of whose pages few will be looked at: a file that the system keeps in pieces of 2 MB is else mapped
-    piece by piece, and a few hundred rows of an embedding make all of it count as ours."""
+    """The tensor itself, of whose pages few will be looked at: a file that the system keeps in pieces of 2 MB is else
+    mapped piece by piece, and a few hundred rows of an embedding make all of it count as ours."""
     _advise(mapped, "MADV_NOHUGEPAGE")
     return mapped
 
