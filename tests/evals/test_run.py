@@ -17,12 +17,12 @@ from evals import folders
 from qwenlet.cli import main
 from qwenlet.errors import EvalError
 from qwenlet.evals import tasks
-from qwenlet.evals.compare import compare
+from qwenlet.evals.compare import Side, between, compare
 from qwenlet.evals.data import DataFolder
-from qwenlet.evals.records import read_log
+from qwenlet.evals.records import Record, Settings, read_log
 from qwenlet.evals.report import report, save
 from qwenlet.evals.run import PRECISIONS, Progress, Run, choose, read_results
-from qwenlet.evals.task import Continuation, Sample
+from qwenlet.evals.task import Answer, Continuation, Sample, Scored
 
 
 @pytest.fixture
@@ -208,6 +208,22 @@ def test_comparing_pairs_precisions(finished: Path) -> None:
     same = compare(str(finished), str(finished))
     assert len(same) == 4 * 3
     assert all(c.result.p_value == 1.0 for c in same)
+
+
+def test_a_measure_of_some_questions_only_is_compared_on_these() -> None:
+    """As of tool use: what needs a tool can be selected rightly, what needs none can be a false alarm."""
+
+    def side(precision: str, *values: dict[str, float]) -> Side:
+        records = [
+            Record(f"q{place}", "hash", "x", "", Answer(), Scored(value)) for place, value in enumerate(values)
+        ]  # fmt: skip
+        return Side(Settings("tool-use", "m", "w", precision, "none", "fp32", 1, "0"), {r.id: r for r in records})
+
+    one = side("fp32", {"chosen": 1.0}, {"chosen": 0.0}, {"alarm": 1.0}, {"chosen": 1.0})
+    other = side("int4", {"chosen": 0.0}, {"chosen": 0.0}, {"alarm": 0.0})
+    found = {c.measure: c for c in between(one, other)}
+    assert {name: (c.result.count, c.left_out) for name, c in found.items()} == {"chosen": (2, 1), "alarm": (1, 0)}
+    assert (found["chosen"].result.difference, found["alarm"].result.difference) == (-0.5, -1.0)
 
 
 def test_comparing_what_has_nothing_in_common(finished: Path, tmp_path: Path) -> None:

@@ -77,14 +77,14 @@ def _belong(a: Side, b: Side, left: list[Side], right: list[Side]) -> bool:
 def between(a: Side, b: Side) -> Iterator[Comparison]:
     """Every measure that both sides have."""
     common = [id for id, record in a.records.items() if _same_question(record, b.records.get(id))]
-    if not common:
-        return
     names = _names(a.settings, b.settings)
-    left_out = len(a.records) + len(b.records) - 2 * len(common)
-    for measure in a.records[common[0]].scored.values:
-        if measure in b.records[common[0]].scored.values:
-            values = [[side.records[id].scored.values[measure] for id in common] for side in (a, b)]
-            yield Comparison(a.settings.task, measure, *names, paired(*values), left_out)
+    # a measure may belong to some questions only, such as false alarms to those that need no tool
+    for measure in dict.fromkeys(name for id in common for name in a.records[id].scored.values):
+        ids = [id for id in common if all(measure in side.records[id].scored.values for side in (a, b))]
+        if ids:
+            values = [[side.records[id].scored.values[measure] for id in ids] for side in (a, b)]
+            asked = sum(measure in one.scored.values for side in (a, b) for one in side.records.values())
+            yield Comparison(a.settings.task, measure, *names, paired(*values), asked - 2 * len(ids))
 
 
 def _same_question(record: Record, other: Record | None) -> bool:
