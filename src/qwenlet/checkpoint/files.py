@@ -248,11 +248,11 @@ class GGUFFile:
         type_id, raw = self.header.tensors[name].type_id, self.tensors.raw(name)
         if PLAIN_TYPES.get(type_id) == dtype:
             return None
+        by_rows(raw)
         if type_id == Q8_0:
             blocks = raw.unflatten(1, (-1, 2 + GGUF_BLOCK))
-            by_rows(raw)
             return QuantEmbedding(blocks[..., 2:].view(torch.int8), blocks[..., :2].view(torch.float16)[..., 0], dtype)
-        return MappedEmbedding(by_rows(raw), partial(dequantize_rows, type_id=type_id), dtype)
+        return MappedEmbedding(raw, partial(dequantize_rows, type_id=type_id), dtype)
 
 
 def read_parts(weights: WeightFile, parts: Sequence[Part], dtype: torch.dtype) -> Tensor:
