@@ -34,7 +34,7 @@ def main() -> None:
     path = hub.resolve(args.model)
     task = tasks.get("wikitext2")
     with qwenlet.load(str(path), dtype="fp32", device="cpu", max_context=2048) as llm:
-        bench = Bench(DataFolder(args.data), llm.tokenizer, llm.context_length)
+        bench = Bench(DataFolder(args.data), llm.tokenizer, llm.context_length, llm.config)
         samples = choose(task.samples(bench), args.windows, 1234)
         results = [Result(s, a, task.score(s, a, bench)) for s, a in answers(llm, samples)]
         ours = task.summary(results, bench).figures[0]

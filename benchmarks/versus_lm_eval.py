@@ -126,7 +126,7 @@ def main() -> None:
 
     path = hub.resolve(args.model)
     llm = qwenlet.load(str(path), dtype="fp32", device="cpu", max_context=2048)
-    bench = Bench(DataFolder(args.data), llm.tokenizer, llm.context_length)
+    bench = Bench(DataFolder(args.data), llm.tokenizer, llm.context_length, llm.config)
     subjects = SUBJECTS[: args.subjects]
     samples = [
         sample
