@@ -2,7 +2,8 @@
 
 The demo model (its linears lie on a 4-bit grid of groups of 32 with minimums, so ours are symmetric groups of 64), on
 windows of 512 tokens of a text file, second half scored, as llama-perplexity does. KL divergence is against the same
-model in float32 for ours, and against llama.cpp's own run of the original file for Q4_0.
+model in float32 for ours, and against llama.cpp's own run of the original file for Q4_0. "int4" is what quant="int4"
+does, round to nearest with errors weighed by a short text; "unweighted" is the same without that.
 
     python benchmarks/quality.py DIR wiki.test.raw --windows 40       DIR: as benchmarks/peer_llama.sh makes it
 
@@ -60,10 +61,15 @@ def main() -> None:
         work = Path(name)
         results["llama.cpp Q4_0"] = peer(args.folder, original, args.text, args.windows, args.threads, work)
         made = {}
-        for label, method in (("int4, GPTQ", "gptq"), ("int4, round to nearest", "rtn")):
-            made[label] = work / method
+        ways = {
+            "int4, GPTQ": ["--method", "gptq"],
+            "int4": ["--method", "rtn"],
+            "int4, unweighted": ["--method", "rtn", "--no-weighted"],
+        }
+        for label, options in ways.items():
+            made[label] = work / label.replace(", ", "-")
             subprocess.run(
-                [sys.executable, "-m", "qwenlet", "quantize", "demo", made[label], "--bits", "4", "--method", method],
+                [sys.executable, "-m", "qwenlet", "quantize", "demo", made[label], "--bits", "4", *options],
                 check=True,
                 capture_output=True,
             )

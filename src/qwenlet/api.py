@@ -15,7 +15,6 @@ from qwenlet.checkpoint import (
     Checkpoint,
     LoadReport,
     Progress,
-    Rounding,
     auto_dtype,
     check_dtype,
     check_room,
@@ -25,6 +24,7 @@ from qwenlet.checkpoint import (
     load_model,
     load_quantized,
     read_tokenizer,
+    rounding_of,
 )
 from qwenlet.config import EngineConfig, QuantConfig
 from qwenlet.config.quant import keeps_codes
@@ -170,7 +170,7 @@ def _load_quantized(
         quant = quant.fit(checkpoint.config)
         quant = None if quant == checkpoint.quant else quant
     if device.type != "cpu":
-        rounding = None if quant is None else Rounding(quant)
+        rounding = None if quant is None else rounding_of(checkpoint, quant, progress)
         return load_model(checkpoint, dtype, device, quantized=True, rounding=rounding, progress=progress)
     cache = hub.cache_dir() / "kernels" if options.tile_cache else None
     return load_quantized(checkpoint, quant, cache, linear=options.linear, progress=progress)

@@ -9,6 +9,7 @@
     codes      modules that run weights in codes
     room       whether a GPU has memory for it
     rounding   floats rounded to codes while they are read
+    importance ... and how much each of their inputs counts
     tilefile   quantized modules in one file, in the kernels' order
     cached     ... kept in a cache
     save       the way back: folders and shards, random weights
@@ -25,6 +26,7 @@ No code of a checkpoint is executed.
 from qwenlet.checkpoint.cached import load_quantized
 from qwenlet.checkpoint.convert import TARGETS, Change, convert, left_behind, write_new, write_trained
 from qwenlet.checkpoint.dtypes import DTYPES, auto_dtype, check_dtype, device_by_name, dtype_by_name, dtype_name
+from qwenlet.checkpoint.importance import rounding_of
 from qwenlet.checkpoint.load import DEFAULT_SYSTEM, Checkpoint, LoadReport, Progress, load_model, read_tokenizer
 from qwenlet.checkpoint.quantized import WeightOf, write_quantized, write_rounded
 from qwenlet.checkpoint.random import RandomCheckpoint
@@ -57,6 +59,7 @@ __all__ = [
     "load_quantized",
     "new_folder",
     "read_tokenizer",
+    "rounding_of",
     "write_new",
     "write_quantized",
     "write_random",

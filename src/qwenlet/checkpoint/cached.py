@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
+from qwenlet.checkpoint.importance import rounding_of
 from qwenlet.checkpoint.load import Checkpoint, LoadReport, Progress, load_model
-from qwenlet.checkpoint.rounding import Rounding
 from qwenlet.checkpoint.tilefile import SUFFIX, TileFile, TileWriter, tile_files
 from qwenlet.config import QuantConfig
 from qwenlet.model import Qwen
 
-_FORMAT = 2  # raise it when the same weights would be rounded or laid out differently
+_FORMAT = 3  # raise it when the same weights would be rounded or laid out differently
 _READ = ("*.safetensors", "*.bin", "*.json", "*.gguf")
 
 
@@ -42,7 +42,7 @@ def load_quantized(
     """
 
     def load(kept: TileFile | None = None, keep: TileWriter | None = None) -> tuple[Qwen, LoadReport]:
-        rounding = None if quant is None else Rounding(quant)
+        rounding = None if quant is None else rounding_of(checkpoint, quant, progress)
         return load_model(
             checkpoint, torch.float32, torch.device("cpu"), linear=linear, quantized=True, rounding=rounding,
             kept=kept, keep=keep, progress=progress,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from qwenlet.checkpoint.codes import float_dtype
 from qwenlet.checkpoint.files import WeightFile, read_parts
 from qwenlet.checkpoint.gptq import GPTQFile
+from qwenlet.checkpoint.importance import rounding_of
 from qwenlet.checkpoint.load import Checkpoint, Progress, plan_reading
 from qwenlet.checkpoint.names import Layout, Part, parts_of
 from qwenlet.checkpoint.rounding import Rounding
@@ -37,7 +38,7 @@ def write_rounded(
 ) -> Path:
     """`write_quantized` with every weight rounded to nearest."""
     quant = quant.fit(checkpoint.config)
-    rounding = Rounding(quant)
+    rounding = rounding_of(checkpoint, quant, progress)
     return write_quantized(checkpoint, out, quant, rounding.linear, progress=progress)
 
 

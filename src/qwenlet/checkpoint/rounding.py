@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -13,17 +16,27 @@ _SLICE_ROWS = 4096  # of an embedding at a time
 
 
 class Rounding:
-    """Rounds what `quant` (fitted to the model) asks for."""
+    """Rounds what `quant` (fitted to the model) asks for.
 
-    def __init__(self, quant: QuantConfig) -> None:
-        self.quant = quant
+    Args:
+        importance: how much each input [K] of a linear counts, by our name of it; called once, when a linear of four
+            bits is rounded. None, or a name it lacks: all inputs alike.
+    """
+
+    def __init__(self, quant: QuantConfig, importance: Callable[[], Mapping[str, Tensor]] | None = None) -> None:
+        self.quant, self._importance = quant, importance
+
+    @cached_property
+    def importance(self) -> Mapping[str, Tensor]:
+        return {} if self._importance is None else self._importance()
 
     def linear(self, name: str, weight: Tensor) -> QuantTensor:
         """A linear's weight [N, K] of any float dtype, by our name; it must be one that `quant` names."""
         bits, group_size = self.quant.of_linear(name) or (None, None)
         assert bits is not None, f"{name} stays float"
         assert group_size is not None, "fit() the group size to the model first"
-        return round_to_nearest(weight, bits, group_size, sym=self.quant.sym, mse=self.quant.mse)
+        counts = self.importance.get(name) if bits == 4 else None
+        return round_to_nearest(weight, bits, group_size, sym=self.quant.sym, mse=self.quant.mse, importance=counts)
 
     def embedding(self, table: Tensor) -> tuple[Tensor, Tensor]:
         """[V, C] of any float dtype -> codes [V, C] int8 and scales [V, C / 32] float16."""

@@ -42,6 +42,8 @@ class QuantConfig:
         true_sequential: GPTQ calibrates each linear of a layer behind its already quantized predecessors.
         damp_percent: share of the Hessian's mean diagonal that is added to it.
         mse: search each group's scale for the least squared error instead of taking its largest weight.
+        weighted: in that search an error counts as its inputs are large on a short built-in text, where weights of four
+            bits are rounded to nearest (GPTQ always does so, on its calibration's text).
         method: "rtn" (round to nearest) or "gptq": how the codes were found; the format is the same.
         head_bits, head_group_size: of the output head; head_bits None leaves it in half precision, head_group_size None
             is the largest that divides its inputs.
@@ -56,6 +58,7 @@ class QuantConfig:
     true_sequential: bool = True
     damp_percent: float = 0.01
     mse: bool = True
+    weighted: bool = True
     method: Literal["rtn", "gptq"] = field(default="rtn", metadata={"choices": ("rtn", "gptq")})
     head_bits: int | None = 4
     head_group_size: int | None = 32
@@ -153,6 +156,8 @@ class QuantConfig:
         if f.take("quantize_embedding", bool, False) and embedding is None:
             raise ConfigError(f"{source} says quantize_embedding, but not in how many bits (embedding_bits)")
         meta = f.raw.pop("meta", None)
+        meta = meta if isinstance(meta, Mapping) else {}
+        nearest = meta.get("method") == "rtn"
         config = cls(
             bits=body[0],
             group_size=body[1],
@@ -162,7 +167,8 @@ class QuantConfig:
             true_sequential=f.take("true_sequential", bool, True),
             damp_percent=f.take("damp_percent", float, 0.01),
             mse=bool(f.raw.pop("mse", False)),
-            method="rtn" if isinstance(meta, Mapping) and meta.get("method") == "rtn" else "gptq",
+            weighted=not nearest or bool(meta.get("weighted", False)),
+            method="rtn" if nearest else "gptq",
             head_bits=None if head is None else head[0],
             head_group_size=32 if head is None else head[1],
             embedding_bits=embedding,
@@ -192,7 +198,7 @@ class QuantConfig:
             "mse": self.mse,
             "model_name_or_path": None,
             "model_file_base_name": "model",
-            "meta": {"quantizer": ["qwenlet"], "method": self.method},
+            "meta": {"quantizer": ["qwenlet"], "method": self.method, "weighted": self.weighted},
         }
         if self.head_bits is not None:
             published["lm_head"] = True

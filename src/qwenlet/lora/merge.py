@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qwenlet.checkpoint import Change, Checkpoint, Progress, Rounding, convert, write_rounded
+from qwenlet.checkpoint import Change, Checkpoint, Progress, Rounding, convert, rounding_of, write_rounded
 from qwenlet.checkpoint.save import refuse_existing
 from qwenlet.config import EMBEDDING_GROUP_SIZE, QuantConfig
 from qwenlet.lora.adapter import Adapter
@@ -68,7 +68,7 @@ def change_of(checkpoint: Checkpoint, adapter: Adapter, beside: QuantConfig | No
     """What an adapter does to a checkpoint's weights."""
     config, changes = checkpoint.config, dict[str, Callable[[Tensor], Tensor]]()
     if beside is not None:
-        changes |= _rounded(checkpoint, Rounding(beside.fit(config)))
+        changes |= _rounded(checkpoint, rounding_of(checkpoint, beside.fit(config)))
     for name, factors in adapter.factors.items():
         before = changes.get(f"{name}.weight", _same)
         changes[f"{name}.weight"] = partial(_after, before, factors.added_to)

@@ -6,7 +6,8 @@ stays. GPTQ's published search (AutoGPTQ, `Quantizer.find_params`) tries 80 rang
 nothing; the fit makes 8 tries enough, as it does for llama.cpp's `make_qx_quants`. Like there, a symmetric scale has a
 sign: the side with one code more goes to the group's largest weight.
 
-Codes are made for the float16 scales that are stored. Left out: anything that looks at activations (quant/gptq.py).
+Codes are made for the float16 scales that are stored. Left out: what looks at activations (checkpoint/importance.py,
+quant/gptq.py).
 
 Dimension letters: N outputs, K inputs, G = K / group_size groups, R rows of a slice.
 """
@@ -52,7 +53,7 @@ def group_scales(
     groups = weight.shape[1] // group_size
     scales = torch.empty(weight.shape[0], groups, dtype=torch.float16, device=weight.device)
     zeros = None if sym else torch.empty_like(scales, dtype=torch.uint8)
-    counts = None if importance is None else importance.view(groups, group_size)
+    counts = None if importance is None else importance.to(weight.device).view(groups, group_size)
     for piece in _slices(weight):
         x = weight[piece].float().unflatten(1, (groups, -1))
         scale, zero = (_symmetric_range if sym else _full_range)(x, bits, mse)
@@ -73,9 +74,17 @@ def encode(weight: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> T
     return codes
 
 
-def round_to_nearest(weight: Tensor, bits: int, group_size: int, *, sym: bool = True, mse: bool = True) -> QuantTensor:
-    """The quick way to quantize: each weight to its nearest code, whatever is multiplied with it. As `group_scales`."""
-    scales, zeros = group_scales(weight, bits, group_size, sym, mse)
+def round_to_nearest(
+    weight: Tensor,
+    bits: int,
+    group_size: int,
+    *,
+    sym: bool = True,
+    mse: bool = True,
+    importance: Tensor | None = None,
+) -> QuantTensor:
+    """The quick way to quantize: each weight to its nearest code, none making up for another. As `group_scales`."""
+    scales, zeros = group_scales(weight, bits, group_size, sym, mse, importance)
     return QuantTensor(bits, group_size, encode(weight, scales, zeros, bits), scales, zeros)
 
 

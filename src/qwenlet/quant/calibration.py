@@ -115,7 +115,7 @@ def load_calibration(
 
 
 def _named(name: str) -> Iterator[Record]:
-    text = resources.files("qwenlet.quant").joinpath("samples.json").read_text(encoding="utf-8")
+    text = resources.files("qwenlet.checkpoint").joinpath("samples.json").read_text(encoding="utf-8")
     for record in _records(json.loads(text), "samples.json"):
         content = record if isinstance(record, str) else record[1].content
         chinese = any("\u4e00" <= character <= "\u9fff" for character in content)

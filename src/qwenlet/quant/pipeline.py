@@ -21,7 +21,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from qwenlet import __version__
 from qwenlet.cache import NoPast, Rows
-from qwenlet.checkpoint import Checkpoint, Progress, write_quantized
+from qwenlet.checkpoint import Checkpoint, Progress, Rounding, rounding_of, write_quantized
 from qwenlet.checkpoint.files import read_parts
 from qwenlet.checkpoint.load import plan_reading
 from qwenlet.checkpoint.save import refuse_existing
@@ -39,7 +39,6 @@ from qwenlet.config.quant import HEAD
 from qwenlet.errors import CheckpointError, RequestError
 from qwenlet.model import Block, Rotation
 from qwenlet.ops.packing import QuantTensor
-from qwenlet.ops.rounding import round_to_nearest
 from qwenlet.quant.calibration import Calibration
 from qwenlet.quant.gptq import Hessian, gptq
 from qwenlet.quant.workfolder import WeightError, WorkFolder
@@ -98,7 +97,8 @@ def quantize(
     quant = quant.fit(checkpoint.config)
     if quant.method == "rtn":
         outcome = Outcome(out, quant, None)
-        write_quantized(checkpoint, out, quant, _nearest(quant, outcome.errors), progress=progress)
+        rounding = rounding_of(checkpoint, quant, progress)
+        write_quantized(checkpoint, out, quant, _nearest(rounding, outcome.errors), progress=progress)
         return outcome
     if calibration is None:
         raise RequestError("GPTQ needs a calibration text", hint="make one with load_calibration, or use method='rtn'")
@@ -134,27 +134,26 @@ def _run_of(checkpoint: Checkpoint, quant: QuantConfig, calibration: Calibration
     return asdict(quant) | {"source": source, "calibration": calibration.sha256, "qwenlet": __version__}
 
 
-def _nearest(quant: QuantConfig, errors: list[WeightError]) -> Callable[[str, Tensor], QuantTensor]:
+def _nearest(rounding: Rounding, errors: list[WeightError]) -> Callable[[str, Tensor], QuantTensor]:
     def weight_of(name: str, weight: Tensor) -> QuantTensor:
-        bits, group_size = _grid(quant, name)
-        parts, lost, total = [], 0.0, 0.0
-        for rows in weight.split(_SLICE_ROWS):
-            with _naming(name):
-                part = round_to_nearest(rows, bits, group_size, sym=quant.sym, mse=quant.mse)
-            lost += float((part.dequantize() - rows).square().sum())
-            total += float(rows.float().square().sum())
-            parts.append(part)
+        with _naming(name):
+            rounded = rounding.linear(name, weight)
+        lost, total = 0.0, 0.0
+        for rows, floats in zip(_pieces(rounded), weight.split(_SLICE_ROWS), strict=True):
+            lost += float((rows.dequantize() - floats).square().sum())
+            total += float(floats.float().square().sum())
         errors.append(WeightError(name, math.sqrt(lost / total) if total else 0.0))
-        zeros = [part.zeros for part in parts if part.zeros is not None]
-        return QuantTensor(
-            bits,
-            group_size,
-            torch.cat([part.codes for part in parts]),
-            torch.cat([part.scales for part in parts]),
-            torch.cat(zeros) if zeros else None,
-        )
+        return rounded
 
     return weight_of
+
+
+def _pieces(weight: QuantTensor) -> Iterator[QuantTensor]:
+    """Some rows at a time, so that the floats they stand for need no copy of the whole."""
+    for at in range(0, len(weight.codes), _SLICE_ROWS):
+        rows = slice(at, at + _SLICE_ROWS)
+        zeros = None if weight.zeros is None else weight.zeros[rows]
+        yield replace(weight, codes=weight.codes[rows], scales=weight.scales[rows], zeros=zeros)
 
 
 def _saved(work: WorkFolder) -> Callable[[str, Tensor], QuantTensor]:
