@@ -6,9 +6,10 @@ as peft does, "products" all but the products with its weights, "none" nothing. 
 Qwen2ForCausalLM with the same weights, optimizer and threads. Each side runs in a process of its own, in turn, and the
 peak is the process's (VmHWM).
 
-`packed`: tokens of real samples each second, packed, beside batches of 8 padded to their longest: with logits where a
-token is learned only, as ours, and with logits everywhere, as trainers that hand labels to a model have them. DATA are
-records of dialogues, or of `input` ("### Human: ... ### Assistant:" by turns) and `output`, which become messages here.
+`packed`: tokens of real samples each second, packed, beside batches of 8 padded to their longest: as ours, with logits
+where a token is learned only; with logits everywhere; and with torch's attention too, which is how trainers that hand
+labels to a model have it. DATA are records of dialogues, or of `input` ("### Human: ... ### Assistant:" by turns) and
+`output`, which become messages here.
 
     qwenlet random OUT --like qwen-1.8b          # once: full size, random weights, 3.7 GB
     python benchmarks/finetune.py step OUT --threads 2
@@ -183,6 +184,7 @@ def packed_table(model: str, data: Path, batches: int, turns: int) -> dict[str, 
     from qwenlet.checkpoint import Checkpoint, load_model
     from qwenlet.config import DataConfig, LoraConfig
     from qwenlet.lora import add_lora
+    from qwenlet.ops.attention import attention_backend
     from qwenlet.train.batches import epoch_batches, in_order
     from qwenlet.train.loss import IGNORED, head_loss
     from qwenlet.train.objective import NextToken, rows_of
@@ -204,7 +206,7 @@ def packed_table(model: str, data: Path, batches: int, turns: int) -> dict[str, 
     def packed(batch: tuple[int, ...]) -> None:
         objective.loss(network, batch, device).backward()
 
-    def padded(batch: tuple[int, ...], everywhere: bool) -> None:
+    def padded(batch: tuple[int, ...], everywhere: bool, attention: str = "auto") -> None:
         """As collators do: every sample as long as the longest, what is behind its end computed and not counted."""
         longest = int(max(samples.lengths[index] for index in batch))
         ids, targets, _ = rows_of(samples, batch, network, device)
@@ -214,17 +216,19 @@ def packed_table(model: str, data: Path, batches: int, turns: int) -> dict[str, 
         whole = torch.zeros(longest * len(batch), dtype=torch.long)
         wanted = torch.full_like(whole, IGNORED)
         whole[places], wanted[places] = ids, targets
-        states = network.hidden(whole, rows)
+        with attention_backend(attention):
+            states = network.hidden(whole, rows)
         if everywhere:
             cross_entropy(network.lm_head(states).float(), wanted, ignore_index=IGNORED, reduction="sum").backward()
         else:
             head_loss(network.lm_head, states, wanted).backward()
 
-    usual = "padded to the longest of 8, logits everywhere"
+    name = "padded to the longest of 8"
     ways: dict[str, Callable[[tuple[int, ...]], None]] = {
         "packed": packed,
-        "padded to the longest of 8": lambda batch: padded(batch, everywhere=False),
-        usual: lambda batch: padded(batch, everywhere=True),
+        name: lambda batch: padded(batch, everywhere=False),
+        f"{name}, logits everywhere": lambda batch: padded(batch, everywhere=True),
+        f"{name}, logits everywhere, torch's attention": lambda batch: padded(batch, everywhere=True, attention="sdpa"),
     }
     eights = epoch_batches(samples, 0, seed=0, batch_size=8, budget=None)[:batches]
     chosen = [index for batch in eights for index in batch]

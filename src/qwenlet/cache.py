@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from qwenlet.config import ModelConfig
+from qwenlet.ops import training_attention
 from qwenlet.ops.attention import causal_attention, causal_attention_batch, causal_attention_pages
 from qwenlet.ops.memory import large_pages
 from qwenlet.ops.pages import CachePages
@@ -72,6 +73,8 @@ class NoPast:
         self.lengths = rows.lengths
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and q.requires_grad and training_attention.takes(q, k, self.lengths):
+            return training_attention.attend_rows(q, k, v, self.lengths)
         first = self.lengths[0]
         if all(length == first for length in self.lengths):
             shape = (len(self.lengths), first)

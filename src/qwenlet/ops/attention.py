@@ -1,6 +1,7 @@
 """Causal attention of one row over its own keys, by torch's scaled-dot-product kernels or the flash-attn package's.
 
-    auto        the package's kernel on a GPU where it is installed, else torch's choice
+    auto        the package's kernel on a GPU where it is installed, our own (training_attention.py) where a CPU trains,
+                else torch's choice
     flash       the package's kernel, else torch's flash kernel
     sdpa        torch's choice
     efficient, math   torch's kernels of these names
@@ -48,6 +49,11 @@ def attention_backend(name: str) -> Iterator[None]:
         _asked.reset(token)
 
 
+def backend() -> str:
+    """The kernel that was asked for here."""
+    return _asked.get()
+
+
 def check_backend(name: str, device: torch.device, dtype: torch.dtype) -> None:
     """Raises ConfigError if this machine can't run the kernel for this dtype."""
     if name not in _BACKENDS:
@@ -76,7 +82,7 @@ def flash_package() -> Any | None:
 
 def _by_package(q: Tensor) -> bool:
     """Whether the flash-attn package answers q; it has kernels for sixteen bits and heads of up to 256."""
-    if not q.is_cuda or _asked.get() not in ("auto", "flash") or q.requires_grad:
+    if not q.is_cuda or backend() not in ("auto", "flash") or q.requires_grad:
         return False
     return q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256 and flash_package() is not None
 

@@ -12,6 +12,7 @@
 #include "linear_bf16.h"
 #include "rows.h"
 #include "rows_avx512_bf16.h"
+#include "train_attention.h"
 
 namespace {
 
@@ -32,5 +33,5 @@ bool supported() { return has_avx512() && __builtin_cpu_supports("avx512bf16") &
 }  // namespace
 
 namespace qwenlet {
-const Kernels kAmx = {"amx", supported, linear_bf16<Dot>, linear_tiles_amx, columns_of, nullptr, drop, norm, swiglu, peak, weigh, split, round_inputs, turn_query, store, attend};
+const Kernels kAmx = {"amx", supported, linear_bf16<Dot>, linear_tiles_amx, columns_of, nullptr, drop, norm, swiglu, peak, weigh, split, round_inputs, turn_query, store, attend, train_forward, train_backward};
 }

@@ -9,6 +9,7 @@
 #include "linear_bf16.h"
 #include "linear_tiles.h"
 #include "rows.h"
+#include "train_attention.h"
 
 namespace {
 
@@ -51,5 +52,5 @@ bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_suppor
 }  // namespace
 
 namespace qwenlet {
-const Kernels kAvx2 = {"avx2", supported, linear_bf16<Dot>, linear_tiles, columns_of, nullptr, drop, norm, swiglu, peak, weigh, split, round_inputs, turn_query, store, attend};
+const Kernels kAvx2 = {"avx2", supported, linear_bf16<Dot>, linear_tiles, columns_of, nullptr, drop, norm, swiglu, peak, weigh, split, round_inputs, turn_query, store, attend, train_forward, train_backward};
 }

@@ -7,6 +7,7 @@
 #include "linear_bf16.h"
 #include "linear_tiles.h"
 #include "rows.h"
+#include "train_attention.h"
 
 namespace {
 
@@ -34,5 +35,5 @@ bool supported() { return true; }
 }  // namespace
 
 namespace qwenlet {
-const Kernels kPortable = {"portable", supported, linear_bf16<Dot>, linear_tiles, columns_of, nullptr, drop, norm, swiglu, peak, weigh, split, round_inputs, turn_query, store, attend};
+const Kernels kPortable = {"portable", supported, linear_bf16<Dot>, linear_tiles, columns_of, nullptr, drop, norm, swiglu, peak, weigh, split, round_inputs, turn_query, store, attend, train_forward, train_backward};
 }

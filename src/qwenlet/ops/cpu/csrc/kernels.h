@@ -68,6 +68,23 @@ struct Pages {
     float* v_scales;
 };
 
+// Keys and queries of a block of training's attention: a block of keys is at most half of a first cache, queries are a
+// multiple of the rows any set's products have.
+constexpr int64_t kTrainKeys = 64, kTrainQueries = 48;
+
+// Attention of rows of tokens that lie side by side, and the way back, in bfloat16 (bits 16) or float32 (32).
+//   q [tokens, heads, dim], k and v [tokens, kv_heads, dim], a token's numbers `stride` apart; the others side by side:
+//   out, grad and of_q like q, of_k like k, of_v like v; sums [heads, tokens], logarithms
+struct TrainAttention {
+    int bits;
+    int64_t tokens, heads, kv_heads, dim, q_stride, k_stride, v_stride;
+    const void *q, *k, *v;
+    void* out;
+    float* sums;
+    const void* grad;
+    void *of_q, *of_k, *of_v;
+};
+
 struct Kernels {
     const char* name;
     bool (*supported)();
@@ -128,7 +145,19 @@ struct Kernels {
     void (*attend)(const Pages& p, int64_t head, int64_t heads, const float* q, const int8_t* codes, const float* code_scales,
                    int64_t q_stride, int64_t code_stride, int64_t rows, int64_t position, const int32_t* table, float* out,
                    int64_t out_stride, char* scratch);
+
+    // out and sums of one row, tokens [first, first + length), and the heads that share kv_head; and the way back from
+    // grad, out and sums to of_q, of_k and of_v. dim is a multiple of 16; scratch as train_scratch says.
+    void (*train_forward)(const TrainAttention& p, int64_t first, int64_t length, int64_t kv_head, float* scratch);
+    void (*train_backward)(const TrainAttention& p, int64_t first, int64_t length, int64_t kv_head, float* scratch);
 };
+
+// Floats that training's attention needs for a row.
+inline int64_t train_scratch(int64_t length, int64_t dim, bool back) {
+    const int64_t padded = (length + kTrainKeys - 1) / kTrainKeys * kTrainKeys;
+    if (back) return 8 * padded * dim + 2 * kTrainQueries * kTrainKeys + padded;
+    return 2 * padded * dim + 2 * kTrainQueries * dim + kTrainQueries * padded;
+}
 
 // What `back` needs for so many rows: a stretch of the weight, and the sums.
 inline int64_t back_scratch(int64_t rows) {

@@ -5,6 +5,7 @@
 #include <Python.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <memory>
 #include <string>
@@ -228,6 +229,38 @@ PyObject* drop(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     Py_RETURN_NONE;
 }
 
+// train_attention(isa, threads, back, rows, spans, bits, tokens, heads, kv_heads, dim, q_stride, k_stride, v_stride, q, k, v,
+//                 out, sums, grad, of_q, of_k, of_v): spans [rows, 2] int64 are first token and length; see kernels.h
+PyObject* train_attention(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
+    int64_t v[21];
+    if (!read_all("train_attention", args, nargs, 1, 21, v)) return nullptr;
+    const Kernels* kernels = kernels_of(args[0]);
+    if (kernels == nullptr) return nullptr;
+    const bool back = v[1] != 0;
+    const auto* spans = address<const int64_t>(v[3]);
+    const qwenlet::TrainAttention p{static_cast<int>(v[4]), v[5], v[6], v[7], v[8], v[9], v[10], v[11],
+                                    address<const void>(v[12]), address<const void>(v[13]), address<const void>(v[14]),
+                                    address<void>(v[15]), address<float>(v[16]), address<const void>(v[17]),
+                                    address<void>(v[18]), address<void>(v[19]), address<void>(v[20])};
+    const int64_t rows = v[2], units = rows * p.kv_heads;
+    Py_BEGIN_ALLOW_THREADS
+    int64_t longest = 0;
+    for (int64_t r = 0; r < rows; ++r) longest = std::max(longest, spans[2 * r + 1]);
+    const auto room = static_cast<size_t>(qwenlet::train_scratch(longest, p.dim, back));
+    std::atomic<int64_t> next{0};
+    // a thread takes one row and head after the other, on scratch that it got once
+    qwenlet::parallel_for(static_cast<int>(v[0]), std::min<int64_t>(v[0], units), 1, [&](int64_t, int64_t) {
+        const std::unique_ptr<float[]> scratch(new float[room + 16]);
+        float* lines = scratch.get() + (64 - reinterpret_cast<uintptr_t>(scratch.get()) % 64) / 4;
+        for (int64_t unit = next++; unit < units; unit = next++) {
+            const int64_t* span = spans + unit / p.kv_heads * 2;
+            (back ? kernels->train_backward : kernels->train_forward)(p, span[0], span[1], unit % p.kv_heads, lines);
+        }
+    });
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
 // whether an instruction set has linear_back
 PyObject* has_back(PyObject*, PyObject* isa) {
     const Kernels* kernels = kernels_of(isa);
@@ -439,6 +472,7 @@ PyMethodDef kMethods[] = {
     {"tiles_columns", fast(tiles_columns), METH_FASTCALL, "tiles_columns(isa, threads, begin, end, bits, out, <weight>)"},
     {"linear_back", fast(linear_back), METH_FASTCALL, "linear_back(isa, threads, g, rows, bits, out, <weight>)"},
     {"drop", fast(drop), METH_FASTCALL, "drop(isa, threads, x, bits, count, seed, least, out, add)"},
+    {"train_attention", fast(train_attention), METH_FASTCALL, "train_attention(isa, threads, back, rows, spans, ...)"},
     {"has_back", has_back, METH_O, "has_back(isa)"},
     {"words_to_lines", fast(words_to_lines), METH_FASTCALL, "words_to_lines(threads, words, count, columns, lines)"},
     {"draw", fast(draw), METH_FASTCALL, "draw(isa, threads, rows, numbers, settings, tokens)"},
