@@ -94,18 +94,23 @@ def test_kept_products_give_the_same_step_and_are_computed_once(monkeypatch: pyt
 # ------------------------------------------------------------------------------------------------------- its kernels
 
 
-@pytest.mark.parametrize("rows", [23, 24, 61, 128])
+@pytest.mark.parametrize("isa", [*cpu.available(), "torch"])
+@pytest.mark.parametrize(("rows", "outputs"), [(23, 160), (24, 160), (61, 144), (128, 1120), (1061, 96)])
 @pytest.mark.parametrize("kind", ["int4", "int8", "zero points", "minimums", "act-order"])
-def test_the_way_back_through_codes(kind: str, rows: int) -> None:
-    """Few rows go another way than many; both are within the rounding of weights and gradients to bfloat16."""
+def test_the_way_back_through_codes(
+    kind: str, rows: int, outputs: int, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few rows go another way than many, and many of them in parts; so do outputs that fill no register, or more than
+    a stretch. All are within the rounding of weights and gradients to bfloat16."""
+    monkeypatch.setenv("QWENLET_ISA", isa)
     torch.manual_seed(4)
-    weight = torch.randn(144, 352)
+    weight = torch.randn(outputs, 352)
     plain = round_to_nearest(weight, 8 if kind == "int8" else 4, 32, sym=kind in ("int4", "int8"))
-    minimums = torch.randn(144, 11).half() if kind == "minimums" else None
+    minimums = torch.randn(outputs, 11).half() if kind == "minimums" else None
     order = torch.randperm(352) if kind == "act-order" else None
     zeros = None if kind == "minimums" else plain.zeros
     codes = QuantTensor(plain.bits, 32, plain.codes, plain.scales, zeros, minimums=minimums, order=order)
-    grad, exact = torch.randn(rows, 144), codes.dequantize()
+    grad, exact = torch.randn(rows, outputs), codes.dequantize()
     for dtype in (torch.float32, torch.bfloat16):
         out = cpu.linear_back(grad.to(dtype), to_tiles(codes))
         assert out.dtype == dtype
@@ -113,8 +118,10 @@ def test_the_way_back_through_codes(kind: str, rows: int) -> None:
         assert ((out.float() - grad @ exact).abs() <= bound).all()
 
 
+@pytest.mark.parametrize("isa", [*cpu.available(), "torch"])
 @pytest.mark.parametrize("shape", [(144, 352), (320, 80), (16, 16), (48, 272)])
-def test_the_way_back_through_bfloat16_rows(shape: tuple[int, int]) -> None:
+def test_the_way_back_through_bfloat16_rows(shape: tuple[int, int], isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QWENLET_ISA", isa)
     torch.manual_seed(5)
     weight, grad = torch.randn(shape).bfloat16(), torch.randn(37, shape[0]).bfloat16()
     exact = grad.double() @ weight.double()

@@ -153,7 +153,8 @@ def linear_back(grad: Tensor, weight: Tiles) -> Tensor:
 def rows_back(grad: Tensor, weight: Tensor) -> Tensor:
     """grad W for bfloat16 grad [M, N] and W [N, K] row by row -> [M, K]; any other dtype or device by torch."""
     both = grad.dtype == weight.dtype == torch.bfloat16 and grad.device.type == "cpu"
-    if not both or not weight.is_contiguous() or not _backs(len(grad), *weight.shape):
+    # by AMX torch's product is the quicker one
+    if not both or not weight.is_contiguous() or status().isa == "amx" or not _backs(len(grad), *weight.shape):
         return grad @ weight
     return _back(grad, (0, 0, *weight.shape, weight.data_ptr(), 0, 0, 0, 0), weight.shape[1])
 
@@ -161,7 +162,8 @@ def rows_back(grad: Tensor, weight: Tensor) -> Tensor:
 def _backs(rows: int, outputs: int, columns: int) -> bool:
     """Whether kernels take the way back through a weight [outputs, columns]."""
     isa = status().isa
-    if isa is None or rows < _BACK_LEAST_ROWS or outputs % TILE_ROWS or columns % TILE_ROWS:
+    step = 2 * TILE_ROWS if isa == "amx" else TILE_ROWS  # a register there takes 32 outputs
+    if isa is None or rows < _BACK_LEAST_ROWS or outputs % step or columns % TILE_ROWS:
         return False
     return bool(kernels().has_back(isa))
 

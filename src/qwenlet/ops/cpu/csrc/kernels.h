@@ -25,6 +25,8 @@ constexpr int kQueryBlock = 16;
 // a stretch, whose lines of 64 columns are half of a first cache.
 constexpr int kBackRows = 6;
 constexpr int64_t kBackColumns = 256, kBackPairs = 96;
+// By AMX: pairs in a stretch, and rows that share what was unpacked.
+constexpr int64_t kAmxBackPairs = 256, kBackMostRows = 1024;
 
 // Activations as a linear reads them: rows of k numbers, either whole-number codes with a scale per group, or floats.
 // For four-bit weights a code is a byte, and of every 8 the even ones come first, as nibbles lie in a byte. For eight-bit
@@ -104,13 +106,14 @@ struct Kernels {
     // at the end), in bfloat16 (bits 16) or float32 (32). begin and end lie between words.
     void (*columns)(const TileWeight& w, int64_t tile, int64_t begin, int64_t end, int64_t first, int bits, void* out);
 
-    // Columns [begin, end) of out = g W, at most kBackColumns, for W in tiles of four or eight bits, or (bits 0) bfloat16
-    // row by row: products of bfloat16, summed in float32 in the outputs' order. n, k and begin are multiples of 16. Null
-    // where torch's products are as good.
-    //   g: [rows / kBackRows, n / 2, kBackRows] words of two bfloat16, rows beyond the last zero
+    // Columns [begin, end) of out = g W, at most kBackColumns, for W in tiles of four or eight bits, or (bits 0, not with
+    // AMX) bfloat16 row by row: products of bfloat16, summed in float32 in the outputs' order. n, k and begin are multiples
+    // of 16, with AMX n of 32. Null where torch's products are as good.
+    //   g: [rows / back_rows, n / 2, back_rows] words of two bfloat16, rows beyond the last zero; at most kBackMostRows rows
     //   out [rows, k] in bfloat16 (bits 16) or float32 (32); scratch: back_scratch bytes at an address of whole lines
     void (*back)(const TileWeight& w, const uint32_t* g, int64_t rows, int64_t begin, int64_t end, int bits, void* out,
                  char* scratch);
+    int back_rows;  // kBackRows, or 1: rows as they lie
 
     // Dropout without its scale, see drop.h.
     void (*drop)(const void* x, int bits, int64_t begin, int64_t end, uint64_t seed, uint32_t least, void* out, bool add);
@@ -161,7 +164,7 @@ inline int64_t train_scratch(int64_t length, int64_t dim, bool back) {
 
 // What `back` needs for so many rows: a stretch of the weight, and the sums.
 inline int64_t back_scratch(int64_t rows) {
-    return kBackColumns * kBackPairs * 4 + (rows + kBackRows - 1) / kBackRows * kBackRows * kBackColumns * 4;
+    return kBackColumns * kAmxBackPairs * 4 + (rows + kBackRows - 1) / kBackRows * kBackRows * kBackColumns * 4;
 }
 
 #if defined(QWENLET_AMX)

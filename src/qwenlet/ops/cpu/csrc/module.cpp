@@ -183,32 +183,37 @@ PyObject* linear_back(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     if (kernels == nullptr) return nullptr;
     if (kernels->back == nullptr) return PyErr_Format(PyExc_ValueError, "%s has no linear_back", kernels->name);
     const TileWeight w = weight_from(v + 5);
-    const int threads = static_cast<int>(v[0]);
-    const int64_t rows = v[2], pairs = w.n / 2;
-    constexpr int64_t kRows = qwenlet::kBackRows;
-    const int64_t blocks = (rows + kRows - 1) / kRows;
+    const int threads = static_cast<int>(v[0]), bits = static_cast<int>(v[3]);
+    const int64_t pairs = w.n / 2, together = kernels->back_rows;
+    std::vector<uint32_t> packed;
     Py_BEGIN_ALLOW_THREADS
-    // words, so that a copy keeps both bfloat16 of a pair in their order
-    const auto* g = address<const uint32_t>(v[1]);
-    std::vector<uint32_t> packed(blocks * pairs * kRows);
-    qwenlet::parallel_for(threads, blocks, 4, [&](int64_t begin, int64_t end) {
-        for (int64_t b = begin; b < end; ++b)
-            for (int64_t r = 0; r < kRows && b * kRows + r < rows; ++r) {
-                const uint32_t* from = g + (b * kRows + r) * pairs;
-                uint32_t* to = packed.data() + b * pairs * kRows + r;
-                for (int64_t p = 0; p < pairs; ++p) to[p * kRows] = from[p];
-            }
-    });
-    // wide pieces, as a row of them is read at a time, but four for every thread
-    int64_t wide = qwenlet::kBackColumns;
-    while (wide > 64 && w.k < wide * 4 * threads) wide /= 2;
-    qwenlet::parallel_for(threads, (w.k + wide - 1) / wide, 1, [&](int64_t begin, int64_t end) {
-        const std::unique_ptr<char[]> room(new char[static_cast<size_t>(qwenlet::back_scratch(rows)) + 64]);
-        char* scratch = room.get() + (64 - reinterpret_cast<uintptr_t>(room.get()) % 64);
-        for (int64_t piece = begin; piece < end; ++piece)
-            kernels->back(w, packed.data(), rows, piece * wide, std::min(w.k, (piece + 1) * wide), static_cast<int>(v[3]),
-                          address<void>(v[4]), scratch);
-    });
+    for (int64_t first = 0; first < v[2]; first += qwenlet::kBackMostRows) {
+        const int64_t rows = std::min(qwenlet::kBackMostRows, v[2] - first), blocks = (rows + together - 1) / together;
+        // words, so that a copy keeps both bfloat16 of a pair in their order
+        const uint32_t* g = address<const uint32_t>(v[1]) + first * pairs;
+        auto* out = address<char>(v[4]) + first * w.k * bits / 8;
+        if (together > 1) {
+            packed.assign(blocks * pairs * together, 0);
+            qwenlet::parallel_for(threads, blocks, 4, [&](int64_t begin, int64_t end) {
+                for (int64_t b = begin; b < end; ++b)
+                    for (int64_t r = 0; r < together && b * together + r < rows; ++r) {
+                        const uint32_t* from = g + (b * together + r) * pairs;
+                        uint32_t* to = packed.data() + b * pairs * together + r;
+                        for (int64_t p = 0; p < pairs; ++p) to[p * together] = from[p];
+                    }
+            });
+            g = packed.data();
+        }
+        // wide pieces, as a row of them is read at a time, but four for every thread
+        int64_t wide = qwenlet::kBackColumns;
+        while (wide > 64 && w.k < wide * 4 * threads) wide /= 2;
+        qwenlet::parallel_for(threads, (w.k + wide - 1) / wide, 1, [&](int64_t begin, int64_t end) {
+            const std::unique_ptr<char[]> room(new char[static_cast<size_t>(qwenlet::back_scratch(rows)) + 64]);
+            char* scratch = room.get() + (64 - reinterpret_cast<uintptr_t>(room.get()) % 64);
+            for (int64_t piece = begin; piece < end; ++piece)
+                kernels->back(w, g, rows, piece * wide, std::min(w.k, (piece + 1) * wide), bits, out, scratch);
+        });
+    }
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
