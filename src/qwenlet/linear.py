@@ -13,7 +13,7 @@ on two cores of a Zen 4: `F.linear` 12 GB/s, prepacked 16, streamed 20-28 (dev/L
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from qwenlet.errors import ConfigError
 from qwenlet.ops import cpu, replay, triton
-from qwenlet.ops.packing import QuantTensor, Tiles, float_to_tiles, from_tiles
+from qwenlet.ops.packing import TILE_ROWS, QuantTensor, Tiles, float_to_tiles, from_tiles
 
 # Rows oneDNN is told to expect when it chooses the blocked order. 16 measured best for one row and no worse for many.
 _ROWS_HINT = 16
@@ -119,9 +119,31 @@ class _Frozen(torch.autograd.Function):
 
 def tiles_back(grad: Tensor, tiles: Tiles) -> Tensor:
     """grad W: [M, out] -> [M, in] in grad's dtype."""
-    if tiles.weight.is_cuda:
-        return grad @ _dequantize(tiles, grad.dtype)
-    return cpu.linear_back(grad, tiles)
+    if not _on_gpu(tiles):
+        return cpu.linear_back(grad, tiles)
+    back = None
+    for begin, piece in _pieces(tiles):
+        part = grad[:, begin : begin + piece.rows] @ _dequantize(piece, grad.dtype)
+        back = part if back is None else back.add_(part)
+    assert back is not None, "a weight has rows"
+    return back
+
+
+def _on_gpu(tiles: Tiles) -> bool:
+    return tiles.weight.is_cuda
+
+
+_PIECE_ROWS = 8192  # outputs whose weights stand in floats at a time on a GPU: a head has 150,000
+
+
+def _pieces(tiles: Tiles) -> Iterator[tuple[int, Tiles]]:
+    """(first output, the tiles of some outputs)."""
+    step = _PIECE_ROWS // TILE_ROWS
+    for at in range(0, len(tiles.weight), step):
+        of = {name: getattr(tiles, name) for name in ("weight", "scales", "zeros", "minimums")}
+        cut: dict[str, Any] = {name: None if part is None else part[at : at + step] for name, part in of.items()}
+        begin = at * TILE_ROWS
+        yield begin, replace(tiles, **cut, rows=min(tiles.rows - begin, _PIECE_ROWS))
 
 
 class _Linear(torch.autograd.Function):
@@ -159,13 +181,19 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def product(x: Tensor, tiles: Tiles, bias: Tensor | None) -> Tensor:
     """Where the weight lies: on a CPU with x in codes too, on a GPU in x's own precision."""
-    if not tiles.weight.is_cuda:
+    if not _on_gpu(tiles):
         return cpu.linear_quant(x, tiles, bias)
-    if triton.status().runs:
+    if len(x) == 1 and triton.status().runs:
         from qwenlet.ops.triton.linear import linear
 
         return linear(x, tiles, bias)
-    return F.linear(x, _dequantize(tiles, x.dtype), None if bias is None else bias.to(x.dtype))
+    added = None if bias is None else bias.to(x.dtype)
+    if tiles.rows <= _PIECE_ROWS:
+        return F.linear(x, _dequantize(tiles, x.dtype), added)
+    y = x.new_empty(len(x), tiles.rows)
+    for begin, piece in _pieces(tiles):
+        y[:, begin : begin + piece.rows] = F.linear(x, _dequantize(piece, x.dtype))
+    return y if added is None else y.add_(added)
 
 
 def _dequantize(tiles: Tiles, dtype: torch.dtype) -> Tensor:
@@ -198,7 +226,7 @@ def float_weight(linear: nn.Module) -> Tensor:
     """A linear's weight [out, in] in floats of memory of its own: as it is, or what its codes are worth in float32."""
     tiles = getattr(linear, "tiles", None)
     if isinstance(tiles, Tiles):
-        if tiles.weight.is_cuda:
+        if _on_gpu(tiles):
             return _dequantize(tiles, torch.float32)
         return cpu.tiles_to_float(tiles, torch.bfloat16 if tiles.bits == 16 else torch.float32)
     assert isinstance(linear.weight, Tensor), f"{type(linear).__name__} has no weight in floats"

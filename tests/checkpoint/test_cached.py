@@ -124,6 +124,14 @@ def test_files_of_sources_that_are_gone_go(tmp_path: Path, tiny: Path, state: St
     assert [file.about["path"] for file in tile_files(cache)] == [str(tiny.resolve())]
 
 
+def test_files_in_an_older_format_go(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as before:
+        before.setattr("qwenlet.checkpoint.cached._FORMAT", 0)
+        load_quantized(Checkpoint.open(tiny), KINDS["int8"], tmp_path)
+    load_quantized(Checkpoint.open(tiny), INT4, tmp_path)
+    assert [file.about["quant"]["bits"] for file in tile_files(tmp_path)] == [4]
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-10])
 

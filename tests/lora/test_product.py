@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from lora.tiny import plain_model, stir
+from qwenlet import linear
 from qwenlet.config import LoraConfig
 from qwenlet.lora import add_lora, product, trainable
 from qwenlet.lora.product import adapted
@@ -14,6 +15,7 @@ from qwenlet.model import Recompute
 from qwenlet.ops import cpu, reference
 from qwenlet.ops.packing import QuantTensor, to_tiles
 from qwenlet.ops.rounding import round_to_nearest
+from qwenlet.ops.triton import Status
 
 SHARE, SCALE = 0.25, 0.7
 
@@ -116,6 +118,31 @@ def test_the_way_back_through_codes(
         assert out.dtype == dtype
         bound = 3 * 2**-8 * (grad.abs() @ exact.abs())
         assert ((out.float() - grad @ exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("by_triton", [False, True])
+@pytest.mark.parametrize("kind", ["int4", "int8", "act-order"])
+def test_beside_codes_on_a_gpu(kind: str, by_triton: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs there, here on a CPU: products, gradients and a low-rank part beside codes that become floats some
+    outputs at a time."""
+    monkeypatch.setattr(linear, "_on_gpu", lambda _: True)
+    monkeypatch.setattr(linear, "_PIECE_ROWS", 32)
+    monkeypatch.setattr(linear.triton, "status", lambda: Status(by_triton, ""))
+    torch.manual_seed(7)
+    rounded = round_to_nearest(torch.randn(72, 64), 8 if kind == "int8" else 4, 32)
+    order = torch.randperm(64) if kind == "act-order" else None
+    codes = QuantTensor(rounded.bits, 32, rounded.codes, rounded.scales, order=order)
+    tiles, exact, bias = linear.on_device(to_tiles(codes), torch.device("cpu")), codes.dequantize(), torch.randn(72)
+    x, grad = torch.randn(5, 64), torch.randn(5, 72)
+    torch.testing.assert_close(linear.product(x, tiles, bias), F.linear(x, exact, bias), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(linear.tiles_back(grad, tiles), grad @ exact, rtol=1e-5, atol=1e-4)
+    a, b = torch.randn(3, 64), torch.randn(72, 3)
+    for part in (x, a, b):
+        part.requires_grad_()
+    ours = torch.autograd.grad(adapted(x, tiles, bias, a, b, SCALE), (x, a, b), grad)
+    theirs = torch.autograd.grad(F.linear(x, exact, bias) + SCALE * x @ a.T @ b.T, (x, a, b), grad)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("isa", [*cpu.available(), "torch"])

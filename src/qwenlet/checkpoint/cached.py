@@ -90,10 +90,11 @@ def _key(about: dict[str, Any]) -> str:
 
 
 def _forget_outdated(cache: Path, about: dict[str, Any]) -> None:
-    """Removes what was made of the same source before it changed, and of sources that are gone."""
+    """Removes what was made of the same source before it changed, of sources that are gone, and in older formats."""
     for file in tile_files(cache):
         old = file.about
         same = old.get("path") == about["path"] and old.get("quant") == about["quant"]
-        if (same and old != about) or not Path(str(old.get("path"))).exists():
+        outdated = (same and old != about) or old.get("format") != about["format"]
+        if outdated or not Path(str(old.get("path"))).exists():
             with suppress(OSError):
                 file.path.unlink()

@@ -29,6 +29,7 @@ from qwenlet.linear import (
 )
 from qwenlet.lora.product import adapted
 from qwenlet.model import Embedding, Linear, Qwen, RMSNorm
+from qwenlet.ops.packing import Tiles
 
 _LINEARS = (nn.Linear, QuantLinear, TiledLinear, StreamedLinear)
 _TIED = ("wte", "lm_head")
@@ -51,7 +52,8 @@ class LoraLinear(nn.Module):
         self.in_features, self.out_features = base.in_features, base.out_features
         rank = config.rank if rank is None else rank
         self.scale = config.scale(name, rank)
-        device = next((p.device for p in base.parameters()), torch.device("cpu"))
+        tiles = getattr(base, "tiles", None)
+        device = tiles.weight.device if isinstance(tiles, Tiles) else next(p.device for p in base.parameters())
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))

@@ -27,6 +27,7 @@ from qwenlet.checkpoint import (
     load_model,
     load_quantized,
     read_tokenizer,
+    rounding_of,
     write_trained,
 )
 from qwenlet.config import DataConfig, LoraConfig, QuantConfig, TrainingConfig
@@ -190,10 +191,7 @@ class Finetune:
     def _model(self, progress: Progress | None) -> Qwen:
         job = self.job
         if job.method == "qlora":
-            if self.device.type != "cpu":
-                raise ConfigError("quantized weights run on a CPU only in this version", hint="use --method lora")
-            quant = None if self.checkpoint.is_quantized else QuantConfig.named(job.quant).fit(self.checkpoint.config)
-            model, _ = load_quantized(self.checkpoint, quant, hub.cache_dir() / "kernels", progress=progress)
+            model = self._coded(progress)
             compute_in(model, self.dtype)
         else:
             model, _ = load_model(self.checkpoint, self.dtype, self.device, progress=progress)
@@ -222,6 +220,15 @@ class Finetune:
             add_lora(model, job.lora)
         keep_masters(model)
         return model.train()
+
+    def _coded(self, progress: Progress | None) -> Qwen:
+        """The model with its weights in codes, as they are stored or rounded now."""
+        checkpoint = self.checkpoint
+        quant = None if checkpoint.is_quantized else QuantConfig.named(self.job.quant).fit(checkpoint.config)
+        if self.device.type == "cpu":
+            return load_quantized(checkpoint, quant, hub.cache_dir() / "kernels", progress=progress)[0]
+        rounding = None if quant is None else rounding_of(checkpoint, quant, progress)
+        return load_model(checkpoint, self.dtype, self.device, quantized=True, rounding=rounding, progress=progress)[0]
 
     @property
     def chat_format(self) -> Literal["chatml"] | None:
