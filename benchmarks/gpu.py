@@ -214,6 +214,96 @@ def random_model(config: Any, dtype: Any, device: Any) -> Any:
     return model
 
 
+def coded(model: Any) -> tuple[Any, Any]:
+    """The model with its linears in four bits where it lies, and the same with floats that are worth as much."""
+    import copy
+
+    import torch
+
+    from qwenlet.linear import QuantLinear, on_device, replace_linear
+    from qwenlet.ops.packing import to_tiles
+    from qwenlet.ops.rounding import round_to_nearest
+
+    floats = copy.deepcopy(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear):
+            codes = round_to_nearest(module.weight.data, 4, 32)
+            floats.get_submodule(name).weight.data = codes.dequantize().to(module.weight.dtype)
+            tiles = on_device(to_tiles(codes), module.weight.device)
+            replace_linear(model, name, QuantLinear(tiles, module.bias))
+    return model, floats
+
+
+def training(device: str, tiny: bool) -> None:
+    """Q-LoRA: gradients beside weights in codes against those beside floats, then what a step of the full size takes
+    (1 x 256 tokens, rank 64)."""
+    from dataclasses import replace
+
+    import torch
+
+    from qwenlet import linear
+    from qwenlet.cache import Rows
+    from qwenlet.config import LoraConfig, qwen_1_8b
+    from qwenlet.lora import add_lora
+    from qwenlet.train.loss import head_loss
+
+    where = torch.device(device)
+    if where.type == "cpu":  # a GPU's code all the same, by the interpreter
+        linear._on_gpu = lambda _: True
+    small = replace(
+        qwen_1_8b(), vocab_size=1024 if tiny else 20_000, hidden_size=64, num_attention_heads=2, num_key_value_heads=2,
+        head_dim=32, intermediate_size=96, num_hidden_layers=2,
+    )  # fmt: skip
+
+    def step(model: Any, length: int) -> Any:
+        ids = torch.randint(model.config.vocab_size, (length + 1,), generator=torch.Generator().manual_seed(0))
+        rows = Rows.fresh([length], [1.0], where)
+        loss = head_loss(model.lm_head, model.hidden(ids[:-1].to(where), rows), ids[1:].to(where)) / length
+        loss.backward()
+        return loss.detach()
+
+    for dtype, allowed in ((torch.float32, 1e-4), (torch.bfloat16, 0.06)):
+        name = f"qlora {str(dtype).removeprefix('torch.')}"
+        try:
+            torch.manual_seed(0)
+            answers = []
+            for model in coded(random_model(small, dtype, where)):
+                torch.manual_seed(1)
+                add_lora(model, LoraConfig(rank=4, dropout=0.0))
+                for parameter in (p for p in model.parameters() if p.requires_grad):
+                    torch.nn.init.normal_(parameter, std=0.05)
+                loss = step(model.train(), 48)
+                answers.append([loss, *(p.grad for p in model.parameters() if p.requires_grad)])
+            error = max(
+                float((found - wanted).double().norm() / wanted.double().norm().clamp_min(1e-9))
+                for found, wanted in zip(*answers, strict=True)
+            )
+            say(check=name, error=error, allowed=allowed, passed=error <= allowed)
+        except Exception as problem:
+            traceback.print_exc()
+            say(check=name, passed=False, problem=f"{type(problem).__name__}: {problem}"[:500])
+    config = small if tiny else qwen_1_8b()
+    for name in ("lora", "qlora"):
+        model = random_model(config, torch.bfloat16, where)
+        if name == "qlora":
+            model = coded(model)[0]
+        add_lora(model, LoraConfig())
+        model.train()
+        if where.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        times = []
+        for _ in range(4):
+            began = time.perf_counter()
+            step(model, 256 if not tiny else 16)
+            if where.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
+        peak = torch.cuda.max_memory_allocated() / 1e9 if where.type == "cuda" else None
+        say(training=name, seconds=sorted(times)[1], peak_gb=peak)
+        del model
+
+
 def fill(pool: Any) -> None:
     """Numbers like those of a past, scales included."""
     import torch
@@ -263,7 +353,7 @@ def profile(device: str, tiny: bool, precision: str, attention: str) -> None:
 
 def plan(tiny: bool, cpu: bool) -> list[tuple[str, list[str], float]]:
     """(name, arguments, seconds at most), the most telling first."""
-    parts = [("environment", [], 60.0), ("steps", [], 90.0), ("kernels", [], 120.0)]
+    parts = [("environment", [], 60.0), ("steps", [], 90.0), ("kernels", [], 120.0), ("training", [], 60.0)]
     parts += [(f"profile {precision}", [precision, "own"], 100.0) for precision in ("bf16", "int4", "int8", "fp32")]
     if not cpu:
         parts += [(f"profile bf16 {other}", ["bf16", other], 40.0) for other in ("sdpa", "math")]
@@ -303,7 +393,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="sizes for trying the script itself")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for everything")
-    parser.add_argument("--only", help="one part: environment, steps, kernels or profile")
+    parser.add_argument("--only", help="one part: environment, steps, kernels, training or profile")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     asked = parser.parse_args()
