@@ -206,21 +206,27 @@ def tiles_to_float(weight: Tiles, dtype: torch.dtype) -> Tensor:
     return from_tiles(weight).dequantize().to(dtype)
 
 
+_FLOAT_ROWS = 256  # of a product in sixteen bits that stand in memory in float32 at a time
+
+
 def linear_tiles(x: Tensor, weight: Tiles, bias: Tensor | None) -> Tensor:
     """The same by the kernels, for quantized, bfloat16 (then x is rounded to bfloat16) and float32 weights."""
     isa, module = status().isa, kernels()
     assert isa is not None, "no kernels run here"
-    rows = x.to(torch.float32).contiguous()
-    y = rows.new_empty(len(rows), weight.rows)
+    # the result first, and floats for some of its rows at a time: in the other order the heap is left full of holes
+    out = x.new_empty(len(x), weight.rows)
+    step = module.MAX_BATCH if x.dtype == torch.float32 else _FLOAT_ROWS
+    y = out if x.dtype == torch.float32 else torch.empty(min(step, len(x)), weight.rows)
     bound = weight_numbers(weight, bias)
     order = None if weight.order is None else weight.order.to(torch.int32)
-    for at in range(0, len(rows), module.MAX_BATCH):
-        piece, out = rows[at : at + module.MAX_BATCH], y[at:]
-        order_at = 0 if order is None else order.data_ptr()
-        module.linear_tiles(
-            isa, torch.get_num_threads(), piece.data_ptr(), len(piece), out.data_ptr(), order_at, *bound
-        )
-    return y.to(x.dtype)
+    order_at = 0 if order is None else order.data_ptr()
+    for at in range(0, len(x), step):
+        piece = x[at : at + step].to(torch.float32).contiguous()
+        to = y[at : at + step] if y is out else y[: len(piece)]
+        module.linear_tiles(isa, torch.get_num_threads(), piece.data_ptr(), len(piece), to.data_ptr(), order_at, *bound)
+        if y is not out:
+            out[at : at + step] = to
+    return out
 
 
 def drop(x: Tensor, seed: int, share: float, onto: Tensor | None = None) -> Tensor:
