@@ -239,10 +239,10 @@ class QuantEmbedding(nn.Module):
     Attributes:
         codes: [V, C] int8; scales: [V, C / group] float16. Both may be strided views of a mapped file, of which only
             the rows that are asked for are ever read.
-        let_go: called after some hundred rows, to stop counting the file's pages as ours; None: nothing to let go.
+        let_go: called after some rows, to stop counting the file's pages as ours; None: nothing to let go.
     """
 
-    _ROWS_HELD = 128
+    _ROWS_HELD = 32  # each maps up to a quarter of a MB around it
 
     def __init__(
         self,

@@ -93,13 +93,14 @@ def by_rows(mapped: Tensor) -> Tensor:
     return mapped
 
 
-def let_go(mapped: Tensor) -> None:
-    """Stops counting a mapped tensor's pages as ours; what is looked at next is mapped again, from the file's cache.
+def let_go(*mapped: Tensor) -> None:
+    """Stops counting mapped tensors' pages as ours; what is looked at next is mapped again, from the file's cache.
 
     Around a page that is looked at the system maps fifteen more, so a few thousand rows of an embedding can make most
-    of it count. Nothing may have been written to the tensor: it would be lost.
+    of it count. Nothing may have been written to the tensors: it would be lost.
     """
-    _advise(mapped, "MADV_DONTNEED")
+    for tensor in mapped:
+        _advise(tensor, "MADV_DONTNEED")
 
 
 def _advise(mapped: Tensor, advice: str) -> None:

@@ -169,7 +169,7 @@ def _embedding(module: nn.Module | None, parts: dict[str, Tensor | None], dtype:
         return None
     if codes.shape != module.weight.shape or codes.dtype != torch.int8 or len(scales) != len(codes):
         return None
-    return QuantEmbedding(by_rows(codes), scales, dtype, partial(let_go, codes))
+    return QuantEmbedding(by_rows(codes), by_rows(scales), dtype, partial(let_go, codes, scales))
 
 
 def _linear(module: nn.Module | None, parts: dict[str, Tensor | None], said: dict[str, Any]) -> nn.Module | None:
