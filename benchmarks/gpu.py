@@ -249,7 +249,7 @@ def training(device: str, tiny: bool) -> None:
 
     where = torch.device(device)
     if where.type == "cpu":  # a GPU's code all the same, by the interpreter
-        linear._on_gpu = lambda _: True
+        linear._on_gpu = lambda tiles: True
     small = replace(
         qwen_1_8b(), vocab_size=1024 if tiny else 20_000, hidden_size=64, num_attention_heads=2, num_key_value_heads=2,
         head_dim=32, intermediate_size=96, num_hidden_layers=2,
@@ -353,6 +353,7 @@ def profile(device: str, tiny: bool, precision: str, attention: str) -> None:
 
 def plan(tiny: bool, cpu: bool) -> list[tuple[str, list[str], float]]:
     """(name, arguments, seconds at most), the most telling first."""
+    parts: list[tuple[str, list[str], float]]
     parts = [("environment", [], 60.0), ("steps", [], 90.0), ("kernels", [], 120.0), ("training", [], 60.0)]
     parts += [(f"profile {precision}", [precision, "own"], 100.0) for precision in ("bf16", "int4", "int8", "fp32")]
     if not cpu:

@@ -32,7 +32,7 @@ def peer(folder: Path, original: Path, text: Path, windows: int, threads: int, w
     small, base = work / "q4_0.gguf", work / "base.dat"
     quiet: dict[str, Any] = {"check": True, "capture_output": True, "text": True}
     subprocess.run([folder / "llama-quantize", "--allow-requantize", original, small, "Q4_0", str(threads)], **quiet)
-    measure = ["-f", text, "--chunks", str(windows), "-c", str(WINDOW), "-t", str(threads)]
+    measure: list[Any] = ["-f", text, "--chunks", str(windows), "-c", str(WINDOW), "-t", str(threads)]
     command = [folder / "llama-perplexity", *measure, "--kl-divergence-base", base]
     first = subprocess.run([*command, "-m", original], **quiet)
     second = subprocess.run([*command, "-m", small, "--kl-divergence"], **quiet)
@@ -66,10 +66,10 @@ def main() -> None:
             "int4": ["--method", "rtn"],
             "int4, unweighted": ["--method", "rtn", "--no-weighted"],
         }
-        for label, options in ways.items():
+        for label, words in ways.items():
             made[label] = work / label.replace(", ", "-")
             subprocess.run(
-                [sys.executable, "-m", "qwenlet", "quantize", "demo", made[label], "--bits", "4", *options],
+                [sys.executable, "-m", "qwenlet", "quantize", "demo", made[label], "--bits", "4", *words],
                 check=True,
                 capture_output=True,
             )

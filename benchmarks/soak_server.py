@@ -77,7 +77,7 @@ class Client(threading.Thread):
         function = {"type": "function", "function": TOOL}
         schema = {"type": "json_schema", "json_schema": {"schema": TOOL["parameters"]}}
         chat = {"messages": [message], "max_tokens": many} | warm
-        return self.draw.choice([
+        good: list[tuple[str, dict[str, Any]]] = [
             ("/v1/chat/completions", chat),
             ("/v1/chat/completions", chat | {"n": 2, "logprobs": True, "top_logprobs": 3}),
             ("/v1/chat/completions", chat | {"tools": [function], "tool_choice": "required"}),
@@ -89,7 +89,8 @@ class Client(threading.Thread):
             ("/v1/messages", {"messages": [message], "max_tokens": many}),
             ("/api/chat", {"messages": [message], "options": {"num_predict": many}}),
             ("/api/generate", {"prompt": self.text(), "options": {"num_predict": many}}),
-        ])  # fmt: skip
+        ]
+        return self.draw.choice(good)
 
     def connect(self) -> http.client.HTTPConnection:
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=3600)

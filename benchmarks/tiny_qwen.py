@@ -149,15 +149,15 @@ def main() -> None:
     training = json.loads((model / "training" / "report.json").read_text())
     print_training(training)
     runs = {}
-    for _, held_out in parts:
-        run = options.out / f"length-{held_out.stem.removesuffix('-held-out')}"
+    for _, apart in parts:
+        run = options.out / f"length-{apart.stem.removesuffix('-held-out')}"
         qwenlet(
-            "eval", f"length:{held_out.resolve()}", "--model", str(model), "--data-dir", str(options.out), "--out",
+            "eval", f"length:{apart.resolve()}", "--model", str(model), "--data-dir", str(options.out), "--out",
             str(run), "--max-context", str(8 * LENGTH), "--precisions", "fp32", threads=options.threads,
         )  # fmt: skip
         (outcome,) = json.loads((run / "results.json").read_text())["outcomes"]
-        runs[held_out.stem] = outcome["summary"]
-        draw(runs[held_out.stem], run / "length.png")
+        runs[apart.stem] = outcome["summary"]
+        draw(runs[apart.stem], run / "length.png")
     torch.set_num_threads(options.threads)
     spread = {held_out.stem: entropies(model, held_out) for _, held_out in parts}
     for name, outcome in runs.items():

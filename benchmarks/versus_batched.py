@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import platform
 import random
@@ -233,7 +234,7 @@ def prefix(args: argparse.Namespace, llm: qwenlet.LLM) -> dict[str, Any]:
     for turn in range(args.rounds):
         shared = prompt(PREFIX, turn)
         (first,), (second,) = (serve(llm, [shared + prompt(OWN, turn, user)], params) for user in range(2))
-        pairs.append([first.last.timings.time_to_first_token, second.last.timings.time_to_first_token])
+        pairs.append([answer.last.timings.time_to_first_token or math.nan for answer in (first, second)])
         cached.add(second.last.cached_tokens)
     ratio = statistics.median(later / first for first, later in pairs)
     print(

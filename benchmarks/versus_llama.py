@@ -38,7 +38,7 @@ VARIANTS: dict[str, list[str]] = {
 # At length plain attention is the slowest of the three (11.2 tokens/s against 13.2 with flash on 2,048 tokens), and the
 # q8_0 cache slower than float16 (11.3): the long works leave out what has no chance, to end within the hour.
 LONG_VARIANTS = ("flash", "flash, q8_0 cache")
-GREEDY = {"temperature": 0.0, "repetition_penalty": 1.0, "ignore_eos": True}
+GREEDY: dict[str, Any] = {"temperature": 0.0, "repetition_penalty": 1.0, "ignore_eos": True}
 PREFILL, DECODE, LONG, DEEP = 512, 64, 2048, 8000
 # The least that is accepted, as ratios to llama.cpp's best.
 TARGETS = {
@@ -70,7 +70,7 @@ class Ours:
     """An LLM, timed through its public stream."""
 
     def __init__(self, model: Path, kind: str) -> None:
-        options = {} if kind == "bf16" else {"quant": kind}
+        options: dict[str, Any] = {} if kind == "bf16" else {"quant": kind}
         self.llm = qwenlet.load(str(model), prefix_cache=False, **options)  # the same prompt in each round
 
     def _run(self, prompt: int, new: int) -> Any:

@@ -26,10 +26,11 @@ import torch
 
 import qwenlet
 from qwenlet import hub
+from qwenlet.evals.choices import LETTERS
 from qwenlet.evals.data import DataFolder
 from qwenlet.evals.runner import answers
 from qwenlet.evals.task import Bench, Choices, Sample
-from qwenlet.evals.tasks.mmlu import LETTERS, Mmlu
+from qwenlet.evals.tasks.mmlu import Mmlu
 
 SUBJECTS = (
     "astronomy computer_security high_school_us_history marketing moral_disputes high_school_statistics "
@@ -136,6 +137,7 @@ def main() -> None:
     tokens = []
     for sample in samples:
         assert isinstance(sample.question, Choices)
+        assert isinstance(sample.question.prompt, str)
         tokens.append(len(llm.tokenizer.encode(sample.question.prompt, allowed_special=set())))
     fitting = [sample for sample, count in zip(samples, tokens, strict=True) if count < 2048]
     print(f"{len(fitting)} questions of {len(subjects)} subjects, {sum(tokens) / len(tokens):.0f} tokens each")

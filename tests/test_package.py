@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from scikit_build_core import build
 
+import qwenlet
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "qwenlet"
 
@@ -43,3 +45,9 @@ def test_the_source(here: None, tmp_path: Path) -> None:
     assert wanted <= held, wanted - held
     assert any(one.startswith("src/qwenlet/ops/cpu/csrc/") for one in held)  # the kernels' own
     assert not any(one.startswith(("docs/", "benchmarks/", "web/node_modules/")) for one in held)
+
+
+def test_the_public_names_are_those_that_are_found() -> None:
+    """The list is written out for type checkers."""
+    assert set(qwenlet.__all__) == {*qwenlet._LAZY, "__version__"}
+    assert all(getattr(qwenlet, name) is not None for name in qwenlet.__all__)

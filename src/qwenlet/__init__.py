@@ -22,7 +22,21 @@ _LAZY = {
     "QwenletError": "qwenlet.errors",
 }
 
-__all__ = sorted([*_LAZY, "__version__"])
+# written out, as type checkers read it
+__all__ = [
+    "LLM",
+    "Chunk",
+    "Completion",
+    "EngineConfig",
+    "ModelConfig",
+    "QuantConfig",
+    "QwenletError",
+    "SamplingParams",
+    "Score",
+    "Tokenizer",
+    "__version__",
+    "load",
+]
 
 if TYPE_CHECKING:
     from qwenlet.api import load
