@@ -12,7 +12,7 @@ from qwenlet.ops import cpu, reference
 from qwenlet.ops.packing import QuantTensor, Tiles, float_to_tiles, to_tiles
 
 ROWS = (1, 2, 3, 5, 8, 16, 17, 64, 512)
-WIDTHS = (128, 640, 2048, 5504)
+WIDTHS = (64, 640, 2048, 5504)
 needs_kernels = pytest.mark.skipif(not cpu.available(), reason="built without a compiler: there are no kernels to test")
 
 
@@ -72,8 +72,14 @@ def test_every_kernel_is_within_rounding_of_the_definition(isa: str, bits: int, 
     x[2] = 0.0  # a row without a scale
     x[:, 5] *= 30.0  # the outliers that real activations have
     bias = torch.randn(40)
+    # all heights on all widths, and every combination of groups with most of them
     rows = ROWS if columns <= 640 else (1, 3, 17)
-    for group, kind, act_order in itertools.product((32, 64, 128), ("middle", "points", "minimums"), (False, True)):
+    if columns > 640:
+        tall = to_tiles(weight(bits, 128, "middle", 40, columns))
+        everything = cpu.linear_quant(x, tall, bias)
+        assert all(torch.equal(cpu.linear_quant(x[:count], tall, bias), everything[:count]) for count in ROWS)
+    groups = [group for group in (32, 64, 128) if columns % group == 0]
+    for group, kind, act_order in itertools.product(groups, ("middle", "points", "minimums"), (False, True)):
         w = weight(bits, group, kind, 40, columns, act_order=act_order)  # 40 outputs: the last tile is half empty
         tiles = to_tiles(w)
         most = rows[-1]
@@ -100,19 +106,21 @@ def test_eight_bit_extremes_do_not_overflow(isa: str) -> None:
     """All codes 255 against all activations at their largest, which saturates 16-bit sums of pairs."""
     ones = torch.full((16, 128), 255, dtype=torch.uint8)
     w = QuantTensor(8, 128, ones, torch.ones(16, 1).half())
-    y = cpu.linear_quant(torch.ones(1, 128), to_tiles(w), None)
-    torch.testing.assert_close(y, torch.full((1, 16), 127.0 * 128), rtol=1e-6, atol=0)
+    for rows in (1, 4, 16, 40):
+        y = cpu.linear_quant(torch.ones(rows, 128), to_tiles(w), None)
+        torch.testing.assert_close(y, torch.full((rows, 16), 127.0 * 128), rtol=1e-6, atol=0)
 
 
 @needs_kernels
 @pytest.mark.parametrize("rows", [4, 7, 12, 20, 150])  # a block in part, whole ones, more than one pass of AMX
 @pytest.mark.parametrize("group", [32, 64, 128])
-@pytest.mark.parametrize("kind", ["constant", "points", "minimums"])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("kind", ["middle", "points", "minimums"])
 def test_all_sets_agree_to_the_bit_on_quantized_weights(
-    monkeypatch: pytest.MonkeyPatch, kind: str, group: int, rows: int
+    monkeypatch: pytest.MonkeyPatch, kind: str, bits: int, group: int, rows: int
 ) -> None:
     """Whole-number sums and fused multiply-adds in one order; plain C++ rounds twice where others round once."""
-    w, x = to_tiles(weight(4, group, kind, 117, 640)), torch.randn(rows, 640)
+    w, x = to_tiles(weight(bits, group, kind, 117, 640)), torch.randn(rows, 640)
     all_sets_agree(x, w, monkeypatch)
 
 
@@ -120,8 +128,9 @@ def test_all_sets_agree_to_the_bit_on_quantized_weights(
 @pytest.mark.parametrize(("columns", "group", "rows"), [(1 << 15, 64, 40), (1 << 16, 32, 130), (1 << 18, 32, 20)])
 def test_widths_beyond_scratch(monkeypatch: pytest.MonkeyPatch, columns: int, group: int, rows: int) -> None:
     """Where not all lines fit unpacked, not the tables of all rows, and not those of sixteen."""
-    x = torch.randn(rows, columns) / 16  # sums of so many groups stay of the size that the tolerance is for
-    all_sets_agree(x, to_tiles(weight(4, group, "constant", 64, columns)), monkeypatch)
+    x = torch.randn(rows, columns)
+    for bits, size in ((4, 16), (8, 256)):  # sums of so many groups stay of the size that the tolerance is for
+        all_sets_agree(x / size, to_tiles(weight(bits, group, "middle", 64, columns)), monkeypatch)
 
 
 @needs_kernels
@@ -196,6 +205,24 @@ def test_what_is_no_number_stays_in_its_row(isa: str) -> None:
     assert not found[8].isfinite().any()
     others = [r for r in range(12) if r not in (3, 8)]
     assert torch.equal(found[others], whole[others])
+
+
+@needs_kernels
+@pytest.mark.parametrize("rows", [1, 4, 12])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("kind", ["middle", "points", "minimums"])
+def test_what_is_no_number_is_not_rounded_away(isa: str, kind: str, bits: int, rows: int) -> None:
+    w = weight(bits, 64, kind, 40, 192)
+    x = torch.randn(rows, 192)
+    whole = cpu.linear_quant(x, to_tiles(w), None)
+    for value in (torch.nan, torch.inf, -torch.inf):
+        for column in (0, 77, 191):
+            wild = x.clone()
+            wild[-1, column] = value
+            found = cpu.linear_quant(wild, to_tiles(w), None)
+            assert found[-1].isnan().all()
+            assert torch.equal(found[:-1], whole[:-1])
+            assert reference.linear_int(wild, w)[-1].isnan().all()
 
 
 @needs_kernels

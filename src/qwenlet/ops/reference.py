@@ -24,14 +24,19 @@ def quantize_rows(x: Tensor, group_size: int, levels: int = 127) -> tuple[Tensor
         x: [..., K] float.
     Returns:
         codes [..., K] from -levels to levels, half to even, int8 or int16; scales [..., G] float32, the group's largest
-        magnitude / levels.
+        magnitude / levels. A group with an infinity or a NaN has codes of 0 and a scale of NaN.
     """
     groups = x.float().unflatten(-1, (-1, group_size))
     largest = groups.abs().amax(-1)
-    scales = largest * (1.0 / levels)
+    scales = (largest * (1.0 / levels)).where(largest.isfinite(), torch.nan)
     # a true division: torch makes 127.0 / tensor a product with the reciprocal, which rounds twice
-    inverse = torch.where(largest > 0, torch.full_like(largest, float(levels)) / largest, 0.0)
-    codes = (groups * inverse[..., None]).round().to(torch.int8 if levels == 127 else torch.int16)
+    usual = (largest > 0) & largest.isfinite()
+    inverse = torch.where(usual, torch.full_like(largest, float(levels)) / largest, 0.0)
+    codes = (
+        (groups.where(usual[..., None], 0) * inverse[..., None])
+        .round()
+        .to(torch.int8 if levels == 127 else torch.int16)
+    )
     return codes.flatten(-2), scales
 
 

@@ -114,9 +114,9 @@ inline void scores_int8(const uint8_t* k, const float* k_scales, const int8_t* c
             for (int i = 0; i < 2; ++i) {
                 const Line line = line_load(tile + (w + i) * 64);
                 for (int r = 0; r < R; ++r) {
-                    const int8_t* word = codes + r * q_stride + (w + i) * 8;
+                    const int8_t* word = codes + r * q_stride + (w + i) * 4;
                     high[r][i] = dot4<8>(high[r][i], line, word);
-                    low[r][i] = dot4<8>(low[r][i], line, word + 4);
+                    low[r][i] = dot4<8>(low[r][i], line, word + dim);
                 }
             }
         }

@@ -30,7 +30,7 @@ constexpr int64_t kAmxBackPairs = 256, kBackMostRows = 1024;
 
 // Activations as a linear reads them: rows of k numbers, either whole-number codes with a scale per group, or floats.
 // For four-bit weights a code is a byte, and of every 8 the even ones come first, as nibbles lie in a byte. For eight-bit
-// weights it has 15 bits, 128 a + b: of every 4 codes the a come first, then the b.
+// weights it has 15 bits, 128 a + b: a group's a come first, then its b.
 struct Inputs {
     int bits;             // of the weights: 4, 8, 16 for bfloat16, 32 for float32
     int64_t k;

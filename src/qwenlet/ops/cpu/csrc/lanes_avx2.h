@@ -51,6 +51,11 @@ inline F f_abs(F x) {
     const __m256 mask = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
     return {_mm256_and_ps(x.a, mask), _mm256_and_ps(x.b, mask)};
 }
+// of magnitudes, whose bits are in their order: infinity above numbers, what is no number above infinity
+inline __m256 larger(__m256 a, __m256 b) {
+    return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b)));
+}
+inline F f_larger(F x, F y) { return {larger(x.a, y.a), larger(x.b, y.b)}; }
 inline F f_round(F x) {
     return {_mm256_round_ps(x.a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
             _mm256_round_ps(x.b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};

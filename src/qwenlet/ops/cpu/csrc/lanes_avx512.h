@@ -46,6 +46,8 @@ inline F f_fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 inline F f_max(F a, F b) { return _mm512_max_ps(a, b); }
 inline F f_min(F a, F b) { return _mm512_min_ps(a, b); }
 inline F f_abs(F a) { return _mm512_abs_ps(a); }
+// of magnitudes, whose bits are in their order: infinity above numbers, what is no number above infinity
+inline F f_larger(F a, F b) { return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b))); }
 inline F f_round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline F f_pow2(F whole) { return _mm512_scalef_ps(f_set(1.0f), whole); }
 inline F f_from(I v) { return _mm512_cvtepi32_ps(v); }

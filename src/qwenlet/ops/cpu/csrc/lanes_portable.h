@@ -81,6 +81,10 @@ inline F f_fma(const F& x, const F& y, const F& z) { return each([&](int i) { re
 inline F f_max(const F& x, const F& y) { return each([&](int i) { return x.v[i] > y.v[i] ? x.v[i] : y.v[i]; }); }
 inline F f_min(const F& x, const F& y) { return each([&](int i) { return x.v[i] < y.v[i] ? x.v[i] : y.v[i]; }); }
 inline F f_abs(const F& x) { return each([&](int i) { return std::fabs(x.v[i]); }); }
+// of magnitudes: infinity above numbers, what is no number above infinity
+inline F f_larger(const F& x, const F& y) {
+    return each([&](int i) { return x.v[i] >= y.v[i] || std::isnan(x.v[i]) ? x.v[i] : y.v[i]; });
+}
 inline F f_round(const F& x) { return each([&](int i) { return std::nearbyintf(x.v[i]); }); }
 inline F f_pow2(const F& whole) {
     return each([&](int i) {

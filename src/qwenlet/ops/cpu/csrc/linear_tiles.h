@@ -35,6 +35,10 @@ inline F group_end(F acc, I dot, F scale, float input_scale, const uint16_t* min
 template <int Bits>
 constexpr int64_t kCodeBytes = Bits == 8 ? 2 : 1;
 
+// Codes that meet a line of weights: of four-bit ones 8, of eight-bit ones 4 and as many low parts a group further on.
+template <int Bits>
+constexpr int64_t kLineCodes = Bits == 8 ? 4 : 8;
+
 // Sums of one group: for 15-bit inputs their high and low parts apart; for four-bit weights U lines, and of each the H
 // halves.
 template <int Bits, int U, int H = 1>
@@ -47,10 +51,10 @@ struct Sums {
         part[0] = start;
         for (int i = 1; i < kParts; ++i) part[i] = i_set(0);
     }
-    // one line of eight-bit weights, or the two halves of four-bit ones; 8 bytes of codes
-    void add(int u, Line first, Line second, const int8_t* codes) {
+    // one line of eight-bit weights, or the two halves of four-bit ones
+    void add(int u, Line first, Line second, const int8_t* codes, int64_t group) {
         if constexpr (Bits == 8) {
-            part[0] = dot4<8>(part[0], first, codes + 4);
+            part[0] = dot4<8>(part[0], first, codes + group);
             part[1] = dot4<8>(part[1], first, codes);
         } else {
             part[u * H] = dot4<4>(part[u * H], first, codes);
@@ -93,7 +97,7 @@ void stream_quant(const TileWeight& w, const Inputs& x, int64_t row, int64_t til
                     if (kCodesAhead) prefetch(at[c] + (l + u) * 64 + kAheadBytes);
                     const Line line = line_load(at[c] + (l + u) * 64);
                     const Line first = Bits == 4 ? line_low(line) : line, second = Bits == 4 ? line_high(line) : line;
-                    for (int r = 0; r < R; ++r) dot[r][c].add(u, first, second, codes[r] + (l + u) * 8);
+                    for (int r = 0; r < R; ++r) dot[r][c].add(u, first, second, codes[r] + (l + u) * kLineCodes<Bits>, w.group);
                 }
         for (int c = 0; c < C; ++c) {
             const int64_t group_at = ((tile + c) * groups + g) * kTile;
@@ -193,9 +197,9 @@ void block(const TileWeight& w, const Inputs& x, int64_t row, int64_t tile, int6
             }
             const int8_t* codes = x.codes + (row * x.k + g * w.group) * kCodeBytes<Bits>;
             const uint8_t* from = lines + (g * w.group - column) * 16;
-            // a step is 8 bytes of codes: two unpacked lines of four-bit weights, one line of eight-bit ones
+            // two unpacked lines of four-bit weights, one line of eight-bit ones
             constexpr int64_t kLines = Bits == 4 ? 2 : 1;
-            for (int64_t l = 0; l < w.group * kCodeBytes<Bits> / 8; ++l) {
+            for (int64_t l = 0; l < w.group / kLineCodes<Bits>; ++l) {
                 Line first[C], second[C];
                 for (int c = 0; c < C; ++c) {
                     first[c] = line_load(from + c * apart + l * kLines * 64);
@@ -203,7 +207,8 @@ void block(const TileWeight& w, const Inputs& x, int64_t row, int64_t tile, int6
                 }
                 for (int r = 0; r < R; ++r)
                     for (int c = 0; c < C; ++c)
-                        dot[r][c].add(0, first[c], second[c], codes + r * x.k * kCodeBytes<Bits> + l * 8);
+                        dot[r][c].add(0, first[c], second[c], codes + r * x.k * kCodeBytes<Bits> + l * kLineCodes<Bits>,
+                                      w.group);
             }
             for (int c = 0; c < C; ++c) {
                 const int64_t group_at = ((tile + c) * groups + g) * kTile;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstring>
+#include <limits>
 
 #include "kernels.h"
 
@@ -105,17 +106,36 @@ int64_t split(const float* weights, float low, float high, int64_t count, double
     return to - places;
 }
 
+// The largest magnitude; not a number where one of them isn't.
 inline float largest_of(const float* x, int64_t count) {
     F largest = f_set(0.0f);
-    for (int64_t i = 0; i < count; i += 16) largest = f_max(largest, f_abs(f_load(x + i)));
-    return max_lanes(largest);
+    for (int64_t i = 0; i < count; i += 16) largest = f_larger(largest, f_abs(f_load(x + i)));
+    int32_t lanes[16];
+    static_assert(sizeof(lanes) == sizeof(float) * 16);
+    f_store(reinterpret_cast<float*>(lanes), largest);
+    for (int half = 8; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
+    float top;
+    std::memcpy(&top, lanes, sizeof(top));
+    return top;
+}
+
+// Where the largest magnitude is none that numbers can be measured by, their codes are 0: with a scale of 0, or, for an
+// infinity and what is no number, with a scale that makes every result no number. True if so.
+inline bool codes_without(float top, int8_t* codes, int64_t bytes, float* scale) {
+    const float highest = std::numeric_limits<float>::max();
+    if (top > 0.0f && top <= highest) return false;
+    *scale = top == 0.0f ? 0.0f : std::numeric_limits<float>::quiet_NaN();
+    std::memset(codes, 0, static_cast<size_t>(bytes));
+    return true;
 }
 
 // Symmetric eight-bit codes of `count` numbers, which share a scale; returns their sum.
 inline int32_t round_group(const float* x, int64_t count, int8_t* codes, float* scale, bool pairs) {
     const float top = largest_of(x, count);
+    if (codes_without(top, codes, count, scale)) return 0;
     *scale = top * (1.0f / 127.0f);
-    const F inverse = f_set(top > 0.0f ? 127.0f / top : 0.0f);
+    const F inverse = f_set(127.0f / top);
     I total = i_set(0);
     for (int64_t i = 0; i < count; i += 16) {
         const I code = i_round(f_mul(f_load(x + i), inverse));
@@ -125,24 +145,20 @@ inline int32_t round_group(const float* x, int64_t count, int8_t* codes, float* 
     return i_sum(total);
 }
 
-// The same in 15 bits, a code as 128 a + b with b from -64 to 63: of every 4 codes the a, then the b.
+// The same in 15 bits, a code as 128 a + b with b from -64 to 63: the a of all, then the b.
 inline int32_t round_group_fine(const float* x, int64_t count, int8_t* codes, float* scale) {
     constexpr float kLevels = 127.0f * 128.0f;
     const float top = largest_of(x, count);
+    if (codes_without(top, codes, 2 * count, scale)) return 0;
     *scale = top * (1.0f / kLevels);
-    const F inverse = f_set(top > 0.0f ? kLevels / top : 0.0f);
+    const F inverse = f_set(kLevels / top);
     I total = i_set(0);
     for (int64_t i = 0; i < count; i += 16) {
         const I code = i_round(f_mul(f_load(x + i), inverse));
         total = i_add(total, code);
         const I high = i_over128(i_add(code, i_set(64)));
-        alignas(16) int8_t a[16], b[16];
-        i_store_i8(a, high, false);
-        i_store_i8(b, i_add(code, i_mul(high, i_set(-128))), false);
-        for (int j = 0; j < 4; ++j) {
-            std::memcpy(codes + 2 * i + 8 * j, a + 4 * j, 4);
-            std::memcpy(codes + 2 * i + 8 * j + 4, b + 4 * j, 4);
-        }
+        i_store_i8(codes + i, high, false);
+        i_store_i8(codes + count + i, i_add(code, i_mul(high, i_set(-128))), false);
     }
     return i_sum(total);
 }
