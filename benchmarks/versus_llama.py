@@ -2,13 +2,14 @@
 
 Both sides hold the same full-size Qwen-1.8B of random weights (speed and memory don't depend on their values): ours as
 `quant="int4"`, "int8" and bfloat16, llama.cpp as Q4_0, Q8_0 and F16 in the architecture `qwen`, on the same threads. Of
-llama.cpp the best of plain, flash attention, and flash attention with a q8_0 cache counts (the long works:
-of flash only). Ours is timed through `LLM.stream`, sampling and text included; llama-bench samples nothing.
+llama.cpp the best of plain, flash attention, and flash attention with a q8_0 cache counts. Ours is timed through
+`LLM.stream`, sampling and text included; llama-bench samples nothing. The long run is of a checkpoint that
+`qwenlet quantize` has written.
 
     benchmarks/peer_llama.sh DIR                      # once: builds llama-bench, makes the GGUF files (20 minutes)
     python benchmarks/versus_llama.py DIR --threads 2 [--long] [--rounds 3]
 
---long adds the 2,048 tokens from one token, their peak memory, and decoding at 8,000 tokens (some 15 minutes more).
+--long adds the 2,048 tokens from one token, their peak memory, and decoding at 8,000 tokens (some 20 minutes more).
 Then, per operator of a decoded token, what share of the memory's read speed it reaches. The last line is one JSON
 document.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import statistics
 import subprocess
@@ -28,6 +30,8 @@ import torch
 
 import qwenlet
 from qwenlet.cache import Rows
+from qwenlet.checkpoint.gguf import row_bytes
+from qwenlet.gguf_header import read_header
 from qwenlet.profiling.ceilings import read_speed
 
 VARIANTS: dict[str, list[str]] = {
@@ -35,9 +39,6 @@ VARIANTS: dict[str, list[str]] = {
     "flash": ["-fa", "1"],
     "flash, q8_0 cache": ["-fa", "1", "-ctk", "q8_0", "-ctv", "q8_0"],
 }
-# At length plain attention is the slowest of the three (11.2 tokens/s against 13.2 with flash on 2,048 tokens), and the
-# q8_0 cache slower than float16 (11.3): the long works leave out what has no chance, to end within the hour.
-LONG_VARIANTS = ("flash", "flash, q8_0 cache")
 GREEDY: dict[str, Any] = {"temperature": 0.0, "repetition_penalty": 1.0, "ignore_eos": True}
 PREFILL, DECODE, LONG, DEEP = 512, 64, 2048, 8000
 # The least that is accepted, as ratios to llama.cpp's best.
@@ -57,7 +58,14 @@ class Peer:
 
     def __init__(self, folder: Path, kind: str, threads: int) -> None:
         self.command = [str(folder / "llama-bench"), "-m", str(folder / PEER_FILES[kind]), "-t", str(threads)]
-        self.size = (folder / PEER_FILES[kind]).stat().st_size
+        self.file = folder / PEER_FILES[kind]
+
+    def bytes_per_token(self) -> int:
+        """Bytes of weights that a decoded token reads: all tensors, of the embedding one row."""
+        return sum(
+            row_bytes(info) * (1 if name == "token_embd.weight" else math.prod(info.shape[:-1]))
+            for name, info in read_header(self.file).tensors.items()
+        )
 
     def measure(self, variant: str, *, prompt: int = 0, new: int = 0, depth: int = 0) -> float:
         """Tokens a second."""
@@ -67,11 +75,13 @@ class Peer:
 
 
 class Ours:
-    """An LLM, timed through its public stream."""
+    """An LLM, timed through its public stream, without guesses at next tokens, which llama-bench has none of."""
 
     def __init__(self, model: Path, kind: str) -> None:
         options: dict[str, Any] = {} if kind == "bf16" else {"quant": kind}
-        self.llm = qwenlet.load(str(model), prefix_cache=False, **options)  # the same prompt in each round
+        self.llm = qwenlet.load(
+            str(model), prefix_cache=False, speculate=False, **options
+        )  # the same prompt in each round
 
     def _run(self, prompt: int, new: int) -> Any:
         ids = torch.randint(0, 150_000, (prompt,), generator=torch.Generator().manual_seed(prompt)).tolist()
@@ -116,14 +126,25 @@ class Ours:
         return {n: {"seconds": statistics.median(t), "bytes": float(size[n])} for n, t in each.items()}
 
 
-def peak_of_long_run(model: Path, kind: str, threads: int) -> dict[str, float]:
+def saved(model: Path, kind: str, folder: Path) -> Path:
+    """The model quantized as quant=kind does, written by `qwenlet quantize` once, and loaded once."""
+    if not folder.is_dir():
+        words = ["--bits", kind[-1], "--method", "rtn", "--no-report"]
+        subprocess.run(
+            [sys.executable, "-m", "qwenlet", "quantize", model, folder, *words], check=True, capture_output=True
+        )
+    with qwenlet.load(str(folder)):
+        return folder
+
+
+def peak_of_long_run(model: Path, threads: int) -> dict[str, float]:
     """VmHWM, load time and speed of LONG tokens from one token, in a process of its own, of a saved checkpoint."""
     code = f"""
 import json, time, torch
 torch.set_num_threads({threads})
 import qwenlet
 start = time.perf_counter()
-llm = qwenlet.load({str(model)!r}, quant={kind!r})
+llm = qwenlet.load({str(model)!r}, speculate=False)
 loaded = time.perf_counter() - start
 *_, last = llm.stream([100], qwenlet.SamplingParams(max_new_tokens={LONG}, **{GREEDY!r}))
 status = open("/proc/self/status").read()
@@ -151,24 +172,24 @@ def row(kind: str, work: str, ours: list[float], peer: dict[str, list[float]]) -
 def compare(args: argparse.Namespace, kind: str) -> list[dict[str, Any]]:
     peer, ours = Peer(args.folder, kind, args.threads), Ours(args.folder / "model", kind)
     print(f"{kind}: {ours.llm.load_report}")
-    read = ours.bytes_per_token()
-    print(f"{kind}: a token reads {read / 1e9:.2f} GB of weights, llama.cpp's file is {peer.size / 1e9:.2f} GB")
+    mine, theirs = ours.bytes_per_token() / 1e9, peer.bytes_per_token() / 1e9
+    print(f"{kind}: a token reads {mine:.2f} GB of weights, llama.cpp's {theirs:.2f} GB")
     ours.prefill(PREFILL)
     works: dict[str, tuple[list[float], dict[str, list[float]]]] = {}
-    variants = list(VARIANTS) if kind == "int4" else ["plain", "flash"]
     for _ in range(args.rounds):
         for work in ("prefill", "decode"):
-            mine, theirs = works.setdefault(work, ([], {variant: [] for variant in variants}))
-            for variant in variants:
+            own, others = works.setdefault(work, ([], {variant: [] for variant in VARIANTS}))
+            for variant, values in others.items():
                 what = {"prompt": PREFILL} if work == "prefill" else {"new": DECODE}
-                theirs[variant].append(peer.measure(variant, **what))
-            mine.append(ours.prefill(PREFILL) if work == "prefill" else ours.decode(8, DECODE))
-    results = [row(kind, work, mine, theirs) for work, (mine, theirs) in works.items()]
+                values.append(peer.measure(variant, **what))
+            own.append(ours.prefill(PREFILL) if work == "prefill" else ours.decode(8, DECODE))
+    results = [row(kind, work, own, others) for work, (own, others) in works.items()]
     if kind == "int4":
         speed, how = read_speed(torch.device("cpu"))
         speed /= 1e9
         print(f"read speed {speed:.1f} GB/s ({how}); of one decoded token:")
         steps = ours.operators(past=64)
+        steps["all"] = {what: sum(step[what] for step in steps.values()) for what in ("seconds", "bytes")}
         for name, step in steps.items():
             rate = step["bytes"] / step["seconds"] / 1e9
             print(f"  {name:12} {step['seconds'] * 1e3:6.2f} ms  {rate:6.1f} GB/s  {rate / speed:5.0%}")
@@ -180,14 +201,14 @@ def compare(args: argparse.Namespace, kind: str) -> list[dict[str, Any]]:
 
 
 def long_works(args: argparse.Namespace, kind: str, peer: Peer, ours: Ours) -> list[dict[str, Any]]:
-    long = peak_of_long_run(args.folder / "model", kind, args.threads)
-    theirs = {variant: [peer.measure(variant, new=LONG)] for variant in LONG_VARIANTS}
+    long = peak_of_long_run(saved(args.folder / "model", kind, args.folder / f"saved-{kind}"), args.threads)
+    theirs = {variant: [peer.measure(variant, new=LONG)] for variant in VARIANTS}
     results = [row(kind, "long", [long["speed"]], theirs)]
     print(f"  loaded in {long['load_seconds']:.2f} s (target 1), peak {long['peak_gb']:.2f} GB (target 1.4)")
     results.append({"kind": kind, "work": "memory", **long})
     deep = [ours.decode(DEEP, 32)]
-    flash = {"flash": [peer.measure("flash", new=16, depth=DEEP)]}
-    return [*results, row(kind, "deep", deep, flash)]
+    theirs = {variant: [peer.measure(variant, new=16, depth=DEEP)] for variant in VARIANTS}
+    return [*results, row(kind, "deep", deep, theirs)]
 
 
 def main() -> None:
