@@ -157,6 +157,38 @@ def test_pages_of_a_named_origin_may_ask(narrow: Server, server: Server) -> None
     assert "access-control-allow-origin" not in off.headers
 
 
+FOREIGN = [
+    {"origin": "https://evil.example"},
+    {"origin": "null"},
+    {"sec-fetch-site": "cross-site"},
+    {"sec-fetch-site": "cross-site", "origin": "https://evil.example"},
+]
+
+
+@pytest.mark.parametrize("headers", FOREIGN)
+def test_pages_of_other_sites_can_make_nobody_work(narrow: Server, server: Server, headers: dict[str, str]) -> None:
+    """A page's script needs nobody's leave to send plain text anywhere: what it can't read would run all the same."""
+    body = {"prompt": "a", "max_tokens": 1}
+    sent = {"content-type": "text/plain"} | headers
+    for one in (server, narrow):
+        answer = one.call("POST", "/v1/completions", body, **sent)
+        assert (answer.status, answer.error["code"]) == (403, "origin_not_allowed")
+    assert server.call("DELETE", "/v1/responses/resp_1", **headers).status == 403
+    told = server.call("POST", "/v1/messages", {}, **sent).json["error"]
+    assert told["type"] == "permission_error"
+    assert isinstance(server.call("POST", "/api/generate", {}, **sent).json["error"], str)
+    assert server.call("GET", "/v1/models", **headers).status == 200
+
+
+def test_own_pages_named_ones_and_programs_work(narrow: Server, server: Server) -> None:
+    body = {"prompt": "a", "max_tokens": 1}
+    here = {"origin": f"http://127.0.0.1:{server.port}"}
+    for headers in ({}, here, here | {"sec-fetch-site": "same-origin"}, {"content-type": "text/plain"}):
+        assert server.call("POST", "/v1/completions", body, **headers).status == 200
+    named = {"origin": "https://chat.example", "sec-fetch-site": "cross-site"}
+    assert narrow.call("POST", "/v1/completions", body, **named).status == 200
+
+
 def test_rates_are_counted_by_key(demo_gguf: Path) -> None:
     options = "--quiet --api-key sk-one --api-key sk-two --max-per-minute 3"
     with running(demo_gguf, *options.split()) as one:

@@ -39,7 +39,8 @@ class ServerConfig:
         max_per_minute: requests of one key, or of one address, in a minute; more are turned away with 429.
         max_tokens_per_minute: tokens of prompts and replies of one key, or of one address, in a minute; who has used
             them up is turned away with 429 until they have come back.
-        cors_origin: web pages of these origins may call the server from a browser, "*" those of any.
+        cors_origin: web pages of these origins may call the server from a browser, "*" those of any; others' calls are
+            turned away with 403.
         allowed_host: names, beside this machine's own, under which the server is asked for; any where it listens on an
             address that other machines reach and none is given.
         max_body: bytes of a request's body.

@@ -3,6 +3,7 @@
 errors       what is refused, in the shape that clients expect
 service      what all calls share: the model, its names, room for more requests
 limits       how much one client may ask for
+origin       whose pages may call
 gate         every call passes it: ids, keys, limits, bodies, errors, the access log
 fields       a request's fields: honoured, accepted without effect, refused by name
 bodies       a body becomes a request; a client that leaves ends its work
