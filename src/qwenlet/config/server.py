@@ -50,7 +50,8 @@ class ServerConfig:
         write_timeout: seconds that a client may take to read what was sent, until its request is ended.
         idle_timeout: seconds after which a connection without requests is closed.
         history: keep the conversations of the web page, in the file that `qwenlet chat` keeps its own in. Where several
-            keys are known, or anyone may call, none are kept, for all clients would share them.
+            keys are known, or anyone may call, none are kept, for all clients would share them. Without it responses
+            of /v1/responses are kept in memory alone.
         ping_interval: seconds of silence in a stream until a comment shows that the server lives.
     """
 

@@ -84,7 +84,7 @@ class ResponsesRequest(TokensRequest, kw_only=True, forbid_unknown_fields=True):
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     stream: bool | None = None
-    store: Annotated[bool | None, Meta(description="Left out: it is kept.")] = None
+    store: Annotated[bool | None, Meta(description="Left out: it is kept, for 30 days at most.")] = None
     metadata: dict[str, str] | None = None
     include: Annotated[list[str] | None, Meta(description=f"{_LOGPROBS} is honoured.")] = None
     background: Annotated[bool | None, only(False, "a response lives as long as its client listens")] = None

@@ -79,14 +79,26 @@ class Service:
         """Whether the page's conversations are kept: they are one person's, so whoever calls has to be that person."""
         config = self.config
         alone = is_loopback(config.host) and not config.allowed_host
-        return config.history and not is_off() and len(config.api_key or ()) <= 1 and (bool(config.api_key) or alone)
+        return self.writes_history and len(config.api_key or ()) <= 1 and (bool(config.api_key) or alone)
+
+    @property
+    def writes_history(self) -> bool:
+        """Whether anything of what people say may reach the disk."""
+        return self.config.history and not is_off()
 
     @property
     def store(self) -> Store:
-        """What is kept between calls; for threads beside the event loop. Raises StoreError."""
+        """What is kept between calls, as long as the server runs where no history is written; for threads beside the
+        event loop. Raises StoreError."""
         with self._opening:
             if self._store is None:
-                self._store = Store.open()
+                opened = Store.open() if self.writes_history else Store.open_in_memory()
+                try:
+                    opened.expire_responses()
+                except BaseException:
+                    opened.close()
+                    raise
+                self._store = opened
             return self._store
 
     def close(self) -> None:
