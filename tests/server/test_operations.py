@@ -85,10 +85,18 @@ def test_embeddings(server: Server) -> None:
     assert len(embed(server, "word " * 700, dimensions=len(alone))[0]) == len(alone)
 
 
+def test_more_inputs_than_have_room_run_in_slices(server: Server) -> None:
+    few = embed(server, ["a cat", "a dog"])
+    many = embed(server, ["a cat", "a dog"] * 200)
+    assert many == few * 200
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [
         ({"input": "a", "dimensions": 7}, "dimensions"),
+        ({"input": ["a"] * 2049}, "input"),
+        ({"input": ["a", "word " * 9000]}, "input"),
         ({"input": []}, "input"),
         ({"input": ""}, None),
         ({"input": [10**9]}, None),

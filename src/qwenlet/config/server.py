@@ -33,9 +33,10 @@ class ServerConfig:
             shows.
         insecure: listen on an address that other machines reach although no key is asked for.
         served_name: names under which clients ask for the model; its own name if there are none.
-        max_queue: requests that may wait for the engine; more are turned away with 503.
-        max_concurrent: requests of one key, or of one address where there are no keys, at a time; more are turned away
-            with 429.
+        max_queue: requests that may wait for the engine; more are turned away with 503. A call for several replies
+            takes at most half of the places that are free.
+        max_concurrent: replies of one key, or of one address where there are no keys, at a time; more are turned away
+            with 429. A call for several counts as many.
         max_per_minute: requests of one key, or of one address, in a minute; more are turned away with 429.
         max_tokens_per_minute: tokens of prompts and replies of one key, or of one address, in a minute; who has used
             them up is turned away with 429 until they have come back.

@@ -97,8 +97,8 @@ def add(app: FastAPI, service: Service) -> None:
         service.check_model(body.model)
         dialogue = await asyncio.to_thread(_dialogue, service, body)
         params = _params(body, dialogue, request.state.ignored)
-        with replies.held(service, params.n) as held:
-            client, priority = request.state.client, body.priority or 0
+        client, priority = request.state.client, body.priority or 0
+        with replies.held(service, client, params.n) as held:
             requests = await replies.submit(
                 service, client, [dialogue.ids], params, held, model=body.model, priority=priority
             )

@@ -124,7 +124,12 @@ class SamplingFields(Struct, kw_only=True, forbid_unknown_fields=True):
     n: Annotated[int, Meta(ge=1, le=128)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    priority: Annotated[int, Meta(ge=-100, le=100, description="Lower goes first.")] | None = None
+    priority: (
+        Annotated[
+            int, Meta(ge=0, le=100, description="Lower goes first; 0, as if left out: nobody goes before others.")
+        ]
+        | None
+    ) = None
     return_progress: Annotated[bool | None, Meta(description="Chunks that say how much of the prompt is done.")] = None
     user: Account = UNSET
     logit_bias: Annotated[dict[str, float] | None, Meta(description="By token id, -100 to 100.")] = None

@@ -72,7 +72,7 @@ def add(app: FastAPI, service: Service) -> None:
         service.check_model(body.model)
         dialogue = await asyncio.to_thread(_dialogue, service, body, request.state.ignored)
         params = _params(body, dialogue)
-        with replies.held(service, 1) as held:
+        with replies.held(service, request.state.client, 1) as held:
             requests = await replies.submit(
                 service, request.state.client, [dialogue.ids], params, held, model=body.model
             )

@@ -212,7 +212,7 @@ async def _answer(service: Service, request: Request, body: Asked, field: str, b
         return json_answer(_head(service, body.model) | {field: _text(field, "")} | end)
     dialogue = await asyncio.to_thread(built)
     params = _params(body, dialogue, request.state.ignored)
-    with replies.held(service, 1) as held:
+    with replies.held(service, request.state.client, 1) as held:
         requests = await replies.submit(service, request.state.client, [dialogue.ids], params, held, model=body.model)
         if body.stream is not False:
             return LineStream(_lines(service, body.model, field, dialogue, requests), held.pop_all(), _failed)

@@ -112,7 +112,7 @@ def add(app: FastAPI, service: Service) -> None:
             await kept(service, lambda store: None)  # one that can't be kept is refused before it is written
         dialogue = await _dialogue(service, owner, body, items, toolbox)
         params = _params(body, dialogue, request.state.ignored)
-        with replies.held(service, 1) as held:
+        with replies.held(service, request.state.client, 1) as held:
             requests = await replies.submit(
                 service, request.state.client, [dialogue.ids], params, held, model=body.model
             )
