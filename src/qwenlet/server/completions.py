@@ -135,7 +135,7 @@ async def _echoes(service: Service, body: CompletionRequest, prompts: Sequence[S
 
 
 def prompt_ids(llm: LLM, prompt: str | list[Any], name: str = "prompt") -> list[list[int]]:
-    """Token ids of each prompt. Raises ApiError 400 for an empty, mixed or too long list."""
+    """Token ids of each prompt. Raises ApiError 400 for an empty or mixed list."""
     if isinstance(prompt, str):
         return [llm.tokenizer.encode(prompt, allowed_special=set())]
     kinds = {type(one) for one in prompt}
@@ -144,17 +144,22 @@ def prompt_ids(llm: LLM, prompt: str | list[Any], name: str = "prompt") -> list[
         raise ApiError(400, f"{name} is {seen}, expected texts, token ids or lists of token ids", param=name)
     if kinds == {int}:
         return [list(prompt)]
-    if len(prompt) > MOST_PROMPTS:
-        words = f"{name} holds {len(prompt)} texts, and at most {MOST_PROMPTS} are taken in one call"
-        raise ApiError(400, words, param=name)
     if kinds == {str}:
         return [llm.tokenizer.encode(one, allowed_special=set()) for one in prompt]
     return [list(one) for one in prompt]
 
 
-def check_prompts(llm: LLM, prompts: Sequence[Sequence[int]], reply: int) -> None:
-    """All of them, before the first one runs. Raises RequestError, or ContextLengthError where so long a reply has no
-    room."""
+def check_prompts(llm: LLM, prompts: Sequence[Sequence[int]], reply: int, name: str = "prompt") -> None:
+    """All of them, before the first one runs.
+
+    Raises:
+        ApiError 400: too many; `name` is their field.
+        RequestError: an id that the model does not know.
+        ContextLengthError: so long a reply has no room after one of them.
+    """
+    if len(prompts) > MOST_PROMPTS:
+        words = f"{name} holds {len(prompts)} texts, and at most {MOST_PROMPTS} are taken in one call"
+        raise ApiError(400, words, param=name)
     for ids in prompts:
         check_prompt(ids, llm.config.vocab_size)
     longest = max(map(len, prompts))

@@ -44,7 +44,7 @@ def add(app: FastAPI, service: Service) -> None:
             words = f"dimensions is {body.dimensions}, and the model's vectors have {size}"
             raise ApiError(400, words, param="dimensions", code="unsupported_parameter")
         inputs = await asyncio.to_thread(prompt_ids, service.llm, body.input, "input")
-        check_prompts(service.llm, inputs, 0)
+        check_prompts(service.llm, inputs, 0, "input")
         client, vectors = request.state.client, []
         places = min(service.share(client), len(inputs))
         with replies.held(service, client, places):
