@@ -23,7 +23,7 @@ from qwenlet.server import replies
 from qwenlet.server.bodies import json_answer, post
 from qwenlet.server.errors import ApiError
 from qwenlet.server.events import DONE, PING, EventStream, event
-from qwenlet.server.fields import Anything, SamplingFields, sampling, unsupported
+from qwenlet.server.fields import Anything, SamplingFields, name_unstreamed, sampling, unsupported
 from qwenlet.server.prompts import prompt_logprobs
 from qwenlet.server.service import Service
 from qwenlet.tokenizer import StreamDecoder, Tokenizer
@@ -72,6 +72,7 @@ def add(app: FastAPI, service: Service) -> None:
         ranks = written > n
         logprobs = 0 if ranks and body.logprobs is None else body.logprobs
         params = sampling(body, max_new_tokens=limit or 1, logprobs=logprobs, n=written)
+        name_unstreamed(body, request.state.ignored)
         check_prompts(service.llm, prompts, limit)
         client, priority = request.state.client, body.priority or 0
         places, blamed = written * len(prompts), "prompt" if len(prompts) > 1 else "n"
