@@ -79,12 +79,13 @@ def test_what_has_no_effect_is_named(scripted: Scripted, path: str, body: dict[s
 
 
 def test_calls_as_clients_send_them_back(scripted: Scripted) -> None:
-    """OpenAI's own client adds what it parsed of a call, and where it stood in a stream."""
+    """OpenAI's own client adds what it parsed, and where a call stood in a stream."""
     function = {"name": "clock", "arguments": "{}", "parsed_arguments": {}}
     call = {"id": "i", "type": "function", "index": 0, "function": function}
     result = {"role": "tool", "tool_call_id": "i", "content": "noon"}
-    talk = [ASK, {"role": "assistant", "tool_calls": [call]}, result]
+    talk = [ASK, {"role": "assistant", "tool_calls": [call], "parsed": {"a": 1}}, result]
     assert named(ask(scripted, CHAT, {"messages": talk})) == {
+        "messages[].parsed",
         "messages[].tool_calls[].index",
         "messages[].tool_calls[].function.parsed_arguments",
     }

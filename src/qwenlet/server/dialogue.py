@@ -55,6 +55,7 @@ class ChatMessage(Struct, kw_only=True, forbid_unknown_fields=True):
     tool_call_id: str | None = None
     function_call: SentFunction | None = None
     annotations: Annotated[Anything, ignored("they are not part of the text")] = UNSET
+    parsed: Annotated[Anything, ignored("`content` says it")] = UNSET
     reasoning_content: Annotated[str | None, Meta(description="Repeated to the model with the calls it led to.")] = None
     audio: Annotated[Anything, unsupported("the model reads text alone")] = UNSET
 
