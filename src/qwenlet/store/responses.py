@@ -19,7 +19,7 @@ _SURPLUS = """DELETE FROM responses WHERE rowid IN (
     SELECT number FROM (
         SELECT rowid AS number, ROW_NUMBER() OVER latest AS place, SUM(bytes) OVER latest AS held
         FROM responses WHERE owner = ?
-        WINDOW latest AS (ORDER BY created DESC, rowid DESC ROWS UNBOUNDED PRECEDING))
+        WINDOW latest AS (ORDER BY created DESC, bytes DESC, rowid DESC ROWS UNBOUNDED PRECEDING))
     WHERE place > ? OR held > ?)"""
 
 
