@@ -517,6 +517,8 @@ def test_a_lark_grammar_with_a_schema_in_it(smol: Model):
         ("begin: /a/", "the lark does not compile"),
         ("start: %json {", "the lark does not compile"),
         ('start: %json {"multipleOf": 9973} %json {"multipleOf": 9967}', "multipleOf"),
+        ('start: "%json {" /"%json {/ %json {"multipleOf": 99991} // %json {', "multipleOf"),
+        ('# a "quote\nstart: /"\\// %json {"multipleOf": 99991} "b"', "multipleOf"),
         ("start: /a/ // " + "x" * MAX_SOURCE, "characters"),
     ],
 )

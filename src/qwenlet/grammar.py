@@ -16,6 +16,7 @@ import itertools
 import json
 import logging
 import math
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
@@ -44,6 +45,11 @@ _LIMITS = {"initial_lexer_fuel": 500_000, "step_lexer_fuel": 100_000, "max_lexer
 MAX_SOURCE = 65_536  # characters
 MAX_MULTIPLE = 10_000  # least common multiple of all multipleOf, each without the zeros at its ends
 MAX_PATTERN_PROPERTIES = 64
+
+# What %json may stand in without being the word: comments, strings and regular expressions, as Lark reads them.
+_LARK = re.compile(
+    r"""(?://|\#)[^\n]* | "(?:\\.|[^"\\\n])*" | /(?:\\.|[^/\\])*/ | (?P<json>%json\s*)""", re.VERBOSE | re.DOTALL
+)
 
 # A text that the grammar forces may be long, and is cut into tokens again at each of them: its beginning is enough.
 _FORCED_CHARACTERS = 1024
@@ -252,8 +258,17 @@ def _grammar_source(llguidance: ModuleType, spec: GrammarSpec) -> str:
 
 
 def _embedded_schemas(lark: str) -> list[Any]:
-    """The JSON schemas in a Lark grammar, each behind %json. Raises ValueError for one that is not JSON."""
-    return [json.JSONDecoder().raw_decode(rest.lstrip())[0] for rest in lark.split("%json")[1:]]
+    """The JSON schemas in a Lark grammar, each behind %json; the same word in a literal or in a schema is none of them.
+
+    Raises ValueError for one that is not JSON.
+    """
+    schemas, decoder, end = [], json.JSONDecoder(), 0
+    while found := _LARK.search(lark, end):
+        end = found.end()
+        if found["json"]:
+            schema, end = decoder.raw_decode(lark, end)
+            schemas.append(schema)
+    return schemas
 
 
 def _check_costs(schema: Any) -> None:

@@ -158,6 +158,7 @@ def test_closing_a_stream_cancels_and_frees(model: Qwen) -> None:
     assert request.finish_reason == "cancelled"
     assert e.pool.free_pages == e.pool.pages
     assert e.stats.finished == {"cancelled": 1}
+    assert (e.stats.whole.count, e.stats.decode.count) == (1, 1)
 
 
 def test_a_request_that_waits_for_pages_runs_when_they_are_free(model: Qwen) -> None:

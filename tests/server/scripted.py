@@ -69,6 +69,8 @@ class Script:
     def cancel(self, request: Request) -> None:
         pass
 
+    stop = cancel
+
 
 @dataclass(frozen=True)
 class Scripted:

@@ -161,6 +161,17 @@ def test_the_best_of_several(server: Server) -> None:
     assert quiet["logprobs"] is None
 
 
+def test_more_prompts_than_have_room_run_in_slices(server: Server) -> None:
+    """320 requests have room, and one call may have half of it."""
+    words = ["One", "Two", "Three", "Four"]
+    alone = complete(server, words, max_tokens=1)
+    many = complete(server, words * 100, max_tokens=1)
+    assert [choice["index"] for choice in many] == list(range(400))
+    assert [choice["text"] for choice in many] == [choice["text"] for choice in alone] * 100
+    pairs = complete(server, words * 50, max_tokens=1, n=2)
+    assert [choice["text"] for choice in pairs[:8]] == [choice["text"] for choice in alone for _ in range(2)]
+
+
 BAD: dict[str, tuple[dict[str, Any], str | None]] = {
     "zero without echo": ({"prompt": "a", "max_tokens": 0}, "max_tokens"),
     "best_of below n": ({"prompt": "a", "best_of": 1, "n": 2}, "best_of"),
@@ -172,7 +183,10 @@ BAD: dict[str, tuple[dict[str, Any], str | None]] = {
     "an id outside": ({"prompt": [10**9], "echo": True, "max_tokens": 0}, None),
     "too long": ({"prompt": [5] * 9000}, "prompt"),
     "too long to echo": ({"prompt": [5] * 9000, "echo": True, "logprobs": 1}, "prompt"),
-    "too many": ({"prompt": ["a"] * 5000}, "n"),
+    "too many": ({"prompt": ["a"] * 5000}, "prompt"),
+    "too many for a stream": ({"prompt": ["a"] * 500, "stream": True}, "prompt"),
+    "one too long of many": ({"prompt": [[5], [5] * 9000]}, "prompt"),
+    "before others": ({"prompt": "a", "priority": -1}, "priority"),
 }
 
 

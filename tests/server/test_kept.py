@@ -64,6 +64,23 @@ def test_a_key_that_is_nearly_right(shared: Server, key: str) -> None:
         assert not key or key not in answer.error["message"]
 
 
+@pytest.mark.parametrize("way", ["--no-history", "QWENLET_NO_HISTORY"])
+def test_without_history_nothing_reaches_the_disk(
+    demo_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """A response goes on from another all the same, as long as the server runs."""
+    monkeypatch.setenv("QWENLET_DATA", str(tmp_path))
+    if not way.startswith("--"):
+        monkeypatch.setenv(way, "1")
+    with running(demo_gguf, "--quiet", *([way] if way.startswith("--") else ())) as server:
+        first = server.call("POST", "/v1/responses", BODY)
+        assert first.json["store"] is True
+        id = first.json["id"]
+        assert server.call("POST", "/v1/responses", BODY | {"previous_response_id": id}).status == 200
+        assert server.call("GET", f"/v1/responses/{id}").json == first.json
+    assert list(tmp_path.iterdir()) == []
+
+
 # -------------------------------------------------------------------------------------------------------- no store
 
 

@@ -12,14 +12,16 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from qwenlet.config import ServerConfig
+from qwenlet.config import EngineConfig, ServerConfig
+from qwenlet.server.errors import ApiError
 from qwenlet.server.gate import Gate
-from qwenlet.server.service import Service
+from qwenlet.server.service import Client, Service
 from server.conftest import Server, running
 
 LONG = {"prompt": "a", "max_tokens": 1500, "ignore_eos": True}
@@ -157,6 +159,38 @@ def test_pages_of_a_named_origin_may_ask(narrow: Server, server: Server) -> None
     assert "access-control-allow-origin" not in off.headers
 
 
+FOREIGN = [
+    {"origin": "https://evil.example"},
+    {"origin": "null"},
+    {"sec-fetch-site": "cross-site"},
+    {"sec-fetch-site": "cross-site", "origin": "https://evil.example"},
+]
+
+
+@pytest.mark.parametrize("headers", FOREIGN)
+def test_pages_of_other_sites_can_make_nobody_work(narrow: Server, server: Server, headers: dict[str, str]) -> None:
+    """A page's script needs nobody's leave to send plain text anywhere: what it can't read would run all the same."""
+    body = {"prompt": "a", "max_tokens": 1}
+    sent = {"content-type": "text/plain"} | headers
+    for one in (server, narrow):
+        answer = one.call("POST", "/v1/completions", body, **sent)
+        assert (answer.status, answer.error["code"]) == (403, "origin_not_allowed")
+    assert server.call("DELETE", "/v1/responses/resp_1", **headers).status == 403
+    told = server.call("POST", "/v1/messages", {}, **sent).json["error"]
+    assert told["type"] == "permission_error"
+    assert isinstance(server.call("POST", "/api/generate", {}, **sent).json["error"], str)
+    assert server.call("GET", "/v1/models", **headers).status == 200
+
+
+def test_own_pages_named_ones_and_programs_work(narrow: Server, server: Server) -> None:
+    body = {"prompt": "a", "max_tokens": 1}
+    here = {"origin": f"http://127.0.0.1:{server.port}"}
+    for headers in ({}, here, here | {"sec-fetch-site": "same-origin"}, {"content-type": "text/plain"}):
+        assert server.call("POST", "/v1/completions", body, **headers).status == 200
+    named = {"origin": "https://chat.example", "sec-fetch-site": "cross-site"}
+    assert narrow.call("POST", "/v1/completions", body, **named).status == 200
+
+
 def test_rates_are_counted_by_key(demo_gguf: Path) -> None:
     options = "--quiet --api-key sk-one --api-key sk-two --max-per-minute 3"
     with running(demo_gguf, *options.split()) as one:
@@ -183,6 +217,54 @@ def test_tokens_are_counted_by_key(demo_gguf: Path) -> None:
         assert 1 <= int(turned.headers["retry-after"]) <= 12
         other = one.call("POST", "/v1/embeddings", {"input": [7] * 20}, authorization="Bearer sk-two")
         assert (other.status, other.headers["x-ratelimit-remaining-tokens"]) == (200, "40")
+
+
+def serving(**settings: Any) -> Service:
+    """A service with ten places, four of which run."""
+    service = Service("demo", ServerConfig(max_queue=6, **settings))
+    llm: Any = SimpleNamespace(options=EngineConfig(max_requests=4), adapters=())
+    service.open(llm)
+    return service
+
+
+def test_one_call_leaves_room_for_others() -> None:
+    """It takes half of what is free at most; single replies get the last places."""
+    service, one, two = serving(), Client("one"), Client("two")
+    assert service.share(one) == 4  # more would wait for each other
+    with pytest.raises(ApiError, match="6 replies at once, and 5 of one call have room") as told, service.room(one, 6):
+        pass
+    assert (told.value.status, told.value.param) == (400, "n")
+    with service.room(one, 5):
+        assert service.share(one) == 2
+        with pytest.raises(ApiError) as told, service.room(one, 3):
+            pass
+        assert told.value.status == 503
+        with service.room(two, 2), ExitStack() as singles:
+            for _ in range(3):
+                singles.enter_context(service.room(two, 1))
+            with pytest.raises(ApiError) as told, service.room(two, 1):
+                pass
+            assert told.value.status == 503
+    assert service.outstanding == 0
+
+
+def test_a_client_is_held_to_its_replies_not_its_calls() -> None:
+    service, one, two = serving(max_concurrent=3), Client("one"), Client("two")
+    limits = service.limits
+    with pytest.raises(ApiError, match="4 replies at once, and 3 of one call have room") as told, service.room(one, 4):
+        pass
+    assert told.value.status == 400
+    with limits.running("one"), service.room(one, 2):  # the gate counts a call as one
+        with limits.running("one"):
+            assert service.share(one) == 1
+            with pytest.raises(ApiError, match="3 replies of this client") as told, service.room(one, 2):
+                pass
+            assert told.value.status == 429
+            with pytest.raises(ApiError), limits.running("one"):
+                pass
+        with limits.running("two"), service.room(two, 3):
+            pass
+    assert limits.left("one") == 3
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", '"NaN"'])

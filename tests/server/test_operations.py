@@ -33,6 +33,10 @@ def test_metrics_count(server: Server) -> None:
     page = server.call("GET", "/metrics")
     assert page.headers["content-type"].startswith("text/plain")
     text = page.raw.decode()
+    for kind in ("e2e_request_latency", "request_queue_time", "request_prefill_time", "request_decode_time"):
+        assert metric(server, f"vllm:{kind}_seconds_count") >= 1.0, kind
+    whole = metric(server, "vllm:e2e_request_latency_seconds_sum")
+    assert whole > metric(server, "vllm:request_decode_time_seconds_sum") > 0.0
     for name in ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc",
                  "vllm:prefix_cache_hits_total", "vllm:prompt_tokens_total",
                  "vllm:time_to_first_token_seconds_bucket", "vllm:inter_token_latency_seconds_sum"):  # fmt: skip
@@ -40,6 +44,19 @@ def test_metrics_count(server: Server) -> None:
     count = metric(server, "vllm:time_to_first_token_seconds_count")
     assert metric(server, "vllm:time_to_first_token_seconds_bucket", le="+Inf") == count > 0
     assert metric(server, "qwenlet:http_responses_total", code="200") > 0
+
+
+def test_a_reply_that_has_called_enough_ends_well(server: Server) -> None:
+    """A second call is not wanted: the reply is stopped at it, which is no abort."""
+    before = {why: metric(server, "vllm:request_success_total", finished_reason=why) for why in ("stop", "abort")}
+    tool = {"type": "function", "function": {"name": "clock"}}
+    call = "Action: clock\nAction Input: \\{\\}\n"
+    held = {"guided_regex": f"Thought: a\n{call}{call}[a-z]{{2000}}", "max_tokens": 3000}
+    (choice,) = server.chat("What time is it?", tools=[tool], **held).json["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+    assert len(choice["message"]["tool_calls"]) == 1
+    after = {why: metric(server, "vllm:request_success_total", finished_reason=why) for why in ("stop", "abort")}
+    assert after == before | {"stop": before["stop"] + 1}
 
 
 def test_a_client_that_leaves_is_cancelled_within_a_step(server: Server) -> None:
@@ -85,10 +102,18 @@ def test_embeddings(server: Server) -> None:
     assert len(embed(server, "word " * 700, dimensions=len(alone))[0]) == len(alone)
 
 
+def test_more_inputs_than_have_room_run_in_slices(server: Server) -> None:
+    few = embed(server, ["a cat", "a dog"])
+    many = embed(server, ["a cat", "a dog"] * 200)
+    assert many == few * 200
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [
         ({"input": "a", "dimensions": 7}, "dimensions"),
+        ({"input": ["a"] * 2049}, "input"),
+        ({"input": ["a", "word " * 9000]}, "input"),
         ({"input": []}, "input"),
         ({"input": ""}, None),
         ({"input": [10**9]}, None),

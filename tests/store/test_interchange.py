@@ -231,6 +231,13 @@ def test_openai_s_messages(form: str):
     assert tree.told()[3]["tool_call_id"] == "call_1"
 
 
+def test_what_other_programs_add_to_a_call_stays_behind():
+    """The server would refuse it, and the conversation could not go on."""
+    call = CALL | {"index": 0, "extra": {}, "function": CALL["function"] | {"parsed": {}}}
+    (tree,) = read(json.dumps([*OPENAI[:2], OPENAI[2] | {"tool_calls": [call]}, *OPENAI[3:]])).trees
+    assert tree.told()[2]["tool_calls"] == [CALL]
+
+
 def test_pictures_in_openai_s_messages_are_counted():
     parts = [{"type": "image_url", "image_url": {}}, {"type": "text", "text": "What is this?"}]
     imported = read(json.dumps([{"role": "user", "content": parts}]))

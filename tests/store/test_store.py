@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwenlet.errors import NotStoredError, StoreError
-from qwenlet.store import SCHEMA_VERSION, Conversation, Store, data_dir, database, title_of
+from qwenlet.store import SCHEMA_VERSION, Conversation, Store, data_dir, database, responses, title_of
 
 
 @pytest.fixture
@@ -250,6 +251,49 @@ def test_responses(store: Store):
         store.save_response("resp_2", {"x": object()})
 
 
+def test_responses_go_after_a_month(store: Store, monkeypatch: pytest.MonkeyPatch):
+    store.save_response("resp_1", {})
+    later = time.time() + 31 * 86_400
+    monkeypatch.setattr(responses.time, "time", lambda: later)
+    assert store.response("resp_1") is None  # told as gone even before it is
+    store.expire_responses()
+    assert store._read("SELECT id FROM responses") == []
+
+
+def test_the_oldest_responses_go_where_there_are_too_many(store: Store, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(responses, "MOST_RESPONSES", 3)
+    store.save_response("other", {}, owner="b")
+    for number in range(5):
+        store.save_response(f"resp_{number}", {})
+    left = [number for number in range(5) if store.response(f"resp_{number}") is not None]
+    assert left == [2, 3, 4]
+    assert store.response("other", owner="b") is not None  # each owner has room of its own
+
+
+def test_the_oldest_responses_go_where_they_are_too_large(store: Store, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(responses, "MOST_BYTES", 3_000)
+    for number in range(5):
+        store.save_response(f"resp_{number}", {"text": "字" * 300})
+    left = [number for number in range(5) if store.response(f"resp_{number}") is not None]
+    assert left == [2, 3, 4]
+    store.save_response("resp_2", {"text": "x" * 2_000})
+    assert store.response("resp_2") is None
+
+
+def test_a_store_in_memory_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("QWENLET_DATA", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with Store.open_in_memory() as store:
+        store.save_response("resp_1", {"a": 1})
+        with ThreadPoolExecutor(1) as pool:
+            kept = pool.submit(store.response, "resp_1").result()
+        assert kept is not None
+        assert kept.body == {"a": 1}
+    with Store.open_in_memory() as store:
+        assert store.response("resp_1") is None
+    assert list(tmp_path.iterdir()) == []
+
+
 # ----------------------------------------------------------------------------------------------- more than one writer
 
 
@@ -404,6 +448,22 @@ def test_a_file_of_the_first_version_is_brought_up_to_date(path: Path, monkeypat
     db.close()
     with Store.open(path) as store:
         assert store.conversations() == [Conversation("conv_1", "old", "demo", None, 1.0, 2.0, {})]
+
+
+def test_what_an_older_file_keeps_of_responses_is_measured(path: Path, monkeypatch: pytest.MonkeyPatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(database, "_MIGRATIONS", database._MIGRATIONS[:3])
+        patch.setattr(database, "SCHEMA_VERSION", 3)
+        Store.open(path).close()
+    db = sqlite3.connect(path)
+    db.execute("INSERT INTO responses VALUES ('resp_1', NULL, '{\"a\": \"é\"}', '[]', ?, '')", (time.time(),))
+    db.commit()
+    db.close()
+    with Store.open(path) as store:
+        assert store._read("SELECT bytes FROM responses") == [(13,)]
+        kept = store.response("resp_1")
+        assert kept is not None
+        assert kept.body == {"a": "é"}
 
 
 def test_a_migration_that_fails_changes_nothing(path: Path, monkeypatch: pytest.MonkeyPatch):

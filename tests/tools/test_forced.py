@@ -100,6 +100,15 @@ def test_a_required_call_chooses(tokenizer: Tokenizer, grammars: Grammars, think
             check(reply.calls[0].arguments)
 
 
+def test_names_and_schemas_that_hold_a_word_of_the_grammar(tokenizer: Tokenizer, grammars: Grammars):
+    """%json begins a schema, but not within a name, a description or an enum."""
+    text = {"type": "string", "description": "as %json text", "enum": ['%json "', "%json {"]}
+    schema = {"type": "object", "properties": {"a": text}, "required": ["a"]}
+    box = Toolbox.of([{"name": '%json"x', "parameters": schema}], "required")
+    (reply,) = drawn(tokenizer, grammars, box, False, seeds=1)
+    assert json.loads(reply.calls[0].arguments)["a"] in text["enum"]
+
+
 def test_several_calls_where_they_were_asked_for(tokenizer: Tokenizer, grammars: Grammars):
     box = Toolbox.of([CLOCK], "required", parallel_tool_calls=True)
     counts = {len(reply.calls) for reply in drawn(tokenizer, grammars, box, False, seeds=16, ends=0.2)}

@@ -33,13 +33,15 @@ class ServerConfig:
             shows.
         insecure: listen on an address that other machines reach although no key is asked for.
         served_name: names under which clients ask for the model; its own name if there are none.
-        max_queue: requests that may wait for the engine; more are turned away with 503.
-        max_concurrent: requests of one key, or of one address where there are no keys, at a time; more are turned away
-            with 429.
+        max_queue: requests that may wait for the engine; more are turned away with 503. A call for several replies
+            takes at most half of the places that are free.
+        max_concurrent: replies of one key, or of one address where there are no keys, at a time; more are turned away
+            with 429. A call for several counts as many.
         max_per_minute: requests of one key, or of one address, in a minute; more are turned away with 429.
         max_tokens_per_minute: tokens of prompts and replies of one key, or of one address, in a minute; who has used
             them up is turned away with 429 until they have come back.
-        cors_origin: web pages of these origins may call the server from a browser, "*" those of any.
+        cors_origin: web pages of these origins may call the server from a browser, "*" those of any; others' calls are
+            turned away with 403.
         allowed_host: names, beside this machine's own, under which the server is asked for; any where it listens on an
             address that other machines reach and none is given.
         max_body: bytes of a request's body.
@@ -49,7 +51,8 @@ class ServerConfig:
         write_timeout: seconds that a client may take to read what was sent, until its request is ended.
         idle_timeout: seconds after which a connection without requests is closed.
         history: keep the conversations of the web page, in the file that `qwenlet chat` keeps its own in. Where several
-            keys are known, or anyone may call, none are kept, for all clients would share them.
+            keys are known, or anyone may call, none are kept, for all clients would share them. Without it responses
+            of /v1/responses are kept in memory alone.
         ping_interval: seconds of silence in a stream until a comment shows that the server lives.
     """
 

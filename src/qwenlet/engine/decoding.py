@@ -201,7 +201,7 @@ class Decoding:
         return (
             draws_plainly(request)
             and request.params.logprobs is None
-            and not request.cancelled
+            and request.ending is None
             and request.reply_length + 1 < request.max_new_tokens
             and (request.stored + 1) // PAGE_TOKENS < len(request.pages)
         )

@@ -274,13 +274,20 @@ class Engine:
 
     def cancel(self, request: Request) -> None:
         """Ends a request and frees its pages, at the latest when the step that runs ends. Harmless if it has ended."""
+        self._end(request, "cancelled")
+
+    def stop(self, request: Request) -> None:
+        """The same for a reply that holds all that is wanted: it has ended well, as by a stop text."""
+        self._end(request, "stop")
+
+    def _end(self, request: Request, reason: FinishReason) -> None:
         with self._lock:
             if request.finish_reason is not None:
                 return
             if request in self._in_flight:
-                request.cancelled = True
+                request.ending = request.ending or reason
                 return
-            self._replies.finish(request, "cancelled")
+            self._replies.finish(request, reason)
             self._replies.tell()
 
     def stream(self, request: Request) -> Stream:

@@ -51,8 +51,8 @@ class Replies:
         Args: drawn: its next token, where `draw_ahead` gave one.
         """
         request = work.request
-        if request.cancelled:
-            self.finish(request, "cancelled")
+        if request.ending is not None:
+            self.finish(request, request.ending)
             return
         try:
             if request.reader is not None:
@@ -168,7 +168,7 @@ class Replies:
             more, stopped = request.stop_texts.push(tail)
             text += more if stopped else more + request.stop_texts.flush()
         request.finish_reason = reason
-        self.stats.finished[reason] += 1
+        self.stats.ended(reason, time.perf_counter() - request.submitted_at, request.timings)
         self.scheduler.remove(request)
         self.emit(request, text, token, logprob, error)
 

@@ -47,6 +47,7 @@ class Request:
         reads_hidden: the reader gets hidden states instead.
         cached: tokens of the prompt whose keys and values were found.
         indexed: full pages that the prefix cache knows.
+        ending: how it is to end when the step that runs does.
         drafted: guesses among the tokens of the step that runs.
         listener: told when chunks were put into the outbox.
     """
@@ -78,7 +79,7 @@ class Request:
     followers: list[Request] = field(default_factory=list)
     preemptions: int = 0
     admitted: bool = False
-    cancelled: bool = False
+    ending: FinishReason | None = None
     finish_reason: FinishReason | None = None
     failure: Exception | None = None
     outbox: SimpleQueue[Chunk] = field(default_factory=SimpleQueue)

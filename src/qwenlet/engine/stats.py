@@ -6,6 +6,8 @@ import bisect
 from collections import Counter
 from dataclasses import dataclass, field
 
+from qwenlet.engine.records import FinishReason, Timings
+
 
 @dataclass
 class Histogram:
@@ -34,6 +36,7 @@ class Histogram:
 
 
 _FIRST_TOKEN = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+_WHOLE = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0, 300.0, 600.0)
 _BETWEEN = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
 
 
@@ -53,6 +56,7 @@ class Stats:
         finished: requests by finish reason.
         seconds: spent in "schedule", "run" (the model) and "sample" (from logits to tokens, text and chunks).
         first_token, between_tokens: seconds from submission, and from token to token.
+        whole: seconds from submission to the end; queued, prefill, decode: their parts, of requests that came so far.
     """
 
     running: int = 0
@@ -73,3 +77,16 @@ class Stats:
     seconds: dict[str, float] = field(default_factory=lambda: {"schedule": 0.0, "run": 0.0, "sample": 0.0})
     first_token: Histogram = field(default_factory=lambda: Histogram(_FIRST_TOKEN))
     between_tokens: Histogram = field(default_factory=lambda: Histogram(_BETWEEN))
+    whole: Histogram = field(default_factory=lambda: Histogram(_WHOLE))
+    queued: Histogram = field(default_factory=lambda: Histogram(_FIRST_TOKEN))
+    prefill: Histogram = field(default_factory=lambda: Histogram(_FIRST_TOKEN))
+    decode: Histogram = field(default_factory=lambda: Histogram(_WHOLE))
+
+    def ended(self, reason: FinishReason, seconds: float, timings: Timings) -> None:
+        """Counts a request that has ended, so many seconds after it was submitted."""
+        self.finished[reason] += 1
+        self.whole.observe(seconds)
+        parts = (timings.queued_seconds, timings.prefill_seconds, timings.decode_seconds)
+        for histogram, took in zip((self.queued, self.prefill, self.decode), parts, strict=True):
+            if took is not None:
+                histogram.observe(took)

@@ -3,9 +3,12 @@
 errors       what is refused, in the shape that clients expect
 service      what all calls share: the model, its names, room for more requests
 limits       how much one client may ask for
+origin       whose pages may call
 gate         every call passes it: ids, keys, limits, bodies, errors, the access log
 fields       a request's fields: honoured, accepted without effect, refused by name
+nested       ... and those of objects within, which come in several kinds
 bodies       a body becomes a request; a client that leaves ends its work
+declared     tools of a request
 dialogue     messages and tools become a prompt, a grammar and a reader of the reply
 replies      submits prompts; from the engine's chunks to text, usage, log-probabilities
 parsed       ... and to text, thoughts and calls

@@ -19,7 +19,8 @@ from qwenlet.engine import Chunk, Completion
 from qwenlet.engine.request import Request as EngineRequest
 from qwenlet.server import parsed, replies
 from qwenlet.server.bodies import json_answer, post
-from qwenlet.server.dialogue import ChatMessage, Delta, Dialogue, Format, converse, format_of, toolbox_of
+from qwenlet.server.declared import toolbox_of
+from qwenlet.server.dialogue import ChatMessage, Delta, Dialogue, Format, converse, format_of
 from qwenlet.server.errors import ApiError
 from qwenlet.server.events import DONE, PING, EventStream, event
 from qwenlet.server.fields import (
@@ -34,6 +35,7 @@ from qwenlet.server.fields import (
     Tier,
     Verbosity,
     ignored,
+    name_unstreamed,
     only,
     sampling,
     stop_texts,
@@ -67,7 +69,10 @@ class ChatRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     timings_per_token: bool | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Annotated[
+        list[dict[str, Any]] | None,
+        Meta(description="`strict` acts where a call is forced, or a format given; fields nobody knows are refused."),
+    ] = None
     tool_choice: Any = None
     parallel_tool_calls: Annotated[bool | None, Meta(description="Left out: one call, as the model was taught.")] = None
     store: Annotated[Anything, ignored("nothing is kept here")] = UNSET
@@ -95,10 +100,10 @@ class ChatRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True):
 def add(app: FastAPI, service: Service) -> None:
     async def complete(body: ChatRequest, request: Request) -> Response:
         service.check_model(body.model)
-        dialogue = await asyncio.to_thread(_dialogue, service, body)
+        dialogue = await asyncio.to_thread(_dialogue, service, body, request.state.ignored)
         params = _params(body, dialogue, request.state.ignored)
-        with replies.held(service, params.n) as held:
-            client, priority = request.state.client, body.priority or 0
+        client, priority = request.state.client, body.priority or 0
+        with replies.held(service, client, params.n) as held:
             requests = await replies.submit(
                 service, client, [dialogue.ids], params, held, model=body.model, priority=priority
             )
@@ -110,13 +115,14 @@ def add(app: FastAPI, service: Service) -> None:
     post(app, "/v1/chat/completions", ChatRequest, complete, prompt="messages")
 
 
-def _dialogue(service: Service, body: ChatRequest) -> Dialogue:
+def _dialogue(service: Service, body: ChatRequest, ignored: list[str]) -> Dialogue:
     if body.continue_final_message and body.add_generation_prompt:
         raise ApiError(400, "continue_final_message and add_generation_prompt exclude each other")
+    declared = (body.tools, body.tool_choice, body.parallel_tool_calls, body.functions, body.function_call)
     return converse(
         service.llm,
         body.messages,
-        toolbox_of(body.tools, body.tool_choice, body.parallel_tool_calls, body.functions, body.function_call),
+        toolbox_of(*declared, ignored=ignored),
         add_generation_prompt=body.add_generation_prompt is not False,
         continue_final=bool(body.continue_final_message),
     )
@@ -130,11 +136,17 @@ def _params(body: ChatRequest, dialogue: Dialogue, ignored: list[str]) -> Sampli
         "logprobs": (body.top_logprobs or 0) if body.logprobs else None,
         "stop": (*stop_texts(body), *dialogue.stop),
     }
-    if body.response_format is None and body.json_schema is not None:
-        held = dialogue.held_to(Format(body.json_schema), "json_schema", ignored)
-    else:
-        held = dialogue.held_to(_format(body.response_format), "response_format", ignored)
-    return sampling(body, **more | held)
+    answer, field = _format(body.response_format), "response_format"
+    if body.json_schema is not None:
+        if answer is not None:
+            words = "response_format and json_schema both say what the reply is held to; give one of them"
+            raise ApiError(400, words, param="json_schema")
+        answer, field = Format(body.json_schema), "json_schema"
+    strict = "tools[].function.strict" if body.functions is None else "functions[].strict"
+    held = dialogue.held_to(answer, field, ignored, strict)
+    name_unstreamed(body, ignored, "timings_per_token")
+    grammar = None if not held else "tool_choice" if dialogue.must_call else field
+    return sampling(body, grammar, **more | held)
 
 
 def _format(wanted: ResponseFormat | None) -> Format | None:

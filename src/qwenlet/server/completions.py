@@ -6,6 +6,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
@@ -15,18 +16,20 @@ from starlette.responses import Response
 
 from qwenlet.engine import Chunk, Completion, check_prompt
 from qwenlet.engine.request import Request as EngineRequest
+from qwenlet.errors import ContextLengthError
 from qwenlet.llm import LLM
 from qwenlet.sampling import TokenLogprob
 from qwenlet.server import replies
 from qwenlet.server.bodies import json_answer, post
 from qwenlet.server.errors import ApiError
 from qwenlet.server.events import DONE, PING, EventStream, event
-from qwenlet.server.fields import Anything, SamplingFields, sampling, unsupported
+from qwenlet.server.fields import Anything, SamplingFields, name_unstreamed, sampling, unsupported
 from qwenlet.server.prompts import prompt_logprobs
 from qwenlet.server.service import Service
 from qwenlet.tokenizer import StreamDecoder, Tokenizer
 
 DEFAULT_TOKENS = 16  # OpenAI's
+MOST_PROMPTS = 2048  # OpenAI's
 
 
 class CompletionRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True):
@@ -69,18 +72,32 @@ def add(app: FastAPI, service: Service) -> None:
         ranks = written > n
         logprobs = 0 if ranks and body.logprobs is None else body.logprobs
         params = sampling(body, max_new_tokens=limit or 1, logprobs=logprobs, n=written)
-        with replies.held(service, written * len(prompts)) as held:
-            for ids in prompts:
-                check_prompt(ids, service.llm.config.vocab_size)
-            echoes = await _echoes(service, body, prompts)
-            if not limit:
-                service.limits.spend(request.state.client.name, sum(map(len, prompts)))
-                return json_answer(_echoed(service, body, echoes, n))
-            client, priority = request.state.client, body.priority or 0
-            requests = await replies.submit(service, client, prompts, params, held, model=body.model, priority=priority)
+        name_unstreamed(body, request.state.ignored)
+        check_prompts(service.llm, prompts, limit)
+        client, priority = request.state.client, body.priority or 0
+        places, blamed = written * len(prompts), "prompt" if len(prompts) > 1 else "n"
+        if not body.stream:  # a stream tells of all prompts side by side; others may run in slices
+            places, blamed = min(places, max(service.share(client), written)), "n"
+        with replies.held(service, client, places, blamed) as held:
             if body.stream:
+                echoes = await _echoes(service, body, prompts)
+                requests = await replies.submit(
+                    service, client, prompts, params, held, model=body.model, priority=priority
+                )
                 return EventStream(_stream(service, body, n, requests, echoes), held.pop_all())
-            done = await replies.completions(service, requests)
+            echoes, done, width = [], [], places // written
+            for at in range(0, len(prompts), width):
+                some = prompts[at : at + width]
+                echoes += await _echoes(service, body, some)
+                if limit:
+                    with ExitStack() as running:
+                        requests = await replies.submit(
+                            service, client, some, params, running, model=body.model, priority=priority
+                        )
+                        done += await replies.completions(service, requests)
+            if not limit:
+                service.limits.spend(client.name, sum(map(len, prompts)))
+                return json_answer(_echoed(service, body, echoes, n))
             chosen = [one for at in range(0, len(done), written) for one in _best(done[at : at + written], n)]
             told = [replace(one, logprobs=None) for one in chosen] if body.logprobs is None else chosen
             return json_answer(_whole(service, body, n, told, echoes) | {"usage": replies.usage(done, written)})
@@ -131,6 +148,24 @@ def prompt_ids(llm: LLM, prompt: str | list[Any], name: str = "prompt") -> list[
     if kinds == {str}:
         return [llm.tokenizer.encode(one, allowed_special=set()) for one in prompt]
     return [list(one) for one in prompt]
+
+
+def check_prompts(llm: LLM, prompts: Sequence[Sequence[int]], reply: int, name: str = "prompt") -> None:
+    """All of them, before the first one runs.
+
+    Raises:
+        ApiError 400: too many; `name` is their field.
+        RequestError: an id that the model does not know.
+        ContextLengthError: so long a reply has no room after one of them.
+    """
+    if len(prompts) > MOST_PROMPTS:
+        words = f"{name} holds {len(prompts)} texts, and at most {MOST_PROMPTS} are taken in one call"
+        raise ApiError(400, words, param=name)
+    for ids in prompts:
+        check_prompt(ids, llm.config.vocab_size)
+    longest = max(map(len, prompts))
+    if longest + reply > llm.context_length:
+        raise ContextLengthError(longest, llm.context_length, reply)
 
 
 def _head(service: Service, model: str | None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from qwenlet import chat, tools
 from qwenlet.errors import RequestError
 from qwenlet.llm import LLM
 from qwenlet.server.errors import ApiError, refused
-from qwenlet.server.fields import Anything, ignored, unsupported
+from qwenlet.server.fields import Anything, ignored, only, unsupported
 from qwenlet.tools import Toolbox, ToolMessage
 
 
@@ -27,6 +27,23 @@ class Part(Struct, kw_only=True, forbid_unknown_fields=True):
     file: Annotated[Anything, unsupported("the model reads text alone")] = UNSET
 
 
+class SentFunction(Struct, kw_only=True, forbid_unknown_fields=True):
+    """What a call of an earlier reply called."""
+
+    name: str | None = None
+    arguments: str = ""
+    parsed_arguments: Annotated[Anything, ignored("`arguments` says it")] = UNSET
+
+
+class SentCall(Struct, kw_only=True, forbid_unknown_fields=True):
+    """A call of an earlier reply."""
+
+    id: str = ""
+    type: Annotated[str | None, only("function", "there are no other tools")] = None
+    function: SentFunction | None = None
+    index: Annotated[Anything, ignored("calls stand in their order")] = UNSET
+
+
 class ChatMessage(Struct, kw_only=True, forbid_unknown_fields=True):
     """A message as clients send it, and send back."""
 
@@ -34,10 +51,11 @@ class ChatMessage(Struct, kw_only=True, forbid_unknown_fields=True):
     content: str | list[Part] | None = None
     name: Annotated[str | None, ignored("Qwen's format has no names")] = None
     refusal: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: list[SentCall] | None = None
     tool_call_id: str | None = None
-    function_call: dict[str, Any] | None = None
+    function_call: SentFunction | None = None
     annotations: Annotated[Anything, ignored("they are not part of the text")] = UNSET
+    parsed: Annotated[Anything, ignored("`content` says it")] = UNSET
     reasoning_content: Annotated[str | None, Meta(description="Repeated to the model with the calls it led to.")] = None
     audio: Annotated[Anything, unsupported("the model reads text alone")] = UNSET
 
@@ -167,18 +185,23 @@ class Dialogue:
         """For one choice."""
         return PlainReader() if self.plain else ReactReader(self.toolbox, self.thinking)
 
-    def held_to(self, answer: Format | None, param: str, ignored: list[str]) -> dict[str, Any]:
+    def held_to(
+        self, answer: Format | None, param: str, ignored: list[str], strict: str = "tools[].function.strict"
+    ) -> dict[str, Any]:
         """The grammar of the reply, as SamplingParams names it: calls as the tools ask, the answer as the client does.
 
         Args:
             answer: the client's format.
             param: its field; put among `ignored` where every reply is a call.
+            strict: the tools' field that asks for arguments as the schema says; put there where the reply is free.
         """
         if self.must_call:
             if answer is not None:
                 ignored.append(param)
             return {"lark": tools.forced_reply(self.toolbox, thinking=self.thinking)}
         if answer is None:
+            if any(tool.strict for tool in self.toolbox.offered):
+                ignored.append(strict)
             return {}
         if not self.toolbox:
             return {"json_object": True} if answer.schema is None else {"json_schema": answer.schema}
@@ -207,21 +230,6 @@ def format_of(kind: str, schema: Mapping[str, Any] | None, param: str, place: st
     if kind == "json_schema" and schema is None:
         raise ApiError(400, f"{param} has no schema", param=f"{param}{place}.schema")
     return Format(schema)
-
-
-def toolbox_of(
-    declared: Any = None, choice: Any = None, parallel: Any = None, functions: Any = None, function_call: Any = None
-) -> Toolbox:
-    """The tools of a request's fields. Raises ApiError 400 that names the field."""
-    try:
-        return Toolbox.of(declared, choice, parallel, functions, function_call)
-    except RequestError as problem:
-        named = ("tool_choice", "parallel_tool_calls")
-        old = "functions" if functions is not None else "tools"
-        param = next((name for name in named if problem.message.startswith(name)), old)
-        if functions is not None and param == "tool_choice":
-            param = "function_call"
-        raise ApiError(400, problem.message, param=param) from None
 
 
 def converse(
@@ -273,12 +281,22 @@ def _told(message: ChatMessage, place: str) -> ToolMessage:
     if role not in chat.ROLES:
         known = ", ".join([*chat.ROLES, "developer", "function"])
         raise ApiError(400, f"{place}.role is {message.role!r:.80}; known are {known}", param=f"{place}.role")
-    fields: dict[str, Any] = {"tool_calls": message.tool_calls, "function_call": message.function_call}
+    called = message.function_call
+    fields: dict[str, Any] = {"tool_calls": [_call(call) for call in message.tool_calls or ()]}
+    fields |= {"function_call": None if called is None else _function(called)}
     fields |= {"tool_call_id": message.tool_call_id, "reasoning_content": message.reasoning_content}
     try:
         return ToolMessage.of({"role": role, "content": _text(message, place)} | fields)
     except RequestError as problem:
         raise ApiError(400, f"{place}: {problem.message}", param=place) from None
+
+
+def _call(call: SentCall) -> dict[str, Any]:
+    return {"id": call.id} | ({} if call.function is None else {"function": _function(call.function)})
+
+
+def _function(function: SentFunction) -> dict[str, Any]:
+    return {"name": function.name, "arguments": function.arguments}
 
 
 def _text(message: ChatMessage, place: str) -> str:

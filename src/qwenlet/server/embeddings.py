@@ -13,11 +13,11 @@ from msgspec import UNSET, Meta, Struct
 from starlette.responses import Response
 from torch import Tensor
 
-from qwenlet.engine import MeanState, check_prompt
+from qwenlet.engine import MeanState
 from qwenlet.engine.request import Request as EngineRequest
 from qwenlet.server import replies
 from qwenlet.server.bodies import json_answer, post
-from qwenlet.server.completions import prompt_ids
+from qwenlet.server.completions import check_prompts, prompt_ids
 from qwenlet.server.errors import ApiError
 from qwenlet.server.fields import Account
 from qwenlet.server.service import Service
@@ -44,9 +44,13 @@ def add(app: FastAPI, service: Service) -> None:
             words = f"dimensions is {body.dimensions}, and the model's vectors have {size}"
             raise ApiError(400, words, param="dimensions", code="unsupported_parameter")
         inputs = await asyncio.to_thread(prompt_ids, service.llm, body.input, "input")
-        with replies.held(service, len(inputs)):
-            vectors = await _vectors(service, inputs, service.adapter(body.model))
-        service.limits.spend(request.state.client.name, sum(map(len, inputs)))
+        check_prompts(service.llm, inputs, 0, "input")
+        client, vectors = request.state.client, []
+        places = min(service.share(client), len(inputs))
+        with replies.held(service, client, places):
+            for at in range(0, len(inputs), places):
+                vectors += await _vectors(service, inputs[at : at + places], service.adapter(body.model))
+        service.limits.spend(client.name, sum(map(len, inputs)))
         encoded = _floats if body.encoding_format != "base64" else _base64
         count = sum(map(len, inputs))
         answer = {
@@ -67,8 +71,6 @@ def add(app: FastAPI, service: Service) -> None:
 async def _vectors(service: Service, inputs: Sequence[Sequence[int]], adapter: str | None) -> list[Tensor]:
     """Float32 [C] of each input. They run among the replies, piece by piece."""
     engine, config = service.llm.engine, service.llm.config
-    for ids in inputs:
-        check_prompt(ids, config.vocab_size)
     requests: list[EngineRequest] = []
     states: list[MeanState] = []
     try:

@@ -119,6 +119,7 @@ def _place(problem: Exception) -> str:
 _ANTHROPIC = {
     "invalid_request_error": "invalid_request_error",
     "authentication_error": "authentication_error",
+    "permission_error": "permission_error",
     "not_found_error": "not_found_error",
     "rate_limit_error": "rate_limit_error",
 }

@@ -124,7 +124,12 @@ class SamplingFields(Struct, kw_only=True, forbid_unknown_fields=True):
     n: Annotated[int, Meta(ge=1, le=128)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    priority: Annotated[int, Meta(ge=-100, le=100, description="Lower goes first.")] | None = None
+    priority: (
+        Annotated[
+            int, Meta(ge=0, le=100, description="Lower goes first; 0, as if left out: nobody goes before others.")
+        ]
+        | None
+    ) = None
     return_progress: Annotated[bool | None, Meta(description="Chunks that say how much of the prompt is done.")] = None
     user: Account = UNSET
     logit_bias: Annotated[dict[str, float] | None, Meta(description="By token id, -100 to 100.")] = None
@@ -179,25 +184,49 @@ def _token(id: str) -> int:
         raise ApiError(400, f"logit_bias has {id!r:.80}, expected token ids", param="logit_bias") from None
 
 
-def held_to(body: SamplingFields) -> dict[str, Any]:
-    """The grammar that vLLM's fields ask for, as SamplingParams names it."""
+def held_to(body: SamplingFields, grammar: str | None = None) -> dict[str, Any]:
+    """The grammar that vLLM's fields ask for, as SamplingParams names it.
+
+    Args:
+        grammar: another field that asks for one. Raises ApiError 400 where that makes two.
+    """
     wanted = body.structured_outputs or StructuredOutputs()
-    schema = body.guided_json if wanted.json is None else wanted.json
-    choices = body.guided_choice if wanted.choice is None else wanted.choice
-    regex = body.guided_regex if wanted.regex is None else wanted.regex
-    if choices is not None:
-        if not choices or "" in choices or regex is not None:
-            raise ApiError(
-                400, "a choice needs one or more texts that are not empty, and no regex", param="guided_choice"
-            )
-        regex = "|".join(map(re.escape, choices))
-    given = {"json_schema": schema, "regex": regex, "json_object": wanted.json_object or None}
-    return {name: value for name, value in given.items() if value is not None}
+    every: dict[str, tuple[str, Any]] = {
+        "guided_json": ("json_schema", body.guided_json),
+        "guided_regex": ("regex", body.guided_regex),
+        "guided_choice": ("choice", body.guided_choice),
+        "structured_outputs.json": ("json_schema", wanted.json),
+        "structured_outputs.regex": ("regex", wanted.regex),
+        "structured_outputs.choice": ("choice", wanted.choice),
+        "structured_outputs.json_object": ("json_object", wanted.json_object or None),
+    }
+    given = [(field, kind, value) for field, (kind, value) in every.items() if value is not None]
+    if not given:
+        return {}
+    field, kind, value = given[0]
+    other = given[1][0] if len(given) > 1 else grammar
+    if other is not None:
+        words = f"{field} and {other} both say what the reply is held to; give one of them"
+        raise ApiError(400, words, param=field)
+    if kind == "choice":
+        if not value or "" in value:
+            raise ApiError(400, f"{field} needs one or more texts that are not empty", param=field)
+        kind, value = "regex", "|".join(map(re.escape, value))
+    return {kind: value}
 
 
-def sampling(body: SamplingFields, **more: Any) -> SamplingParams:
-    """The body's sampling parameters. `more` are fields that families name differently."""
-    rest: dict[str, Any] = {"stop": stop_texts(body), "n": body.n or 1} | held_to(body) | more
+def name_unstreamed(body: SamplingFields, ignored: list[str], *more: str) -> None:
+    """Puts fields among `ignored` that say how to stream a reply which is not streamed."""
+    if not body.stream:
+        ignored += [name for name in ("return_progress", *more) if getattr(body, name)]
+        options = ("include_usage", "continuous_usage_stats")
+        ignored += [f"stream_options.{name}" for name in options if getattr(body.stream_options, name, None)]
+
+
+def sampling(body: SamplingFields, grammar: str | None = None, **more: Any) -> SamplingParams:
+    """The body's sampling parameters. `more` are fields that families name differently; `grammar` is the field that put
+    a grammar among them."""
+    rest: dict[str, Any] = {"stop": stop_texts(body), "n": body.n or 1} | held_to(body, grammar) | more
     return SamplingParams(
         temperature=body.temperature,
         top_p=body.top_p,

@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qwenlet.config import is_loopback
-from qwenlet.server import errors, page
+from qwenlet.server import errors, origin, page
 from qwenlet.server.errors import ApiError
 from qwenlet.server.patience import Patience
 from qwenlet.server.service import Client, Service
@@ -26,6 +26,7 @@ from qwenlet.server.service import Client, Service
 logger = logging.getLogger("qwenlet.server")
 
 OPEN_PATHS = frozenset(["/health", "/ready"])  # for what watches the server, which has no key
+_READS = frozenset(["GET", "HEAD", "OPTIONS"])
 _GOOD_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
@@ -109,9 +110,13 @@ class Gate:
         scope["state"]["client"] = client
         if scope["path"].startswith(page.API):
             # keeping what was said is no request of the model, and takes no share of its limits
-            page.check_origin(headers)
+            # whatever --cors-origin lets other pages do elsewhere
+            origin.check(headers, "conversations belong to the server's own page")
             await self._app(scope, self._bounded(headers, receive), send)
             return
+        if scope["method"] not in _READS:
+            words = "pages of other origins may not call this server unless --cors-origin names them"
+            origin.check(headers, words, self._service.config.cors_origin or ())
         if scope["method"] != "POST":
             await self._app(scope, receive, send)
             return

@@ -8,8 +8,17 @@ from typing import Any
 
 from qwenlet import chat
 from qwenlet.server.errors import ApiError, refused
+from qwenlet.server.nested import Fields, look
 from qwenlet.tools import Call, ToolMessage
 
+_TEXT = Fields.of("type text refusal")
+# other kinds are refused
+_ITEMS = {
+    "message": Fields.of("type role id status", content=_TEXT),
+    "reasoning": Fields.of("type id status", content=_TEXT),
+    "function_call": Fields.of("type call_id name arguments id status"),
+    "function_call_output": Fields.of("type call_id id status", output=_TEXT),
+}
 _TEXTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
 
 
@@ -33,6 +42,13 @@ def _with_id(item: dict[str, Any]) -> dict[str, Any]:
         prefix = {"message": "msg", "function_call": "fc", "function_call_output": "fco"}.get(str(item["type"]), "item")
         item["id"] = f"{prefix}_{secrets.token_hex(24)}"
     return item
+
+
+def name_unread(items: Sequence[Mapping[str, Any]], ignored: list[str]) -> None:
+    """Puts the items' fields that have no effect among `ignored`; `id` and `status` are told back."""
+    for number, item in enumerate(items):
+        if (fields := _ITEMS.get(str(item["type"]))) is not None:
+            look(item, fields, f"input[{number}]", ignored)
 
 
 def conversation(items: Sequence[Mapping[str, Any]], field: str) -> list[ToolMessage]:

@@ -1,4 +1,4 @@
-"""How much one client may ask for: requests at a time, requests a minute, tokens a minute."""
+"""How much one client may ask for: replies at a time, requests a minute, tokens a minute."""
 
 from __future__ import annotations
 
@@ -98,17 +98,27 @@ class Limits:
         return {name: value for kind in kinds for name, value in kind.told(client).items()}
 
     @contextmanager
-    def running(self, client: str) -> Iterator[None]:
-        """One of the client's requests. Raises ApiError 429 where too many run."""
-        if self._at_once is not None and self._running[client] >= self._at_once:
-            raise _too_many(f"{self._at_once} requests of this client at a time", RETRY_SECONDS, {})
-        self._running[client] += 1
+    def running(self, client: str, replies: int = 1) -> Iterator[None]:
+        """So many of the client's replies; a call counts as one before it is read. Raises ApiError 429 where too many
+        run."""
+        if replies > self.left(client):
+            raise _too_many(f"{self._at_once} replies of this client at a time", RETRY_SECONDS, {})
+        self._running[client] += replies
         try:
             yield
         finally:
-            self._running[client] -= 1
+            self._running[client] -= replies
             if not self._running[client]:
                 del self._running[client]
+
+    def left(self, client: str) -> float:
+        """How many more replies of the client may run now."""
+        return self.most - self._running[client]
+
+    @property
+    def most(self) -> float:
+        """Most replies of a client at a time."""
+        return math.inf if self._at_once is None else self._at_once
 
 
 def _allowance(kind: str, rate: int | None) -> Allowance | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 import secrets
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
@@ -19,26 +18,27 @@ from qwenlet.engine import Chunk
 from qwenlet.engine.request import Request as EngineRequest
 from qwenlet.server import parsed, replies
 from qwenlet.server.bodies import json_answer, post
-from qwenlet.server.dialogue import Delta, Dialogue, asked, toolbox_of
+from qwenlet.server.declared import toolbox_of
+from qwenlet.server.dialogue import Delta, Dialogue, asked
 from qwenlet.server.errors import ApiError, anthropic, refused
 from qwenlet.server.events import EventStream, named_event
 from qwenlet.server.fields import Anything, Count, Thinking, Tier, ignored
+from qwenlet.server.nested import Fields, look
 from qwenlet.server.parsed import arguments_object
 from qwenlet.server.service import Service
 from qwenlet.tools import Call, ToolMessage
 
-_NUMBER = re.compile(r"\[\d+\]")
 PING = named_event("ping", {"type": "ping"})
 # what is read of an object of each kind; other fields have no effect, and are named
 _KNOWN = {
-    "message": {"role", "content"},
-    "text": {"type", "text"},
-    "thinking": {"type", "thinking", "signature"},
-    "redacted_thinking": {"type", "data"},
-    "tool_use": {"type", "id", "name", "input"},
-    "tool_result": {"type", "tool_use_id", "content", "is_error"},
-    "tool": {"type", "name", "description", "input_schema"},
-    "tool_choice": {"type", "name", "disable_parallel_tool_use"},
+    "message": Fields.of("role content"),
+    "text": Fields.of("type text"),
+    "thinking": Fields.of("type thinking signature"),
+    "redacted_thinking": Fields.of("type data"),
+    "tool_use": Fields.of("type id name input"),
+    "tool_result": Fields.of("type tool_use_id content is_error"),
+    "tool": Fields.of("type name description input_schema"),
+    "tool_choice": Fields.of("type name disable_parallel_tool_use"),
 }
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
@@ -72,7 +72,7 @@ def add(app: FastAPI, service: Service) -> None:
         service.check_model(body.model)
         dialogue = await asyncio.to_thread(_dialogue, service, body, request.state.ignored)
         params = _params(body, dialogue)
-        with replies.held(service, 1) as held:
+        with replies.held(service, request.state.client, 1) as held:
             requests = await replies.submit(
                 service, request.state.client, [dialogue.ids], params, held, model=body.model
             )
@@ -102,11 +102,10 @@ def _dialogue(service: Service, body: CountRequest, ignored: list[str]) -> Dialo
         raise ApiError(400, "messages is empty, expected one or more", param="messages")
     told = [one for place, each in enumerate(body.messages) for one in _told(each, f"messages[{place}]", ignored)]
     system = None if body.system is None else _texts(body.system, "system", ignored)
-    for tool in body.tools or ():
-        _name_others(tool, "tool", "tools[]", ignored)
-    _name_others(body.tool_choice or {}, "tool_choice", "tool_choice", ignored)
+    look(body.tools, _KNOWN["tool"], "tools", ignored)
+    look(body.tool_choice or {}, _KNOWN["tool_choice"], "tool_choice", ignored)
     choice, parallel = _choice(body.tool_choice)
-    toolbox = toolbox_of([_tool(tool) for tool in body.tools or ()], choice, parallel)
+    toolbox = toolbox_of([_tool(tool) for tool in body.tools or ()], choice, parallel, ignored=ignored)
     final = told[-1].role == "assistant" and not told[-1].calls  # a beginning that the reply goes on from
     return asked(service.llm, told, toolbox, instructions=system, continue_final=final)
 
@@ -131,17 +130,10 @@ def _choice(choice: Mapping[str, Any] | None) -> tuple[Any, bool | None]:
     return _CHOICES[kind], parallel
 
 
-def _name_others(given: Any, kind: str, place: str, ignored: list[str]) -> None:
-    """Puts the fields of an object that nothing reads among `ignored`, such as a block's cache_control."""
-    if isinstance(given, Mapping):
-        others = sorted(name[:40] for name in given.keys() - _KNOWN[kind] if name.isascii() and name.isprintable())
-        ignored += [name for name in (f"{place}.{one}" for one in others[:20]) if name not in ignored]
-
-
 def _told(message: Mapping[str, Any], place: str, ignored: list[str]) -> list[ToolMessage]:
     """Results come first, each a message of its own."""
     role, content = message.get("role"), message.get("content")
-    _name_others(message, "message", "messages[]", ignored)
+    look(message, _KNOWN["message"], "messages[]", ignored)
     if role not in ("user", "assistant", "system"):
         raise ApiError(400, f"{place}.role is {role!r:.80}, expected user or assistant", param=f"{place}.role")
     if isinstance(content, str):
@@ -155,7 +147,7 @@ def _told(message: Mapping[str, Any], place: str, ignored: list[str]) -> list[To
         here = f"{place}.content[{number}]"
         kind = block.get("type") if isinstance(block, Mapping) else None
         if isinstance(kind, str) and kind in _KNOWN:
-            _name_others(block, kind, "messages[].content[]", ignored)
+            look(block, _KNOWN[kind], "messages[].content[]", ignored)
         if kind == "text":
             text += _string(block, "text", here)
         elif kind == "thinking" and role == "assistant":
@@ -182,7 +174,7 @@ def _texts(content: Any, place: str, ignored: list[str]) -> str:
     for number, block in enumerate(content):
         if not isinstance(block, Mapping) or block.get("type") != "text":
             raise refused(f"{place}[{number}].type", "is not text, and the model reads text alone")
-        _name_others(block, "text", f"{_NUMBER.sub('[]', place)}[]", ignored)
+        look(block, _KNOWN["text"], f"{place}[]", ignored)
     return "\n".join(_string(block, "text", f"{place}[{number}]") for number, block in enumerate(content))
 
 

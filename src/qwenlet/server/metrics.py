@@ -36,6 +36,10 @@ COUNTERS = {
 HISTOGRAMS = {
     "vllm:time_to_first_token_seconds": ("From submission to the first token.", lambda s: s.first_token),
     "vllm:inter_token_latency_seconds": ("From token to token.", lambda s: s.between_tokens),
+    "vllm:e2e_request_latency_seconds": ("From submission to the end.", lambda s: s.whole),
+    "vllm:request_queue_time_seconds": ("From submission to the first step.", lambda s: s.queued),
+    "vllm:request_prefill_time_seconds": ("From the first step to the first token.", lambda s: s.prefill),
+    "vllm:request_decode_time_seconds": ("From the first token to the last.", lambda s: s.decode),
 }
 
 

@@ -19,15 +19,19 @@ from qwenlet.engine import Chunk
 from qwenlet.engine.request import Request as EngineRequest
 from qwenlet.server import parsed, replies
 from qwenlet.server.bodies import json_answer, post
-from qwenlet.server.dialogue import Dialogue, Format, asked, toolbox_of
+from qwenlet.server.declared import toolbox_of
+from qwenlet.server.dialogue import Dialogue, Format, asked
 from qwenlet.server.errors import ApiError, refused
 from qwenlet.server.events import EventStream
 from qwenlet.server.fields import Anything, Thinking, ignored, unsupported
+from qwenlet.server.nested import Fields, look
 from qwenlet.server.parsed import arguments_object
 from qwenlet.server.service import Service
 from qwenlet.tools import Call, ToolMessage
 
 _NANO = 1e9  # Ollama's times are in nanoseconds
+_CALL = Fields.of("", function=Fields.of("name arguments"))
+_MESSAGE = Fields.of("role content thinking images", tool_calls=_CALL)
 _FOREVER = "9999-12-31T23:59:59Z"
 
 
@@ -92,7 +96,7 @@ class LineStream(EventStream):
 def add(app: FastAPI, service: Service) -> None:
     async def chat(body: OllamaChatRequest, request: Request) -> Response:
         _check_model(service, body.model)
-        built = None if not body.messages else lambda: _chat(service, body)
+        built = None if not body.messages else lambda: _chat(service, body, request.state.ignored)
         return await _answer(service, request, body, "message", built)
 
     async def generate(body: OllamaGenerateRequest, request: Request) -> Response:
@@ -140,9 +144,10 @@ def _check_model(service: Service, name: str | None) -> None:
 # --------------------------------------------------------------------------------------------------- what is asked
 
 
-def _chat(service: Service, body: OllamaChatRequest) -> Dialogue:
+def _chat(service: Service, body: OllamaChatRequest, ignored: list[str]) -> Dialogue:
     told = _conversation(body.messages)
-    return asked(service.llm, told, toolbox_of(body.tools))
+    look(body.messages, _MESSAGE, "messages", ignored)
+    return asked(service.llm, told, toolbox_of(body.tools, ignored=ignored, refuse=False))
 
 
 def _conversation(messages: Sequence[Mapping[str, Any]]) -> list[ToolMessage]:
@@ -212,7 +217,7 @@ async def _answer(service: Service, request: Request, body: Asked, field: str, b
         return json_answer(_head(service, body.model) | {field: _text(field, "")} | end)
     dialogue = await asyncio.to_thread(built)
     params = _params(body, dialogue, request.state.ignored)
-    with replies.held(service, 1) as held:
+    with replies.held(service, request.state.client, 1) as held:
         requests = await replies.submit(service, request.state.client, [dialogue.ids], params, held, model=body.model)
         if body.stream is not False:
             return LineStream(_lines(service, body.model, field, dialogue, requests), held.pop_all(), _failed)

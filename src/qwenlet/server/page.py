@@ -23,7 +23,6 @@ from qwenlet.checkpoint import dtype_name
 from qwenlet.config import SamplingParams
 from qwenlet.linear import QuantLinear
 from qwenlet.llm import LLM
-from qwenlet.server.errors import ApiError
 from qwenlet.server.service import Service
 
 STATIC = Path(__file__).parent / "static"
@@ -123,20 +122,6 @@ def add(app: FastAPI, service: Service) -> None:
         return Response(msgspec.json.encode(told), media_type="application/json")
 
     app.add_api_route(f"{API}about", about, include_in_schema=False, name="about", response_model=None)
-
-
-def check_origin(headers: dict[bytes, bytes]) -> None:
-    """The page's own calls come from the page: other sites' scripts may not read or change conversations, whatever
-    --cors-origin lets them do elsewhere. Raises ApiError 403."""
-    site, origin = headers.get(b"sec-fetch-site"), headers.get(b"origin")
-    if site is not None:
-        good = site in (b"same-origin", b"none")
-    else:  # an old browser, or none: those send no Origin
-        good = origin is None or origin.partition(b"://")[2] == headers.get(b"host")
-    if not good:
-        shown = (origin or b"another site").decode("latin-1")
-        words = f"conversations belong to the server's own page, and {shown!r:.100} asked for them"
-        raise ApiError(403, words, "permission_error", code="origin_not_allowed")
 
 
 def _facts(name: str, llm: LLM) -> dict[str, Any]:

@@ -56,7 +56,7 @@ async def steps(service: Service, dialogue: Dialogue, requests: Sequence[Request
                     delta += reader.finish(cut=cut)
                     finish = "length" if cut else "tool_calls" if reader.called else "stop"
                 elif reader.done:
-                    engine.cancel(requests[number])
+                    engine.stop(requests[number])
                 found.append(Step(number, delta, chunk, finish))
             yield found
 

@@ -18,10 +18,10 @@ from qwenlet.tokenizer import Tokenizer
 Batch = list[tuple[int, Chunk]]
 
 
-def held(service: Service, requests: int) -> ExitStack:
-    """Places for so many requests, given back when the stack is closed. Raises ApiError 503 where there are none."""
+def held(service: Service, client: Client, requests: int, param: str = "n") -> ExitStack:
+    """Places for so many requests, given back when the stack is closed. Raises ApiError as `Service.room`."""
     stack = ExitStack()
-    stack.enter_context(service.room(requests))
+    stack.enter_context(service.room(client, requests, param))
     return stack
 
 

@@ -10,7 +10,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import FastAPI, Request
 from msgspec import UNSET, Meta, Struct
@@ -20,8 +20,9 @@ from qwenlet.config import SamplingParams
 from qwenlet.engine.request import Request as EngineRequest
 from qwenlet.server import parsed, replies
 from qwenlet.server.bodies import json_answer, post
-from qwenlet.server.dialogue import Dialogue, asked, format_of, toolbox_of
-from qwenlet.server.errors import ApiError
+from qwenlet.server.declared import toolbox_of
+from qwenlet.server.dialogue import Dialogue, asked, format_of
+from qwenlet.server.errors import ApiError, refused
 from qwenlet.server.events import PING, EventStream, named_event
 from qwenlet.server.fields import (
     Account,
@@ -37,7 +38,7 @@ from qwenlet.server.fields import (
     only,
     unsupported,
 )
-from qwenlet.server.items import conversation, items_of
+from qwenlet.server.items import conversation, items_of, name_unread
 from qwenlet.server.output import Output, usage
 from qwenlet.server.service import Service
 from qwenlet.store import Store, StoredResponse
@@ -46,6 +47,17 @@ from qwenlet.tools import Toolbox
 Result = TypeVar("Result")
 MAX_CHAIN = 1000  # responses that may lead to one
 _LOGPROBS = "message.output_text.logprobs"
+# what the others tell of, there is none of
+Include = Literal[
+    "message.output_text.logprobs",
+    "message.input_image.image_url",
+    "reasoning.encrypted_content",
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "computer_call_output.output.image_url",
+    "code_interpreter_call.outputs",
+]
 
 
 class TextFormat(SchemaNotes, kw_only=True, forbid_unknown_fields=True):
@@ -84,9 +96,9 @@ class ResponsesRequest(TokensRequest, kw_only=True, forbid_unknown_fields=True):
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     stream: bool | None = None
-    store: Annotated[bool | None, Meta(description="Left out: it is kept.")] = None
+    store: Annotated[bool | None, Meta(description="Left out: it is kept, for 30 days at most.")] = None
     metadata: dict[str, str] | None = None
-    include: Annotated[list[str] | None, Meta(description=f"{_LOGPROBS} is honoured.")] = None
+    include: Annotated[list[Include] | None, Meta(description=f"{_LOGPROBS} is honoured, others are named.")] = None
     background: Annotated[bool | None, only(False, "a response lives as long as its client listens")] = None
     stream_options: Annotated[Anything, ignored("events are as long as their text")] = UNSET
     max_tool_calls: Annotated[Anything, ignored("it counts built-in tools, and there are none")] = UNSET
@@ -105,14 +117,13 @@ class ResponsesRequest(TokensRequest, kw_only=True, forbid_unknown_fields=True):
 def add(app: FastAPI, service: Service) -> None:
     async def respond(body: ResponsesRequest, request: Request) -> Response:
         service.check_model(body.model)
-        toolbox = toolbox_of(body.tools, body.tool_choice, body.parallel_tool_calls)
-        items = items_of(body.input)
+        toolbox, items = _given(body, request.state.ignored)
         owner = request.state.client.owner
         if body.store is not False:
             await kept(service, lambda store: None)  # one that can't be kept is refused before it is written
         dialogue = await _dialogue(service, owner, body, items, toolbox)
         params = _params(body, dialogue, request.state.ignored)
-        with replies.held(service, 1) as held:
+        with replies.held(service, request.state.client, 1) as held:
             requests = await replies.submit(
                 service, request.state.client, [dialogue.ids], params, held, model=body.model
             )
@@ -128,8 +139,8 @@ def add(app: FastAPI, service: Service) -> None:
 
     async def tokens(body: TokensRequest, request: Request) -> Response:
         service.check_model(body.model)
-        toolbox = toolbox_of(body.tools, body.tool_choice, body.parallel_tool_calls)
-        dialogue = await _dialogue(service, request.state.client.owner, body, items_of(body.input), toolbox)
+        toolbox, items = _given(body, request.state.ignored)
+        dialogue = await _dialogue(service, request.state.client.owner, body, items, toolbox)
         return json_answer({"object": "response.input_tokens", "input_tokens": len(dialogue.ids)})
 
     post(app, "/v1/responses", ResponsesRequest, respond, prompt="input")
@@ -138,7 +149,8 @@ def add(app: FastAPI, service: Service) -> None:
     @app.get("/v1/responses/{id}", response_model=None)
     async def read(id: str, request: Request) -> Response:
         """A response that was kept."""
-        return json_answer((await _found(service, request, id)).body)
+        without = _without(request)
+        return json_answer((await _found(service, request, id)).body, without)
 
     @app.delete("/v1/responses/{id}", response_model=None)
     async def delete(id: str, request: Request) -> Response:
@@ -161,9 +173,9 @@ def add(app: FastAPI, service: Service) -> None:
         limit: int = 20,
         order: str = "desc",
         after: str | None = None,
-        include: str | None = None,
     ) -> Response:
         """What a response was asked, page by page."""
+        without = _without(request, "limit", "order", "after")
         if not 1 <= limit <= 100 or order not in ("asc", "desc"):
             raise ApiError(400, f"limit is {limit} and order {order!r:.20}, expected 1 to 100, and asc or desc")
         items = list((await _found(service, request, id)).input)
@@ -175,7 +187,27 @@ def add(app: FastAPI, service: Service) -> None:
             items = items[places[0] + 1 :]
         page = items[:limit]
         ends = {"first_id": page[0].get("id") if page else None, "last_id": page[-1].get("id") if page else None}
-        return json_answer({"object": "list", "data": page, **ends, "has_more": len(items) > limit})
+        return json_answer({"object": "list", "data": page, **ends, "has_more": len(items) > limit}, without)
+
+
+def _given(body: TokensRequest, ignored: list[str]) -> tuple[Toolbox, list[dict[str, Any]]]:
+    toolbox = toolbox_of(body.tools, body.tool_choice, body.parallel_tool_calls, ignored=ignored)
+    items = items_of(body.input)
+    name_unread(items, ignored)
+    return toolbox, items
+
+
+def _without(request: Request, *read: str) -> dict[str, str]:
+    """The header that names the parameters of a GET which have no effect.
+
+    Raises ApiError 400 for those that ask for another kind of answer.
+    """
+    for name in ("stream", "starting_after"):
+        if (given := request.query_params.get(name, "")).lower() not in ("", "false"):
+            raise refused(name, f"is {given!r:.80}, which is not supported: a response that was kept is told whole")
+    names = sorted(name[:40] for name in set(request.query_params) - {"stream", "starting_after", *read})
+    named = ", ".join([name for name in names if name.isascii() and name.isprintable()][:20])
+    return {"x-qwenlet-ignored": named} if named else {}
 
 
 async def kept(service: Service, work: Callable[[Store], Result]) -> Result:
@@ -227,7 +259,8 @@ def _chain(store: Store, owner: str, id: str | None) -> list[Any]:
 def _params(body: ResponsesRequest, dialogue: Dialogue, ignored: list[str]) -> SamplingParams:
     wanted = body.text.format if body.text is not None else None
     answer = None if wanted is None else format_of(wanted.type, wanted.schema, "text.format")
-    held = dialogue.held_to(answer, "text.format", ignored)
+    held = dialogue.held_to(answer, "text.format", ignored, "tools[].strict")
+    ignored += [f"include[{one}]" for one in dict.fromkeys(body.include or ()) if one != _LOGPROBS]
     asked_for = body.top_logprobs is not None or _LOGPROBS in (body.include or ())
     return SamplingParams(
         max_new_tokens=body.max_output_tokens,

@@ -79,14 +79,26 @@ class Service:
         """Whether the page's conversations are kept: they are one person's, so whoever calls has to be that person."""
         config = self.config
         alone = is_loopback(config.host) and not config.allowed_host
-        return config.history and not is_off() and len(config.api_key or ()) <= 1 and (bool(config.api_key) or alone)
+        return self.writes_history and len(config.api_key or ()) <= 1 and (bool(config.api_key) or alone)
+
+    @property
+    def writes_history(self) -> bool:
+        """Whether anything of what people say may reach the disk."""
+        return self.config.history and not is_off()
 
     @property
     def store(self) -> Store:
-        """What is kept between calls; for threads beside the event loop. Raises StoreError."""
+        """What is kept between calls, as long as the server runs where no history is written; for threads beside the
+        event loop. Raises StoreError."""
         with self._opening:
             if self._store is None:
-                self._store = Store.open()
+                opened = Store.open() if self.writes_history else Store.open_in_memory()
+                try:
+                    opened.expire_responses()
+                except BaseException:
+                    opened.close()
+                    raise
+                self._store = opened
             return self._store
 
     def close(self) -> None:
@@ -121,18 +133,43 @@ class Service:
             )
 
     @contextmanager
-    def room(self, requests: int) -> Iterator[None]:
-        """Holds places for so many engine requests. Raises ApiError 503 where the queue is full."""
-        limit = self.llm.options.max_requests + self.config.max_queue
-        if requests > limit:
-            raise ApiError(400, f"the call asks for {requests} replies at once, and {limit} have room", param="n")
-        if self._outstanding + requests > limit:
-            raise busy(f"{self._outstanding} requests run or wait, and {limit} have room")
-        self._outstanding += requests
-        try:
-            yield
-        finally:
-            self._outstanding -= requests
+    def room(self, client: Client, requests: int, param: str = "n") -> Iterator[None]:
+        """Holds places for so many engine requests of one call, which itself counts as one of the client's replies.
+
+        A call takes at most half of the places that are free, or a single one, so that others find some left.
+
+        Args:
+            param: the field to blame for more than any call may have.
+        Raises:
+            ApiError: 400 for more than that; 503 where the queue is too full; 429 where the client has too many.
+        """
+        most = int(min(max(self._places // 2, 1), self.limits.most))
+        if requests > most:
+            words = f"the call asks for {requests} replies at once, and {most} of one call have room"
+            raise ApiError(400, words, param=param)
+        if requests > self._half or self._outstanding >= self._places:
+            words = f"{self._outstanding} requests run or wait, and {self._places} have room"
+            raise busy(words if requests == 1 else f"{words}, of which one call takes at most half of what is left")
+        with self.limits.running(client.name, requests - 1):
+            self._outstanding += requests
+            try:
+                yield
+            finally:
+                self._outstanding -= requests
+
+    def share(self, client: Client) -> int:
+        """Places for a call whose work can be done in slices: as many as run at once, as far as it may have them."""
+        left = self.limits.left(client.name) + 1  # the call is counted already
+        return int(max(min(self.llm.options.max_requests, self._half, left), 1))
+
+    @property
+    def _places(self) -> int:
+        return self.llm.options.max_requests + self.config.max_queue
+
+    @property
+    def _half(self) -> int:
+        """Most places that one call may take now, where there are any."""
+        return max((self._places - self._outstanding) // 2, 1)
 
     @property
     def outstanding(self) -> int:

@@ -25,6 +25,7 @@ from qwenlet.errors import StoreError
 _APPLICATION_ID = 0x51574C54  # "QWLT"
 _LOCK_SECONDS = 10.0
 _FILE = "history.sqlite3"
+_MEMORY = ":memory:"  # SQLite's name for no file
 
 # Each entry brings a file from the version of its index to the next. Entries are only ever added.
 _MIGRATIONS: tuple[tuple[str, ...], ...] = (
@@ -57,6 +58,11 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "ALTER TABLE conversations ADD COLUMN settings TEXT NOT NULL DEFAULT '{}'",
     ),
     ("ALTER TABLE responses ADD COLUMN owner TEXT NOT NULL DEFAULT ''",),
+    (  # how much is kept of each owner can be told from an index alone
+        "ALTER TABLE responses ADD COLUMN bytes INTEGER NOT NULL DEFAULT 0",
+        "UPDATE responses SET bytes = length(CAST(body AS BLOB)) + length(CAST(input AS BLOB))",
+        "CREATE INDEX responses_kept ON responses (owner, created, bytes)",
+    ),
 )
 SCHEMA_VERSION = len(_MIGRATIONS)
 
@@ -102,6 +108,20 @@ class Database:
                 connection.close()
                 raise
         return cls(where, connection)
+
+    @classmethod
+    def open_in_memory(cls) -> Self:
+        """One that nothing else opens, of which nothing reaches a disk; it is gone when it is closed."""
+        where = Path(_MEMORY)
+        with _words(where):
+            connection = sqlite3.connect(_MEMORY, isolation_level=None, check_same_thread=False)
+            connection.execute("PRAGMA temp_store = MEMORY")
+            _prepare(where, connection, new=True)
+        return cls(where, connection)
+
+    @property
+    def in_memory(self) -> bool:
+        return str(self.file) == _MEMORY
 
     def close(self) -> None:
         with self._lock:

@@ -120,11 +120,22 @@ def _openai(whole: Parsed, messages: Parsed, notes: Notes) -> Tree:
         extra = {name: item.value[name] for name in TOLD if item.value.get(name) is not None}
         if item.has("function_call") and item["function_call"].value is not None:
             extra["tool_calls"] = [{"id": "", "type": "function", "function": item["function_call"].value}]
+        if isinstance(calls := extra.get("tool_calls"), list):
+            extra["tool_calls"] = [_bare(call) for call in calls]
         told.append((role, _parts(item["content"], notes), extra))
     if not told:
         messages.refuse("one message or more")
     title, model = (whole[name].value for name in ("title", "model"))
     return _in_a_row(told, title if isinstance(title, str) else "", model if isinstance(model, str) else "")
+
+
+def _bare(call: Any) -> Any:
+    """A call without what other programs add to one; what is none is left as it is, to be refused."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping):
+        return call
+    called = {name: function[name] for name in ("name", "arguments") if name in function}
+    return {"id": call.get("id", ""), "type": "function", "function": called}
 
 
 def _parts(content: Parsed, notes: Notes) -> str:

@@ -171,6 +171,12 @@ class Toolbox:
         if functions is not None and tools is not None:
             raise RequestError("both tools and functions are given", hint="functions is the old name; use tools")
         legacy = functions is not None
+        if legacy and tool_choice is not None:
+            raise RequestError("both functions and tool_choice are given", hint="functions go with function_call")
+        if legacy and parallel_tool_calls:
+            raise RequestError("both functions and parallel_tool_calls are given", hint="several calls need tools")
+        if not legacy and function_call is not None:
+            raise RequestError("function_call is given without functions", hint="tools go with tool_choice")
         declared = functions if legacy else tools
         if declared is not None and (not isinstance(declared, Sequence) or isinstance(declared, str)):
             raise RequestError(f"{'functions' if legacy else 'tools'} is {declared!r:.100}, expected a list")

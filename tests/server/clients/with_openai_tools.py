@@ -43,6 +43,18 @@ def check_streamed_tools(client: OpenAI) -> None:
     assert call.function.parsed_arguments["city"] in ("Paris", "Rome")
 
 
+def check_parsed_messages_go_back(client: OpenAI) -> None:
+    """The helpers add what they parsed, and send it back with the message."""
+    parsed = client.chat.completions.parse(**FORCED).choices[0].message
+    with client.chat.completions.stream(**FORCED) as stream:
+        streamed = stream.get_final_completion().choices[0].message
+    for message in (parsed, streamed):
+        assert message.tool_calls[0].function.parsed_arguments["city"] in ("Paris", "Rome")
+        result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "22 degrees"}
+        talk = [*FORCED["messages"], message, result]
+        assert client.chat.completions.create(**(FORCED | {"messages": talk, "tool_choice": "auto"})).choices
+
+
 def check_responses(client: OpenAI) -> None:
     first = client.responses.create(**RESPONSE)
     assert first.status == "completed"
