@@ -22,7 +22,7 @@ from qwenlet.server.bodies import json_answer, post
 from qwenlet.server.dialogue import Delta, Dialogue, asked, toolbox_of
 from qwenlet.server.errors import ApiError, anthropic, refused
 from qwenlet.server.events import EventStream, named_event
-from qwenlet.server.fields import Anything, Count, Thinking, Tier, ignored
+from qwenlet.server.fields import Anything, Count, Stops, Thinking, Tier, ignored
 from qwenlet.server.parsed import arguments_object
 from qwenlet.server.service import Service
 from qwenlet.tools import Call, ToolMessage
@@ -61,7 +61,7 @@ class MessagesRequest(CountRequest, kw_only=True):
     temperature: Annotated[float, Meta(ge=0, le=1, description="0 is greedy.")] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=0)] | None = None
-    stop_sequences: list[str] | None = None
+    stop_sequences: Stops | None = None
     stream: bool | None = None
     metadata: Annotated[Anything, ignored("nothing is kept here")] = UNSET
     service_tier: Tier = UNSET

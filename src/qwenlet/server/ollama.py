@@ -22,7 +22,7 @@ from qwenlet.server.bodies import json_answer, post
 from qwenlet.server.dialogue import Dialogue, Format, asked, toolbox_of
 from qwenlet.server.errors import ApiError, refused
 from qwenlet.server.events import EventStream
-from qwenlet.server.fields import Anything, Thinking, ignored, unsupported
+from qwenlet.server.fields import Anything, Stops, StopText, Thinking, ignored, unsupported
 from qwenlet.server.parsed import arguments_object
 from qwenlet.server.service import Service
 from qwenlet.tools import Call, ToolMessage
@@ -40,7 +40,7 @@ class Options(Struct, kw_only=True):
     min_p: float | None = None
     seed: int | None = None
     num_predict: int | None = None
-    stop: str | list[str] | None = None
+    stop: Stops | StopText | None = None
     repeat_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
