@@ -95,8 +95,7 @@ class ChatRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True):
 def add(app: FastAPI, service: Service) -> None:
     async def complete(body: ChatRequest, request: Request) -> Response:
         service.check_model(body.model)
-        dialogue = await asyncio.to_thread(_dialogue, service, body)
-        params = _params(body, dialogue, request.state.ignored)
+        dialogue, params = await asyncio.to_thread(_asked, service, body, request.state.ignored)
         with replies.held(service, params.n) as held:
             client, priority = request.state.client, body.priority or 0
             requests = await replies.submit(
@@ -110,16 +109,17 @@ def add(app: FastAPI, service: Service) -> None:
     post(app, "/v1/chat/completions", ChatRequest, complete, prompt="messages")
 
 
-def _dialogue(service: Service, body: ChatRequest) -> Dialogue:
+def _asked(service: Service, body: ChatRequest, ignored: list[str]) -> tuple[Dialogue, SamplingParams]:
     if body.continue_final_message and body.add_generation_prompt:
         raise ApiError(400, "continue_final_message and add_generation_prompt exclude each other")
-    return converse(
+    dialogue = converse(
         service.llm,
         body.messages,
         toolbox_of(body.tools, body.tool_choice, body.parallel_tool_calls, body.functions, body.function_call),
         add_generation_prompt=body.add_generation_prompt is not False,
         continue_final=bool(body.continue_final_message),
     )
+    return dialogue, _params(body, dialogue, ignored)
 
 
 def _params(body: ChatRequest, dialogue: Dialogue, ignored: list[str]) -> SamplingParams:

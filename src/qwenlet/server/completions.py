@@ -70,8 +70,6 @@ def add(app: FastAPI, service: Service) -> None:
         logprobs = 0 if ranks and body.logprobs is None else body.logprobs
         params = sampling(body, max_new_tokens=limit or 1, logprobs=logprobs, n=written)
         with replies.held(service, written * len(prompts)) as held:
-            for ids in prompts:
-                check_prompt(ids, service.llm.config.vocab_size)
             echoes = await _echoes(service, body, prompts)
             if not limit:
                 service.limits.spend(request.state.client.name, sum(map(len, prompts)))
@@ -115,11 +113,17 @@ async def _echoes(service: Service, body: CompletionRequest, prompts: Sequence[S
             service, prompts, body.logprobs, reply, model=body.model, priority=body.priority or 0
         )
     decode = service.llm.tokenizer.decode
-    return [Echo(decode(ids), ids, entries) for ids, entries in zip(prompts, found, strict=True)]
+    texts = await asyncio.to_thread(lambda: [decode(ids) for ids in prompts])
+    return [Echo(*one) for one in zip(texts, prompts, found, strict=True)]
 
 
 def prompt_ids(llm: LLM, prompt: str | list[Any], name: str = "prompt") -> list[list[int]]:
-    """Token ids of each prompt. Raises ApiError 400 for an empty or mixed list."""
+    """Token ids of each prompt. Raises ApiError 400 for an empty or mixed list, RequestError for an empty prompt or an
+    id that the model does not know."""
+    return [list(check_prompt(ids, llm.config.vocab_size)) for ids in _prompt_ids(llm, prompt, name)]
+
+
+def _prompt_ids(llm: LLM, prompt: str | list[Any], name: str) -> list[list[int]]:
     if isinstance(prompt, str):
         return [llm.tokenizer.encode(prompt, allowed_special=set())]
     kinds = {type(one) for one in prompt}
@@ -127,10 +131,10 @@ def prompt_ids(llm: LLM, prompt: str | list[Any], name: str = "prompt") -> list[
         seen = "empty" if not kinds else "a list of mixed kinds"
         raise ApiError(400, f"{name} is {seen}, expected texts, token ids or lists of token ids", param=name)
     if kinds == {int}:
-        return [list(prompt)]
+        return [prompt]
     if kinds == {str}:
         return [llm.tokenizer.encode(one, allowed_special=set()) for one in prompt]
-    return [list(one) for one in prompt]
+    return prompt
 
 
 def _head(service: Service, model: str | None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from msgspec import UNSET, Meta, Struct
 from starlette.responses import Response
 from torch import Tensor
 
-from qwenlet.engine import MeanState, check_prompt
+from qwenlet.engine import MeanState
 from qwenlet.engine.request import Request as EngineRequest
 from qwenlet.server import replies
 from qwenlet.server.bodies import json_answer, post
@@ -67,8 +67,6 @@ def add(app: FastAPI, service: Service) -> None:
 async def _vectors(service: Service, inputs: Sequence[Sequence[int]], adapter: str | None) -> list[Tensor]:
     """Float32 [C] of each input. They run among the replies, piece by piece."""
     engine, config = service.llm.engine, service.llm.config
-    for ids in inputs:
-        check_prompt(ids, config.vocab_size)
     requests: list[EngineRequest] = []
     states: list[MeanState] = []
     try:

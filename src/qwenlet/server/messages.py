@@ -70,8 +70,7 @@ class MessagesRequest(CountRequest, kw_only=True):
 def add(app: FastAPI, service: Service) -> None:
     async def write(body: MessagesRequest, request: Request) -> Response:
         service.check_model(body.model)
-        dialogue = await asyncio.to_thread(_dialogue, service, body, request.state.ignored)
-        params = _params(body, dialogue)
+        dialogue, params = await asyncio.to_thread(_asked, service, body, request.state.ignored)
         with replies.held(service, 1) as held:
             requests = await replies.submit(
                 service, request.state.client, [dialogue.ids], params, held, model=body.model
@@ -95,6 +94,11 @@ def add(app: FastAPI, service: Service) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- what is asked
+
+
+def _asked(service: Service, body: MessagesRequest, ignored: list[str]) -> tuple[Dialogue, SamplingParams]:
+    dialogue = _dialogue(service, body, ignored)
+    return dialogue, _params(body, dialogue)
 
 
 def _dialogue(service: Service, body: CountRequest, ignored: list[str]) -> Dialogue:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from datetime import UTC, datetime
 from typing import Annotated, Any
@@ -176,6 +176,11 @@ def _prompt(service: Service, body: OllamaGenerateRequest) -> Dialogue:
     return asked(service.llm, [ToolMessage("user", body.prompt)], instructions=body.system)
 
 
+def _asked(built: Callable[[], Dialogue], body: Asked, ignored: list[str]) -> tuple[Dialogue, SamplingParams]:
+    dialogue = built()
+    return dialogue, _params(body, dialogue, ignored)
+
+
 def _params(body: Asked, dialogue: Dialogue, ignored: list[str]) -> SamplingParams:
     options = body.options or Options()
     answer = None
@@ -205,13 +210,14 @@ def _params(body: Asked, dialogue: Dialogue, ignored: list[str]) -> SamplingPara
 # --------------------------------------------------------------------------------------------------------- answers
 
 
-async def _answer(service: Service, request: Request, body: Asked, field: str, built: Any) -> Response:
+async def _answer(
+    service: Service, request: Request, body: Asked, field: str, built: Callable[[], Dialogue] | None
+) -> Response:
     """`field`: where the text stands; `built`: makes the dialogue, None where there is nothing to say."""
     if built is None:  # Ollama's way to load a model
         end = {"done": True, "done_reason": "load"}
         return json_answer(_head(service, body.model) | {field: _text(field, "")} | end)
-    dialogue = await asyncio.to_thread(built)
-    params = _params(body, dialogue, request.state.ignored)
+    dialogue, params = await asyncio.to_thread(_asked, built, body, request.state.ignored)
     with replies.held(service, 1) as held:
         requests = await replies.submit(service, request.state.client, [dialogue.ids], params, held, model=body.model)
         if body.stream is not False:

@@ -105,13 +105,12 @@ class ResponsesRequest(TokensRequest, kw_only=True, forbid_unknown_fields=True):
 def add(app: FastAPI, service: Service) -> None:
     async def respond(body: ResponsesRequest, request: Request) -> Response:
         service.check_model(body.model)
-        toolbox = toolbox_of(body.tools, body.tool_choice, body.parallel_tool_calls)
-        items = items_of(body.input)
+        toolbox, items = await asyncio.to_thread(_given, body)
         owner = request.state.client.owner
         if body.store is not False:
             await kept(service, lambda store: None)  # one that can't be kept is refused before it is written
         dialogue = await _dialogue(service, owner, body, items, toolbox)
-        params = _params(body, dialogue, request.state.ignored)
+        params = await asyncio.to_thread(_params, body, dialogue, request.state.ignored)
         with replies.held(service, 1) as held:
             requests = await replies.submit(
                 service, request.state.client, [dialogue.ids], params, held, model=body.model
@@ -128,8 +127,8 @@ def add(app: FastAPI, service: Service) -> None:
 
     async def tokens(body: TokensRequest, request: Request) -> Response:
         service.check_model(body.model)
-        toolbox = toolbox_of(body.tools, body.tool_choice, body.parallel_tool_calls)
-        dialogue = await _dialogue(service, request.state.client.owner, body, items_of(body.input), toolbox)
+        toolbox, items = await asyncio.to_thread(_given, body)
+        dialogue = await _dialogue(service, request.state.client.owner, body, items, toolbox)
         return json_answer({"object": "response.input_tokens", "input_tokens": len(dialogue.ids)})
 
     post(app, "/v1/responses", ResponsesRequest, respond, prompt="input")
@@ -176,6 +175,10 @@ def add(app: FastAPI, service: Service) -> None:
         page = items[:limit]
         ends = {"first_id": page[0].get("id") if page else None, "last_id": page[-1].get("id") if page else None}
         return json_answer({"object": "list", "data": page, **ends, "has_more": len(items) > limit})
+
+
+def _given(body: TokensRequest) -> tuple[Toolbox, list[dict[str, Any]]]:
+    return toolbox_of(body.tools, body.tool_choice, body.parallel_tool_calls), items_of(body.input)
 
 
 async def kept(service: Service, work: Callable[[Store], Result]) -> Result:
