@@ -11,6 +11,8 @@ import asyncio
 import socket
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
+from typing import Any
 
 import uvicorn
 
@@ -18,6 +20,7 @@ from qwenlet.config import ServerConfig, is_loopback
 from qwenlet.errors import ConfigError
 from qwenlet.llm import LLM
 from qwenlet.server.app import build
+from qwenlet.server.connection import Connection
 from qwenlet.server.service import Service
 
 _MOST_FILES = 65_536
@@ -111,16 +114,17 @@ async def _serve(
     service: Service, listening: socket.socket, load: Callable[[], LLM], say: Callable[[str], None]
 ) -> None:
     config = service.config
+    protocol: Any = partial(Connection, config)  # called as a class would be
     server = _Server(
         service,
         uvicorn.Config(
             build(service),
+            http=protocol,
             access_log=False,  # the gate's own has ids, and nothing of what people wrote
             log_config=None,
             server_header=False,
             lifespan="off",
             ws="none",
-            timeout_keep_alive=int(config.idle_timeout),
             timeout_graceful_shutdown=int(config.drain_timeout),
         ),
     )
