@@ -21,7 +21,7 @@ from qwenlet.server import parsed, replies
 from qwenlet.server.bodies import json_answer, post
 from qwenlet.server.dialogue import ChatMessage, Delta, Dialogue, Format, converse, format_of, toolbox_of
 from qwenlet.server.errors import ApiError
-from qwenlet.server.events import DONE, PING, EventStream, event
+from qwenlet.server.events import DONE, NOTHING, EventStream, event
 from qwenlet.server.fields import (
     Account,
     Anything,
@@ -102,7 +102,8 @@ def add(app: FastAPI, service: Service) -> None:
                 service, client, [dialogue.ids], params, held, model=body.model, priority=priority
             )
             if body.stream:
-                return EventStream(_stream(service, body, dialogue, requests), held.pop_all())
+                events = _stream(service, body, dialogue, requests)
+                return EventStream(events, held.pop_all(), service.config.ping_interval)
             done = await parsed.whole(service, dialogue, requests)
             return json_answer(_whole(service, body, dialogue, done))
 
@@ -235,8 +236,6 @@ async def _stream(
         yield chunk(number, {"role": "assistant", "content": None if dialogue.must_call else ""})
     async with aclosing(parsed.steps(service, dialogue, requests)) as stepped:
         async for batch in stepped:
-            if not batch:
-                yield PING
             for step in batch:
                 number, one = step.number, step.chunk
                 last[number] = one
@@ -248,6 +247,7 @@ async def _stream(
                     yield chunk(number, delta, replace(one, logprobs=()) if place else one)
                 if step.finish is not None:
                     yield chunk(number, {}, replace(one, logprobs=()), _reason(step.finish, body))
+            yield NOTHING
     if counted:
         yield event(head | {"choices": [], "usage": replies.usage(last.values(), len(requests))})
     yield DONE

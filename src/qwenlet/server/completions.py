@@ -20,7 +20,7 @@ from qwenlet.sampling import TokenLogprob
 from qwenlet.server import replies
 from qwenlet.server.bodies import json_answer, post
 from qwenlet.server.errors import ApiError
-from qwenlet.server.events import DONE, PING, EventStream, event
+from qwenlet.server.events import DONE, NOTHING, EventStream, event
 from qwenlet.server.fields import Anything, SamplingFields, sampling, unsupported
 from qwenlet.server.prompts import prompt_logprobs
 from qwenlet.server.service import Service
@@ -77,7 +77,8 @@ def add(app: FastAPI, service: Service) -> None:
             client, priority = request.state.client, body.priority or 0
             requests = await replies.submit(service, client, prompts, params, held, model=body.model, priority=priority)
             if body.stream:
-                return EventStream(_stream(service, body, n, requests, echoes), held.pop_all())
+                events = _stream(service, body, n, requests, echoes)
+                return EventStream(events, held.pop_all(), service.config.ping_interval)
             done = await replies.completions(service, requests)
             chosen = [one for at in range(0, len(done), written) for one in _best(done[at : at + written], n)]
             told = [replace(one, logprobs=None) for one in chosen] if body.logprobs is None else chosen
@@ -256,8 +257,6 @@ async def _stream(
         if (echo := echoes[number // n]) is not None:
             yield event(chunk(number, lists[number].lead(echo), ()))
     async for batch in replies.batches(service, requests):
-        if not batch:
-            yield PING
         for number, one in batch:
             last[number] = one
             waiting = body.return_progress and not one.completion_tokens
@@ -269,6 +268,7 @@ async def _stream(
             if one.finish_reason is not None:
                 data["timings"] = replies.timings(one)
             yield event(data)
+        yield NOTHING
     if counted:
         ordered = [last[number] for number in range(len(requests))]
         yield event(head | {"choices": [], "usage": replies.usage(ordered, n)})

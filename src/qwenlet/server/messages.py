@@ -21,14 +21,13 @@ from qwenlet.server import parsed, replies
 from qwenlet.server.bodies import json_answer, post
 from qwenlet.server.dialogue import Delta, Dialogue, asked, toolbox_of
 from qwenlet.server.errors import ApiError, anthropic, refused
-from qwenlet.server.events import EventStream, named_event
+from qwenlet.server.events import NOTHING, EventStream, named_event
 from qwenlet.server.fields import Anything, Count, Stops, Thinking, Tier, ignored
 from qwenlet.server.parsed import arguments_object
 from qwenlet.server.service import Service
 from qwenlet.tools import Call, ToolMessage
 
 _NUMBER = re.compile(r"\[\d+\]")
-PING = named_event("ping", {"type": "ping"})
 # what is read of an object of each kind; other fields have no effect, and are named
 _KNOWN = {
     "message": {"role", "content"},
@@ -67,6 +66,10 @@ class MessagesRequest(CountRequest, kw_only=True):
     service_tier: Tier = UNSET
 
 
+class MessageStream(EventStream):
+    ping = named_event("ping", {"type": "ping"})
+
+
 def add(app: FastAPI, service: Service) -> None:
     async def write(body: MessagesRequest, request: Request) -> Response:
         service.check_model(body.model)
@@ -77,7 +80,8 @@ def add(app: FastAPI, service: Service) -> None:
             )
             writing = Writing(service, body)
             if body.stream:
-                return EventStream(_stream(service, writing, dialogue, requests), held.pop_all(), _failed)
+                events = _stream(service, writing, dialogue, requests)
+                return MessageStream(events, held.pop_all(), service.config.ping_interval, _failed)
             async with aclosing(parsed.steps(service, dialogue, requests)) as stepped:
                 async for batch in stepped:
                     for step in batch:
@@ -322,8 +326,7 @@ async def _stream(
     yield writing.begin(len(dialogue.ids))
     async with aclosing(parsed.steps(service, dialogue, requests)) as stepped:
         async for batch in stepped:
-            if not batch:
-                yield PING
             for step in batch:
                 for one in writing.take(step):
                     yield one
+            yield NOTHING

@@ -87,6 +87,7 @@ class OllamaShowRequest(Struct, kw_only=True):
 
 class LineStream(EventStream):
     media_type = "application/x-ndjson"
+    ping = b""  # lines have no comments
 
 
 def add(app: FastAPI, service: Service) -> None:
@@ -221,7 +222,8 @@ async def _answer(
     with replies.held(service, 1) as held:
         requests = await replies.submit(service, request.state.client, [dialogue.ids], params, held, model=body.model)
         if body.stream is not False:
-            return LineStream(_lines(service, body.model, field, dialogue, requests), held.pop_all(), _failed)
+            lines = _lines(service, body.model, field, dialogue, requests)
+            return LineStream(lines, held.pop_all(), service.config.ping_interval, _failed)
         (one,) = await parsed.whole(service, dialogue, requests)
         calls = [(call.name, call.arguments) for call in one.calls]
         said = _text(field, one.text, one.thought, calls)

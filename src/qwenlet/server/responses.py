@@ -22,7 +22,7 @@ from qwenlet.server import parsed, replies
 from qwenlet.server.bodies import json_answer, post
 from qwenlet.server.dialogue import Dialogue, asked, format_of, toolbox_of
 from qwenlet.server.errors import ApiError
-from qwenlet.server.events import PING, EventStream, named_event
+from qwenlet.server.events import NOTHING, EventStream, named_event
 from qwenlet.server.fields import (
     Account,
     Anything,
@@ -117,7 +117,8 @@ def add(app: FastAPI, service: Service) -> None:
             )
             running = Running(service, owner, body, toolbox, items, params.logprobs is not None)
             if body.stream:
-                return EventStream(_stream(running, dialogue, requests), held.pop_all(), running.failed)
+                events = _stream(running, dialogue, requests)
+                return EventStream(events, held.pop_all(), service.config.ping_interval, running.failed)
             async with aclosing(parsed.steps(service, dialogue, requests)) as stepped:
                 async for batch in stepped:
                     for step in batch:
@@ -297,11 +298,10 @@ async def _stream(running: Running, dialogue: Dialogue, requests: list[EngineReq
     yield running.event("response.in_progress", response=running.body)
     async with aclosing(parsed.steps(running.service, dialogue, requests)) as stepped:
         async for batch in stepped:
-            if not batch:
-                yield PING
             for step in batch:
                 for one in running.take(step):
                     yield one
+            yield NOTHING
     await running.keep()
     yield running.event(f"response.{running.body['status']}", response=running.body)
 
