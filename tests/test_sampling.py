@@ -19,6 +19,7 @@ from qwenlet.ops import cpu
 from qwenlet.sampling import (
     Row,
     TokenCounts,
+    bias_of,
     choose,
     choose_all,
     draw,
@@ -261,7 +262,7 @@ def test_biases_and_banned_tokens() -> None:
     logits = torch.tensor([0.0, 1.0, 2.0, 3.0])
     greedy = SamplingParams(temperature=0, top_p=1.0, top_k=0, min_p=0.0, logit_bias={"1": 2.5, 3: -100})
     assert choose(logits, greedy, None, 0, 0) == 1
-    assert choose(logits, greedy, None, 0, 0, banned=(1, 99)) == 2
+    assert choose(logits, greedy, None, 0, 0, bias_of(greedy, 4, banned=(1, 99))) == 2
     assert logits.tolist() == [0.0, 1.0, 2.0, 3.0]
     assert SamplingParams(logit_bias='{"7": 1}').logit_bias == {7: 1}
 

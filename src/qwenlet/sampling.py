@@ -11,7 +11,7 @@ can't shift it.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,19 +98,30 @@ def penalize(logits: Tensor, counts: TokenCounts, params: SamplingParams) -> Ten
     return logits.index_copy(0, ids, values)
 
 
-def bias(logits: Tensor, params: SamplingParams, banned: Collection[int] = ()) -> Tensor:
-    """Adds `params.logit_bias`, and rules `banned` token ids out."""
-    added = params.logit_bias
-    if not added and not banned:
-        return logits
-    assert not isinstance(added, str), "SamplingParams keeps a mapping"
-    logits = logits.clone()
-    if added:
-        ids = torch.tensor(list(added), device=logits.device)
-        logits[ids] += torch.tensor(list(added.values()), dtype=logits.dtype, device=logits.device)
-    if banned:
-        logits[[id for id in banned if id < len(logits)]] = -math.inf
-    return logits
+class Bias:
+    """What is added to the logits of some tokens. Made once for all tokens of a request, as it may hold many.
+
+    Args:
+        amounts: by token id; ids beyond the vocabulary are left out.
+    """
+
+    def __init__(self, amounts: Mapping[int, float], vocab_size: int) -> None:
+        known = {id: amount for id, amount in amounts.items() if id < vocab_size}
+        self._ids = torch.tensor(list(known), dtype=torch.long)
+        self._amounts = torch.tensor(list(known.values()), dtype=torch.float32)
+
+    def added_to(self, logits: Tensor) -> Tensor:
+        """New logits [V] float32."""
+        if self._ids.device != logits.device:
+            self._ids, self._amounts = self._ids.to(logits.device), self._amounts.to(logits.device)
+        return logits.index_add(0, self._ids, self._amounts)
+
+
+def bias_of(params: SamplingParams, vocab_size: int, banned: Collection[int] = ()) -> Bias | None:
+    """`params.logit_bias`, and `banned` token ids ruled out; None where there is neither."""
+    assert not isinstance(params.logit_bias, str), "SamplingParams keeps a mapping"
+    amounts = {**(params.logit_bias or {}), **dict.fromkeys(banned, -math.inf)}
+    return Bias(amounts, vocab_size) if amounts else None
 
 
 def top_k(logits: Tensor, ids: Tensor | None, k: int) -> tuple[Tensor, Tensor | None]:
@@ -172,7 +183,7 @@ def choose(
     counts: TokenCounts | None,
     choice: int,
     position: int,
-    banned: Collection[int] = (),
+    bias: Bias | None = None,
 ) -> int:
     """One token for one row.
 
@@ -181,15 +192,18 @@ def choose(
         params: resolved (no None among the sampling fields), with a seed if it draws.
         counts: needed if `needs_counts(params)`.
         position: place of the new token in its row.
-        banned: ids that may not be drawn.
+        bias: what `bias_of` gives; None: that of `params` alone.
     Raises:
         RequestError: the logits hold NaN or infinity, so no token can be chosen.
     """
-    if draws_natively(logits) and not params.logit_bias and not banned:
+    if bias is None and params.logit_bias:
+        bias = bias_of(params, len(logits))
+    if draws_natively(logits) and bias is None:
         return checked(choose_all([Row(logits, params, counts, choice, position)])[0], logits)
     if counts is not None:
         logits = penalize(logits, counts, params)
-    logits = bias(logits, params, banned)
+    if bias is not None:
+        logits = bias.added_to(logits)
     peak = logits.max()
     if not math.isfinite(peak):  # max passes NaN on
         checked(-1, logits)

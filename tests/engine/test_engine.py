@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -404,6 +405,24 @@ def test_a_default_reply_length_is_cut_to_the_room_there_is(model: Qwen) -> None
 def test_bad_prompts_are_refused_at_once(model: Qwen, prompt: list[int], word: str) -> None:
     with pytest.raises(RequestError, match=word):
         engine(model).submit(prompt, SamplingParams())
+
+
+def test_biases_become_tensors_once(model: Qwen, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for each token of each choice, which all other requests would wait for."""
+    made = []
+
+    class Counted(sampling.Bias):
+        def __init__(self, *arguments: Any) -> None:
+            made.append(self)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(sampling, "Bias", Counted)
+    e = engine(model, stop_ids=(9,))
+    params = SamplingParams(temperature=0, n=3, max_new_tokens=8, min_new_tokens=4, logit_bias={9: 100.0, 7: 50.0})
+    requests = e.submit([1, 2, 3], params)
+    replies = [Completion.from_chunks(e.stream(request)).token_ids for request in requests]
+    assert replies == [(7, 7, 7, 7, 9)] * 3
+    assert len(made) == 2  # before the least number of tokens, and after it
 
 
 def test_stop_texts_need_a_tokenizer(model: Qwen) -> None:

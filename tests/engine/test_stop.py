@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -44,6 +46,16 @@ def test_a_possible_beginning_is_held_back_and_let_go() -> None:
     assert watcher.push("I see. Obs") == ("I see. ", False)
     assert watcher.push("erve") == ("Observe", False)
     assert watcher.push(" Observation: x") == (" ", True)
+
+
+def test_many_long_texts_that_nearly_come_cost_little() -> None:
+    """Each token of a reply is held against all of them, for every client's reply at once."""
+    watcher = StopTexts(["a" * 900 + "255", *(f"b{number:03}" * 250 for number in range(255))])
+    began = time.perf_counter()
+    for _ in range(500):
+        watcher.push("aaaa")
+    assert time.perf_counter() - began < 2.0
+    assert watcher.push("255 and more") == ("", True)
 
 
 def test_tokens_and_sequences() -> None:

@@ -79,10 +79,12 @@ class Scripted:
 
 
 @contextmanager
-def saying(text: Says, seed: int = 0) -> Iterator[Scripted]:
+def saying(
+    text: Says, seed: int = 0, kind: type[Script] = Script, config: ServerConfig | None = None
+) -> Iterator[Scripted]:
     """The real application and HTTP around a script."""
-    script = Script(text, seed)
-    service = Service("demo", ServerConfig())
+    script = kind(text, seed)
+    service = Service("demo", config or ServerConfig())
     llm: Any = SimpleNamespace(
         tokenizer=byte_tokenizer(), engine=script, options=EngineConfig(), defaults=GenerationDefaults(),
         default_system="", context_length=8192, adapters=(), config=qwen_1_8b(),

@@ -99,3 +99,26 @@ def test_other_names_of_grammars(server: Server) -> None:
         assert set(json.loads(text)) == {"a"}
     assert server.chat(guided_regex="[0-9]{3}").json["choices"][0]["message"]["content"].isdigit()
     assert server.chat(guided_regex="a", guided_json=schema).status == 400
+
+
+STOPS = ["x"] * 257
+MANY = {
+    "stop": ("/v1/completions", {"prompt": "a", "stop": STOPS}),
+    "stop_token_ids": ("/v1/completions", {"prompt": "a", "stop_token_ids": [1] * 1025}),
+    "logit_bias": ("/v1/completions", {"prompt": "a", "logit_bias": {str(id): 1 for id in range(1025)}}),
+    "stop_sequences": ("/v1/messages", {"messages": ASK, "max_tokens": 1, "stop_sequences": STOPS}),
+    "options.stop": ("/api/generate", {"prompt": "a", "options": {"stop": STOPS}}),
+}
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_what_every_token_is_held_against_is_limited(server: Server, name: str) -> None:
+    path, body = MANY[name]
+    answer = server.call("POST", path, body)
+    assert answer.status == 400
+    assert f"$.{name}" in answer.raw.decode()
+
+
+def test_much_is_held_against_every_token(server: Server) -> None:
+    assert server.chat(stop="x" * 1001).status == 400
+    assert server.chat(stop=["x" * 1000] * 256, stop_token_ids=[1] * 1024, max_tokens=1).status == 200

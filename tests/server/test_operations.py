@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import re
+import socket
 import struct
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from starlette.types import Message
 
+from qwenlet.config import ServerConfig
+from qwenlet.engine.driver import Health
+from qwenlet.server.app import build
+from qwenlet.server.service import Service
 from server.conftest import Server
 
 
@@ -77,6 +85,23 @@ def test_a_client_that_leaves_is_cancelled_within_a_step(server: Server) -> None
     assert metric(server, "vllm:kv_cache_usage_perc") == 0.0
 
 
+@pytest.mark.parametrize("sent", ["a whole request", "half a body"])
+def test_a_client_that_leaves_is_no_failure_of_the_server(server: Server, sent: str) -> None:
+    def counted(code: str) -> float:
+        return metric(server, "qwenlet:http_responses_total", code=code)
+
+    left, failed = counted("499"), counted("500")
+    body = json.dumps({"prompt": "Count.", "max_tokens": 1500, "ignore_eos": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(head.encode() + (body if sent == "a whole request" else body[:20]))
+        time.sleep(0.2)
+    deadline = time.monotonic() + 10
+    while counted("499") == left:
+        assert time.monotonic() < deadline
+    assert (counted("499"), counted("500")) == (left + 1, failed)
+
+
 def embed(server: Server, given: Any, **fields: Any) -> list[Any]:
     answer = server.call("POST", "/v1/embeddings", {"input": given} | fields)
     assert answer.status == 200, answer.raw
@@ -134,3 +159,50 @@ def test_documents_load_nothing_from_elsewhere(server: Server) -> None:
     schema = server.call("GET", "/openapi.json").json
     assert {"/v1/chat/completions", "/v1/embeddings", "/metrics"} <= set(schema["paths"])
     assert "ChatRequest" in schema["components"]["schemas"]
+
+
+def asked(service: Service, path: str) -> tuple[int, dict[str, str], Any]:
+    """What a caller without a key is told; status, headers, body."""
+    sent: list[Any] = []
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "GET", "path": path, "headers": [], "query_string": b"", "client": ("::1", 1)}
+    asyncio.run(build(service)(scope, receive, send))
+    headers = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
+    return sent[0]["status"], headers, json.loads(sent[1]["body"])
+
+
+def with_engine(health: Health) -> Service:
+    service = Service("demo", ServerConfig(api_key=("sk-one",)))
+    engine: Any = SimpleNamespace(health=health, busy=False)
+    service.open(SimpleNamespace(adapters=(), engine=engine))  # type: ignore[arg-type]
+    return service
+
+
+def test_health_while_the_model_is_loaded_and_at_the_end() -> None:
+    loading = Service("demo", ServerConfig())
+    for path in ("/health", "/ready"):
+        status, headers, told = asked(loading, path)
+        assert (status, told) == (503, {"status": "loading"})
+        assert int(headers["retry-after"]) >= 1
+    ready = with_engine(Health(True))
+    assert asked(ready, "/health")[::2] == (200, {"status": "ok"})
+    assert asked(ready, "/ready")[::2] == (200, {"status": "ready"})
+    ready.state = "draining"
+    assert asked(ready, "/health")[::2] == (200, {"status": "draining"})
+    status, headers, told = asked(ready, "/ready")
+    assert (status, told) == (503, {"status": "draining"})
+    assert int(headers["retry-after"]) >= 1
+
+
+def test_health_tells_nobody_without_a_key_what_broke() -> None:
+    broken = with_engine(Health(False, "RuntimeError: /home/me/secret"))
+    status, _, told = asked(broken, "/health")
+    assert (status, told["status"]) == (503, "error")
+    assert "secret" not in told["reason"]
+    assert "secret" in (broken.trouble(in_full=True) or "")

@@ -5,15 +5,17 @@ rich and typer are imported where they are needed, so that the error of a mistyp
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
+import math
 import os
 import re
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TextIO
 
 from qwenlet.errors import QwenletError, RequestError
 
@@ -105,6 +107,14 @@ def run(load_app: Callable[[], Typer], verb: str, arguments: Sequence[str]) -> i
         return explain(problem)
 
 
+def leave() -> NoReturn:
+    """Ends the process while a thread is in native code, which would take an interpreter that ends down with it."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # missing or closed
+            stream.flush()
+    os._exit(0)
+
+
 def explain(problem: Exception) -> int:
     """Shows any error as one message and returns the exit code."""
     if os.environ.get("QWENLET_DEBUG") == "1":
@@ -166,6 +176,7 @@ class Progress:
         self._bar.update(self._task, completed=done, total=total or None, description=printable(what))
 
     def close(self) -> None:
+        self._shown_from = math.inf  # also for a thread that goes on
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

@@ -68,8 +68,12 @@ def start(
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
     logging.getLogger("qwenlet.server").setLevel(logging.WARNING if quiet else logging.INFO)
 
+    progress = console.Progress()
+
     def loaded() -> LLM:
-        with console.Progress() as progress:
+        with progress:
             return load(model, progress=progress.update, **loading, **engine)
 
-    run(model, config, loaded, console.note, listening)
+    if not run(model, config, loaded, console.note, listening):
+        progress.close()
+        console.leave()

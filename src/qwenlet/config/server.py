@@ -48,8 +48,10 @@ class ServerConfig:
         body_timeout: seconds within which a body has to arrive.
         request_timeout: seconds within which a request has to end, the time it waits included.
         drain_timeout: seconds that requests get to end after SIGTERM.
-        write_timeout: seconds that a client may take to read what was sent, until its request is ended.
-        idle_timeout: seconds after which a connection without requests is closed.
+        write_timeout: seconds that a client may take to read what was sent, until its request and its connection are
+            ended.
+        idle_timeout: seconds after which a connection without requests is closed, and within which a request's headers
+            have to arrive.
         history: keep the conversations of the web page, in the file that `qwenlet chat` keeps its own in. Where several
             keys are known, or anyone may call, none are kept, for all clients would share them. Without it responses
             of /v1/responses are kept in memory alone.

@@ -38,7 +38,7 @@ from qwenlet.grammar import Grammars
 from qwenlet.lora.rows import LoadedAdapter
 from qwenlet.model import Qwen
 from qwenlet.program import obstacle
-from qwenlet.sampling import TokenCounts, needs_counts
+from qwenlet.sampling import TokenCounts, bias_of, needs_counts
 from qwenlet.tokenizer import StreamDecoder, Tokenizer
 
 # From here on pages of old prefixes are used again before more of the cache comes into memory.
@@ -141,7 +141,7 @@ class Engine:
         seed = secrets.randbits(32) if resolved.seed is None else resolved.seed
         resolved = replace(resolved, max_new_tokens=limit, seed=seed)
         alpha = self.ntk_alpha(len(ids), limit)
-        requests = [self._request(ids, resolved, alpha, choice) for choice in range(params.n)]
+        requests = self._choices(ids, resolved, alpha)
         for request in requests:
             request.dropped_turns, request.priority, request.timeout = dropped_turns, priority, timeout
             request.adapter = adapter
@@ -153,24 +153,33 @@ class Engine:
         """The dynamic NTK factor of a request with so many tokens, whose reply may have so many."""
         return self.model.config.ntk_alpha(prompt + (reply if self.options.ntk == "reserve" else 0))
 
-    def _request(self, prompt: tuple[int, ...], params: SamplingParams, alpha: float, choice: int) -> Request:
+    def _choices(self, prompt: tuple[int, ...], params: SamplingParams, alpha: float) -> list[Request]:
         own = () if params.ignore_eos else self.stop_ids
         sequences = () if params.ignore_eos else self.defaults.stop_words_ids
         grammar = None
         if params.grammar is not None:
             assert self._grammars is not None, "a grammar was refused without a tokenizer"
             grammar = self._grammars.compile(params.grammar)
-        return Request(
-            prompt=prompt,
-            params=params,
-            alpha=alpha,
-            stop_tokens=StopTokens([*own, *(params.stop_token_ids or ())], sequences),
-            stop_texts=StopTexts(tuple(params.stop or ())),
-            decoder=None if self.tokenizer is None else StreamDecoder(self.tokenizer, skip_special_tokens=True),
-            choice=choice,
-            counts=TokenCounts(prompt) if needs_counts(params) else None,
-            matcher=None if grammar is None else grammar.matcher(),
-        )
+        stop_tokens = StopTokens([*own, *(params.stop_token_ids or ())], sequences)
+        vocab_size = self.model.config.vocab_size
+        bias = bias_of(params, vocab_size)
+        early_bias = bias_of(params, vocab_size, stop_tokens.ids) if params.min_new_tokens else bias
+        return [
+            Request(
+                prompt=prompt,
+                params=params,
+                alpha=alpha,
+                stop_tokens=stop_tokens,
+                stop_texts=StopTexts(tuple(params.stop or ())),
+                decoder=None if self.tokenizer is None else StreamDecoder(self.tokenizer, skip_special_tokens=True),
+                choice=choice,
+                counts=TokenCounts(prompt) if needs_counts(params) else None,
+                bias=bias,
+                early_bias=early_bias,
+                matcher=None if grammar is None else grammar.matcher(),
+            )
+            for choice in range(params.n)
+        ]
 
     def read(
         self,

@@ -112,8 +112,8 @@ class Replies:
                     self.give_up(follower, error)
         if drawn is None:
             allowed = logits if request.matcher is None else request.matcher.mask(logits)
-            banned = request.stop_tokens.ids if request.reply_length < request.params.min_new_tokens else ()
-            token = choose(allowed, request.params, request.counts, request.choice, len(request.known), banned)
+            bias = request.early_bias if request.reply_length < request.params.min_new_tokens else request.bias
+            token = choose(allowed, request.params, request.counts, request.choice, len(request.known), bias)
         else:
             token = checked(drawn, logits)
         now = time.perf_counter()

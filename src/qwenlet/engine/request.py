@@ -16,7 +16,7 @@ from qwenlet.engine.bell import Listener
 from qwenlet.engine.records import Chunk, FinishReason, Timings
 from qwenlet.engine.speculation import Lookup
 from qwenlet.engine.stop import StopTexts, StopTokens
-from qwenlet.sampling import TokenCounts
+from qwenlet.sampling import Bias, TokenCounts
 from qwenlet.tokenizer import StreamDecoder
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class Request:
         adapter: that the request goes with; None: the model alone.
         reader, read_from: gets the logits of positions from `read_from` on; such a request has no reply.
         reads_hidden: the reader gets hidden states instead.
+        bias: of the params; `early_bias` holds before the reply has its least tokens, and keeps it from ending.
         cached: tokens of the prompt whose keys and values were found.
         indexed: full pages that the prefix cache knows.
         ending: how it is to end when the step that runs does.
@@ -68,6 +69,8 @@ class Request:
     read_from: int = 0
     reads_hidden: bool = False
     counts: TokenCounts | None = None
+    bias: Bias | None = None
+    early_bias: Bias | None = None
     matcher: Matcher | None = None
     lookup: Lookup | None = None
 

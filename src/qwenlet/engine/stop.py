@@ -6,27 +6,30 @@ text that may still turn into a stop is held back until it can't.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Collection, Sequence
 
 
 class StopTexts:
-    """Finds the first of several texts in a stream of pieces; linear in the length of the stream."""
+    """Finds the first of several texts in a stream of pieces; linear in the length of the stream, whatever is held."""
 
     def __init__(self, texts: Sequence[str]) -> None:
-        self.texts = tuple(texts)
+        self.texts = tuple(sorted(set(texts)))
         self.held = ""
+        self._longest = max(map(len, self.texts), default=0)
 
     def push(self, piece: str) -> tuple[str, bool]:
         """(text that may leave, whether a stop text was found). Nothing after a found stop leaves."""
         if not self.texts:
             return piece, False
-        self.held += piece
-        found = [place for place in (self.held.find(text) for text in self.texts) if place >= 0]
+        seen, self.held = len(self.held), self.held + piece
+        # one that ends in the piece begins at most its own length before it
+        places = (self.held.find(text, max(seen - len(text) + 1, 0)) for text in self.texts)
+        found = [place for place in places if place >= 0]
         if found:
             out, self.held = self.held[: min(found)], ""
             return out, True
-        keep = max(self._overlap(text) for text in self.texts)
-        cut = len(self.held) - keep
+        cut = self._beginning()
         out, self.held = self.held[:cut], self.held[cut:]
         return out, False
 
@@ -35,10 +38,14 @@ class StopTexts:
         out, self.held = self.held, ""
         return out
 
-    def _overlap(self, text: str) -> int:
-        """Length of the longest end of the held text that begins `text`."""
-        longest = min(len(text) - 1, len(self.held))
-        return next((n for n in range(longest, 0, -1) if text.startswith(self.held[-n:])), 0)
+    def _beginning(self) -> int:
+        """The first place of the held text from which a stop text may go on."""
+        for place in range(max(len(self.held) - self._longest + 1, 0), len(self.held)):
+            rest = self.held[place:]
+            after = bisect_left(self.texts, rest)  # in their order, texts that begin with it come next
+            if after < len(self.texts) and self.texts[after].startswith(rest):
+                return place
+        return len(self.held)
 
 
 class StopTokens:

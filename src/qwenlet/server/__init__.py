@@ -20,6 +20,7 @@ chat, completions, responses, messages, ollama, models, embeddings, tokens, oper
 page, conversations     the web page as it was built, and the door to the store that it alone may use
 reference    the fields written down, for people
 app          all of them together
+connection   one client's, byte by byte: how large and how slow a request's head may be, what is left unread
 run          sockets, signals, and the order of starting and stopping
 """
 

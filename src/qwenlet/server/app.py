@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
@@ -32,7 +32,7 @@ from qwenlet.server import (
 )
 from qwenlet.server.errors import ApiError
 from qwenlet.server.gate import Gate
-from qwenlet.server.service import Service
+from qwenlet.server.service import LEFT, Service
 
 FAMILIES = (
     chat,
@@ -90,6 +90,8 @@ def build(service: Service) -> ASGIApp:
         return errors.response(error, request.url.path)
 
     async def failed(request: Request, problem: Exception) -> Response:
+        if isinstance(problem, ClientDisconnect):
+            return Response(status_code=LEFT)  # for the gate's count: nobody is there to read it
         error = errors.internal(request.state.request_id)  # the gate logs what it was
         return errors.response(error, request.url.path)
 

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
 import msgspec
+import numpy as np
 from fastapi import FastAPI, Request
 from msgspec import Struct
 from starlette.requests import ClientDisconnect
@@ -17,23 +18,29 @@ from starlette.types import Receive
 from qwenlet.errors import ContextLengthError
 from qwenlet.server.errors import ApiError, explained
 from qwenlet.server.fields import check_effects
-from qwenlet.store.parsed import depth
 
 Body = TypeVar("Body")
 Asked = TypeVar("Asked", bound=Struct)
 Result = TypeVar("Result")
 MAX_DEPTH = 200  # less than what the store takes, which keeps parts of bodies
-_ANYTHING = msgspec.json.Decoder()
+MAX_NESTED = 100_000  # lists and objects: more take seconds to build, in which no thread runs
+LARGE = 65_536  # bytes of a body that is read beside the event loop
+_STEPS = np.zeros(256, np.int8)
+_STEPS[list(b"[{")], _STEPS[list(b"]}")] = 1, -1
 _PLACE = re.compile(r" - at `\$\.?(.*?)`$")
 _UNKNOWN = re.compile(r"unknown field `(.*?)`")
 
 
 def decoded(raw: bytes, decoder: msgspec.json.Decoder[Body]) -> Body:
-    """Raises ApiError 400 that names the place, for what is no JSON, too deep, or not of the decoder's type."""
+    """Raises ApiError 400 that names the place, for what is no JSON, nested too much, or not of the decoder's type."""
     try:
-        # most bodies are known to be shallow without a walk
-        if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and (levels := depth(msgspec.json.decode(raw))) > MAX_DEPTH:
-            raise ApiError(400, f"the body is nested {levels} levels deep, and {MAX_DEPTH} are read")
+        # most bodies are known to be shallow without a look at their order
+        if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH:
+            nested, levels = nesting(raw)
+            if nested > MAX_NESTED:
+                raise ApiError(400, f"the body holds {nested} lists and objects, and {MAX_NESTED} are read")
+            if levels > MAX_DEPTH:
+                raise ApiError(400, f"the body is nested {levels} levels deep, and {MAX_DEPTH} are read")
         return decoder.decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as problem:
         words = str(problem)
@@ -43,6 +50,23 @@ def decoded(raw: bytes, decoder: msgspec.json.Decoder[Body]) -> Body:
             param = f"{param}.{unknown.group(1)}" if param else unknown.group(1)
         valid = isinstance(problem, msgspec.ValidationError)
         raise ApiError(400, words if valid else f"the body is not JSON: {words}", param=param) from None
+
+
+def nesting(raw: bytes) -> tuple[int, int]:
+    """How many lists and objects a JSON text holds, and how many of them lie within each other.
+
+    Nothing is built of it, as it may be hostile. Where it is not JSON, this holds up to the first error.
+    """
+    codes = np.frombuffer(raw.replace(rb"\\", b"").replace(rb"\"", b""), np.uint8)
+    steps = _STEPS[codes]
+    steps[np.logical_xor.accumulate(codes == ord('"'))] = 0  # brackets within strings
+    return int(np.count_nonzero(steps > 0)), int(steps.cumsum(dtype=np.int32).max(initial=0))
+
+
+async def of_body(request: Request, work: Callable[[bytes], Result]) -> Result:
+    """What `work` makes of the request's body; of a large one in a thread, for the event loop serves all."""
+    raw = await request.body()
+    return work(raw) if len(raw) < LARGE else await asyncio.to_thread(work, raw)
 
 
 def json_answer(answer: Any, headers: Mapping[str, str] | None = None) -> Response:
@@ -64,12 +88,16 @@ def post(
     """
     decoder = msgspec.json.Decoder(kind)
 
-    async def endpoint(request: Request) -> Response:
-        raw = await request.body()
+    def read(raw: bytes) -> tuple[Asked, list[str]]:
         body = decoded(raw, decoder)
-        without = request.state.ignored = check_effects(body)
+        without = check_effects(body)
         if not kind.__struct_config__.forbid_unknown_fields:
-            without += _unknown(decoded(raw, _ANYTHING), kind, body)
+            without += _unknown(msgspec.json.decode(raw), kind, body)
+        return body, without
+
+    async def endpoint(request: Request) -> Response:
+        body, without = await of_body(request, read)
+        request.state.ignored = without
         try:
             response = await while_connected(request.receive, handler(body, request))
         except ContextLengthError as problem:

@@ -22,7 +22,7 @@ from qwenlet.server.bodies import json_answer, post
 from qwenlet.server.declared import toolbox_of
 from qwenlet.server.dialogue import ChatMessage, Delta, Dialogue, Format, converse, format_of
 from qwenlet.server.errors import ApiError
-from qwenlet.server.events import DONE, PING, EventStream, event
+from qwenlet.server.events import DONE, NOTHING, EventStream, event
 from qwenlet.server.fields import (
     Account,
     Anything,
@@ -100,32 +100,33 @@ class ChatRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True):
 def add(app: FastAPI, service: Service) -> None:
     async def complete(body: ChatRequest, request: Request) -> Response:
         service.check_model(body.model)
-        dialogue = await asyncio.to_thread(_dialogue, service, body, request.state.ignored)
-        params = _params(body, dialogue, request.state.ignored)
+        dialogue, params = await asyncio.to_thread(_asked, service, body, request.state.ignored)
         client, priority = request.state.client, body.priority or 0
         with replies.held(service, client, params.n) as held:
             requests = await replies.submit(
                 service, client, [dialogue.ids], params, held, model=body.model, priority=priority
             )
             if body.stream:
-                return EventStream(_stream(service, body, dialogue, requests), held.pop_all())
+                events = _stream(service, body, dialogue, requests)
+                return EventStream(events, held.pop_all(), service.config.ping_interval)
             done = await parsed.whole(service, dialogue, requests)
             return json_answer(_whole(service, body, dialogue, done))
 
     post(app, "/v1/chat/completions", ChatRequest, complete, prompt="messages")
 
 
-def _dialogue(service: Service, body: ChatRequest, ignored: list[str]) -> Dialogue:
+def _asked(service: Service, body: ChatRequest, ignored: list[str]) -> tuple[Dialogue, SamplingParams]:
     if body.continue_final_message and body.add_generation_prompt:
         raise ApiError(400, "continue_final_message and add_generation_prompt exclude each other")
     declared = (body.tools, body.tool_choice, body.parallel_tool_calls, body.functions, body.function_call)
-    return converse(
+    dialogue = converse(
         service.llm,
         body.messages,
         toolbox_of(*declared, ignored=ignored),
         add_generation_prompt=body.add_generation_prompt is not False,
         continue_final=bool(body.continue_final_message),
     )
+    return dialogue, _params(body, dialogue, ignored)
 
 
 def _params(body: ChatRequest, dialogue: Dialogue, ignored: list[str]) -> SamplingParams:
@@ -247,8 +248,6 @@ async def _stream(
         yield chunk(number, {"role": "assistant", "content": None if dialogue.must_call else ""})
     async with aclosing(parsed.steps(service, dialogue, requests)) as stepped:
         async for batch in stepped:
-            if not batch:
-                yield PING
             for step in batch:
                 number, one = step.number, step.chunk
                 last[number] = one
@@ -260,6 +259,7 @@ async def _stream(
                     yield chunk(number, delta, replace(one, logprobs=()) if place else one)
                 if step.finish is not None:
                     yield chunk(number, {}, replace(one, logprobs=()), _reason(step.finish, body))
+            yield NOTHING
     if counted:
         yield event(head | {"choices": [], "usage": replies.usage(last.values(), len(requests))})
     yield DONE

@@ -22,7 +22,7 @@ from qwenlet.sampling import TokenLogprob
 from qwenlet.server import replies
 from qwenlet.server.bodies import json_answer, post
 from qwenlet.server.errors import ApiError
-from qwenlet.server.events import DONE, PING, EventStream, event
+from qwenlet.server.events import DONE, NOTHING, EventStream, event
 from qwenlet.server.fields import Anything, SamplingFields, name_unstreamed, sampling, unsupported
 from qwenlet.server.prompts import prompt_logprobs
 from qwenlet.server.service import Service
@@ -84,7 +84,8 @@ def add(app: FastAPI, service: Service) -> None:
                 requests = await replies.submit(
                     service, client, prompts, params, held, model=body.model, priority=priority
                 )
-                return EventStream(_stream(service, body, n, requests, echoes), held.pop_all())
+                events = _stream(service, body, n, requests, echoes)
+                return EventStream(events, held.pop_all(), service.config.ping_interval)
             echoes, done, width = [], [], places // written
             for at in range(0, len(prompts), width):
                 some = prompts[at : at + width]
@@ -132,11 +133,17 @@ async def _echoes(service: Service, body: CompletionRequest, prompts: Sequence[S
             service, prompts, body.logprobs, reply, model=body.model, priority=body.priority or 0
         )
     decode = service.llm.tokenizer.decode
-    return [Echo(decode(ids), ids, entries) for ids, entries in zip(prompts, found, strict=True)]
+    texts = await asyncio.to_thread(lambda: [decode(ids) for ids in prompts])
+    return [Echo(*one) for one in zip(texts, prompts, found, strict=True)]
 
 
 def prompt_ids(llm: LLM, prompt: str | list[Any], name: str = "prompt") -> list[list[int]]:
-    """Token ids of each prompt. Raises ApiError 400 for an empty or mixed list."""
+    """Token ids of each prompt. Raises ApiError 400 for an empty or mixed list, RequestError for an empty prompt or an
+    id that the model does not know."""
+    return [list(check_prompt(ids, llm.config.vocab_size)) for ids in _prompt_ids(llm, prompt, name)]
+
+
+def _prompt_ids(llm: LLM, prompt: str | list[Any], name: str) -> list[list[int]]:
     if isinstance(prompt, str):
         return [llm.tokenizer.encode(prompt, allowed_special=set())]
     kinds = {type(one) for one in prompt}
@@ -144,25 +151,22 @@ def prompt_ids(llm: LLM, prompt: str | list[Any], name: str = "prompt") -> list[
         seen = "empty" if not kinds else "a list of mixed kinds"
         raise ApiError(400, f"{name} is {seen}, expected texts, token ids or lists of token ids", param=name)
     if kinds == {int}:
-        return [list(prompt)]
+        return [prompt]
     if kinds == {str}:
         return [llm.tokenizer.encode(one, allowed_special=set()) for one in prompt]
-    return [list(one) for one in prompt]
+    return prompt
 
 
 def check_prompts(llm: LLM, prompts: Sequence[Sequence[int]], reply: int, name: str = "prompt") -> None:
-    """All of them, before the first one runs.
+    """How many and how long they are, before the first one runs.
 
     Raises:
         ApiError 400: too many; `name` is their field.
-        RequestError: an id that the model does not know.
         ContextLengthError: so long a reply has no room after one of them.
     """
     if len(prompts) > MOST_PROMPTS:
         words = f"{name} holds {len(prompts)} texts, and at most {MOST_PROMPTS} are taken in one call"
         raise ApiError(400, words, param=name)
-    for ids in prompts:
-        check_prompt(ids, llm.config.vocab_size)
     longest = max(map(len, prompts))
     if longest + reply > llm.context_length:
         raise ContextLengthError(longest, llm.context_length, reply)
@@ -287,8 +291,6 @@ async def _stream(
         if (echo := echoes[number // n]) is not None:
             yield event(chunk(number, lists[number].lead(echo), ()))
     async for batch in replies.batches(service, requests):
-        if not batch:
-            yield PING
         for number, one in batch:
             last[number] = one
             waiting = body.return_progress and not one.completion_tokens
@@ -300,6 +302,7 @@ async def _stream(
             if one.finish_reason is not None:
                 data["timings"] = replies.timings(one)
             yield event(data)
+        yield NOTHING
     if counted:
         ordered = [last[number] for number in range(len(requests))]
         yield event(head | {"choices": [], "usage": replies.usage(ordered, n)})

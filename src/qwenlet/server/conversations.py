@@ -15,7 +15,7 @@ from fastapi import FastAPI, Request
 from msgspec import UNSET, Meta, Struct, UnsetType
 from starlette.responses import Response
 
-from qwenlet.server.bodies import decoded
+from qwenlet.server.bodies import decoded, of_body
 from qwenlet.server.errors import ApiError
 from qwenlet.server.page import API
 from qwenlet.server.responses import kept
@@ -176,7 +176,7 @@ def add(app: FastAPI, service: Service) -> None:
     async def exported(request: Request) -> Response:
         id = request.path_params.get("id")
         trees = await kept(service, lambda store: [store.tree(id)] if id is not None else list(_all(store)))
-        return _file(request, trees)
+        return await asyncio.to_thread(_file, request, trees)
 
     async def imported(request: Request) -> Response:
         trees = await _read_file(request)
@@ -185,7 +185,7 @@ def add(app: FastAPI, service: Service) -> None:
 
     async def rendered(request: Request) -> Response:
         held = await _body(request, Held)
-        return _file(request, [one.tree() for one in held.conversations])
+        return await asyncio.to_thread(lambda: _file(request, [one.tree() for one in held.conversations]))
 
     async def parsed(request: Request) -> Response:
         trees = await _read_file(request)
@@ -208,7 +208,7 @@ def add(app: FastAPI, service: Service) -> None:
 
 
 async def _body(request: Request, kind: type[Body]) -> Body:
-    return decoded(await request.body(), msgspec.json.Decoder(kind))
+    return await of_body(request, lambda raw: decoded(raw, msgspec.json.Decoder(kind)))
 
 
 async def _read_file(request: Request) -> tuple[Tree, ...]:

@@ -87,6 +87,9 @@ def _check(value: Any, place: str, kind: str, without: dict[str, None]) -> None:
 
 Anything = Any | UnsetType
 Count = Annotated[int, Meta(ge=1)]
+# each token of a reply is held against all of them
+StopText = Annotated[str, Meta(max_length=1000)]
+Stops = Annotated[list[StopText], Meta(max_length=256, description="At most 256 texts, of at most 1,000 characters.")]
 # what several families are sent, and have no use for
 Account = Annotated[Anything, ignored("clients are told apart by their keys")]
 Tier = Annotated[Anything, ignored("there is one")]
@@ -118,8 +121,10 @@ class SamplingFields(Struct, kw_only=True, forbid_unknown_fields=True):
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1, description="The same seed gives the same reply.")] | None = (
         None
     )
-    stop: str | list[str] | None = None
-    stop_token_ids: list[Annotated[int, Meta(ge=0)]] | None = None
+    stop: Stops | StopText | None = None
+    stop_token_ids: (
+        Annotated[list[Annotated[int, Meta(ge=0)]], Meta(max_length=1024, description="At most 1,024.")] | None
+    ) = None
     ignore_eos: bool | None = None
     n: Annotated[int, Meta(ge=1, le=128)] | None = None
     stream: bool | None = None
@@ -132,7 +137,10 @@ class SamplingFields(Struct, kw_only=True, forbid_unknown_fields=True):
     ) = None
     return_progress: Annotated[bool | None, Meta(description="Chunks that say how much of the prompt is done.")] = None
     user: Account = UNSET
-    logit_bias: Annotated[dict[str, float] | None, Meta(description="By token id, -100 to 100.")] = None
+    logit_bias: (
+        Annotated[dict[str, float], Meta(max_length=1024, description="By token id, -100 to 100; at most 1,024.")]
+        | None
+    ) = None
     min_tokens: Annotated[int, Meta(ge=0, description="No end token before.")] | None = None
     guided_json: Annotated[dict[str, Any] | str | None, Meta(description="vLLM's: a JSON schema.")] = None
     guided_regex: Annotated[str | None, Meta(description="vLLM's: a regular expression.")] = None

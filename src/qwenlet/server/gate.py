@@ -21,7 +21,7 @@ from qwenlet.config import is_loopback
 from qwenlet.server import errors, origin, page
 from qwenlet.server.errors import ApiError
 from qwenlet.server.patience import Patience
-from qwenlet.server.service import Client, Service
+from qwenlet.server.service import LEFT, Client, Service
 
 logger = logging.getLogger("qwenlet.server")
 
@@ -88,7 +88,7 @@ class Gate:
         try:
             await self._admitted(scope, headers, receive, answer)
         except ClientDisconnect:
-            status = status or 499
+            status = status or LEFT
         except Exception as problem:  # of any kind: no client is left without an answer, and none sees the inside
             error = errors.told(problem, request_id)
             if status:

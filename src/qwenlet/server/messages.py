@@ -21,14 +21,13 @@ from qwenlet.server.bodies import json_answer, post
 from qwenlet.server.declared import toolbox_of
 from qwenlet.server.dialogue import Delta, Dialogue, asked
 from qwenlet.server.errors import ApiError, anthropic, refused
-from qwenlet.server.events import EventStream, named_event
-from qwenlet.server.fields import Anything, Count, Thinking, Tier, ignored
+from qwenlet.server.events import NOTHING, EventStream, named_event
+from qwenlet.server.fields import Anything, Count, Stops, Thinking, Tier, ignored
 from qwenlet.server.nested import Fields, look
 from qwenlet.server.parsed import arguments_object
 from qwenlet.server.service import Service
 from qwenlet.tools import Call, ToolMessage
 
-PING = named_event("ping", {"type": "ping"})
 # what is read of an object of each kind; other fields have no effect, and are named
 _KNOWN = {
     "message": Fields.of("role content"),
@@ -61,24 +60,28 @@ class MessagesRequest(CountRequest, kw_only=True):
     temperature: Annotated[float, Meta(ge=0, le=1, description="0 is greedy.")] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=0)] | None = None
-    stop_sequences: list[str] | None = None
+    stop_sequences: Stops | None = None
     stream: bool | None = None
     metadata: Annotated[Anything, ignored("nothing is kept here")] = UNSET
     service_tier: Tier = UNSET
 
 
+class MessageStream(EventStream):
+    ping = named_event("ping", {"type": "ping"})
+
+
 def add(app: FastAPI, service: Service) -> None:
     async def write(body: MessagesRequest, request: Request) -> Response:
         service.check_model(body.model)
-        dialogue = await asyncio.to_thread(_dialogue, service, body, request.state.ignored)
-        params = _params(body, dialogue)
+        dialogue, params = await asyncio.to_thread(_asked, service, body, request.state.ignored)
         with replies.held(service, request.state.client, 1) as held:
             requests = await replies.submit(
                 service, request.state.client, [dialogue.ids], params, held, model=body.model
             )
             writing = Writing(service, body)
             if body.stream:
-                return EventStream(_stream(service, writing, dialogue, requests), held.pop_all(), _failed)
+                events = _stream(service, writing, dialogue, requests)
+                return MessageStream(events, held.pop_all(), service.config.ping_interval, _failed)
             async with aclosing(parsed.steps(service, dialogue, requests)) as stepped:
                 async for batch in stepped:
                     for step in batch:
@@ -95,6 +98,11 @@ def add(app: FastAPI, service: Service) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- what is asked
+
+
+def _asked(service: Service, body: MessagesRequest, ignored: list[str]) -> tuple[Dialogue, SamplingParams]:
+    dialogue = _dialogue(service, body, ignored)
+    return dialogue, _params(body, dialogue)
 
 
 def _dialogue(service: Service, body: CountRequest, ignored: list[str]) -> Dialogue:
@@ -310,8 +318,7 @@ async def _stream(
     yield writing.begin(len(dialogue.ids))
     async with aclosing(parsed.steps(service, dialogue, requests)) as stepped:
         async for batch in stepped:
-            if not batch:
-                yield PING
             for step in batch:
                 for one in writing.take(step):
                     yield one
+            yield NOTHING

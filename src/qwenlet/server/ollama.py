@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from datetime import UTC, datetime
 from typing import Annotated, Any
@@ -23,7 +23,7 @@ from qwenlet.server.declared import toolbox_of
 from qwenlet.server.dialogue import Dialogue, Format, asked
 from qwenlet.server.errors import ApiError, refused
 from qwenlet.server.events import EventStream
-from qwenlet.server.fields import Anything, Thinking, ignored, unsupported
+from qwenlet.server.fields import Anything, Stops, StopText, Thinking, ignored, unsupported
 from qwenlet.server.nested import Fields, look
 from qwenlet.server.parsed import arguments_object
 from qwenlet.server.service import Service
@@ -44,7 +44,7 @@ class Options(Struct, kw_only=True):
     min_p: float | None = None
     seed: int | None = None
     num_predict: int | None = None
-    stop: str | list[str] | None = None
+    stop: Stops | StopText | None = None
     repeat_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
@@ -91,6 +91,7 @@ class OllamaShowRequest(Struct, kw_only=True):
 
 class LineStream(EventStream):
     media_type = "application/x-ndjson"
+    ping = b""  # lines have no comments
 
 
 def add(app: FastAPI, service: Service) -> None:
@@ -181,6 +182,11 @@ def _prompt(service: Service, body: OllamaGenerateRequest) -> Dialogue:
     return asked(service.llm, [ToolMessage("user", body.prompt)], instructions=body.system)
 
 
+def _asked(built: Callable[[], Dialogue], body: Asked, ignored: list[str]) -> tuple[Dialogue, SamplingParams]:
+    dialogue = built()
+    return dialogue, _params(body, dialogue, ignored)
+
+
 def _params(body: Asked, dialogue: Dialogue, ignored: list[str]) -> SamplingParams:
     options = body.options or Options()
     answer = None
@@ -210,17 +216,19 @@ def _params(body: Asked, dialogue: Dialogue, ignored: list[str]) -> SamplingPara
 # --------------------------------------------------------------------------------------------------------- answers
 
 
-async def _answer(service: Service, request: Request, body: Asked, field: str, built: Any) -> Response:
+async def _answer(
+    service: Service, request: Request, body: Asked, field: str, built: Callable[[], Dialogue] | None
+) -> Response:
     """`field`: where the text stands; `built`: makes the dialogue, None where there is nothing to say."""
     if built is None:  # Ollama's way to load a model
         end = {"done": True, "done_reason": "load"}
         return json_answer(_head(service, body.model) | {field: _text(field, "")} | end)
-    dialogue = await asyncio.to_thread(built)
-    params = _params(body, dialogue, request.state.ignored)
+    dialogue, params = await asyncio.to_thread(_asked, built, body, request.state.ignored)
     with replies.held(service, request.state.client, 1) as held:
         requests = await replies.submit(service, request.state.client, [dialogue.ids], params, held, model=body.model)
         if body.stream is not False:
-            return LineStream(_lines(service, body.model, field, dialogue, requests), held.pop_all(), _failed)
+            lines = _lines(service, body.model, field, dialogue, requests)
+            return LineStream(lines, held.pop_all(), service.config.ping_interval, _failed)
         (one,) = await parsed.whole(service, dialogue, requests)
         calls = [(call.name, call.arguments) for call in one.calls]
         said = _text(field, one.text, one.thought, calls)

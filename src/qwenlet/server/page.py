@@ -115,7 +115,7 @@ def add(app: FastAPI, service: Service) -> None:
         told = {
             "version": qwenlet.__version__,
             "state": service.state,
-            "trouble": service.trouble(),
+            "trouble": service.trouble(in_full=True),
             "history": service.keeps_history,
             "model": _facts(service.own_names[0], service.llm) if ready else None,
         }

@@ -68,7 +68,8 @@ async def submit(
 @contextmanager
 def reading(service: Service, requests: Sequence[Request]) -> Iterator[AsyncStreams]:
     """The requests' streams; what has not ended at the block's end is cancelled."""
-    streams = service.llm.engine.astreams(requests, service.config.ping_interval)
+    # silence towards the client is looked at so often: it may have begun before the engine's
+    streams = service.llm.engine.astreams(requests, service.config.ping_interval / 4)
     try:
         yield streams
     finally:

@@ -23,7 +23,7 @@ from qwenlet.server.bodies import json_answer, post
 from qwenlet.server.declared import toolbox_of
 from qwenlet.server.dialogue import Dialogue, asked, format_of
 from qwenlet.server.errors import ApiError, refused
-from qwenlet.server.events import PING, EventStream, named_event
+from qwenlet.server.events import NOTHING, EventStream, named_event
 from qwenlet.server.fields import (
     Account,
     Anything,
@@ -117,19 +117,20 @@ class ResponsesRequest(TokensRequest, kw_only=True, forbid_unknown_fields=True):
 def add(app: FastAPI, service: Service) -> None:
     async def respond(body: ResponsesRequest, request: Request) -> Response:
         service.check_model(body.model)
-        toolbox, items = _given(body, request.state.ignored)
+        toolbox, items = await asyncio.to_thread(_given, body, request.state.ignored)
         owner = request.state.client.owner
         if body.store is not False:
             await kept(service, lambda store: None)  # one that can't be kept is refused before it is written
         dialogue = await _dialogue(service, owner, body, items, toolbox)
-        params = _params(body, dialogue, request.state.ignored)
+        params = await asyncio.to_thread(_params, body, dialogue, request.state.ignored)
         with replies.held(service, request.state.client, 1) as held:
             requests = await replies.submit(
                 service, request.state.client, [dialogue.ids], params, held, model=body.model
             )
             running = Running(service, owner, body, toolbox, items, params.logprobs is not None)
             if body.stream:
-                return EventStream(_stream(running, dialogue, requests), held.pop_all(), running.failed)
+                events = _stream(running, dialogue, requests)
+                return EventStream(events, held.pop_all(), service.config.ping_interval, running.failed)
             async with aclosing(parsed.steps(service, dialogue, requests)) as stepped:
                 async for batch in stepped:
                     for step in batch:
@@ -139,7 +140,7 @@ def add(app: FastAPI, service: Service) -> None:
 
     async def tokens(body: TokensRequest, request: Request) -> Response:
         service.check_model(body.model)
-        toolbox, items = _given(body, request.state.ignored)
+        toolbox, items = await asyncio.to_thread(_given, body, request.state.ignored)
         dialogue = await _dialogue(service, request.state.client.owner, body, items, toolbox)
         return json_answer({"object": "response.input_tokens", "input_tokens": len(dialogue.ids)})
 
@@ -327,11 +328,10 @@ async def _stream(running: Running, dialogue: Dialogue, requests: list[EngineReq
     yield running.event("response.in_progress", response=running.body)
     async with aclosing(parsed.steps(running.service, dialogue, requests)) as stepped:
         async for batch in stepped:
-            if not batch:
-                yield PING
             for step in batch:
                 for one in running.take(step):
                     yield one
+            yield NOTHING
     await running.keep()
     yield running.event(f"response.{running.body['status']}", response=running.body)
 

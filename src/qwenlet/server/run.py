@@ -2,15 +2,19 @@
 
 The address is taken first, so that a port in use is known before minutes of loading; the model is loaded while the
 server answers 503 with Retry-After. SIGTERM and Ctrl-C end it: no new connections, and what runs may end within
-`drain_timeout`.
+`drain_timeout`. A load that runs can't be stopped, and isn't waited for.
 """
 
 from __future__ import annotations
 
 import asyncio
 import socket
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
+from typing import Any
 
 import uvicorn
 
@@ -18,9 +22,11 @@ from qwenlet.config import ServerConfig, is_loopback
 from qwenlet.errors import ConfigError
 from qwenlet.llm import LLM
 from qwenlet.server.app import build
+from qwenlet.server.connection import Connection
 from qwenlet.server.service import Service
 
 _MOST_FILES = 65_536
+_LOAD_ENDS_SECONDS = 1.0  # for a load that is nearly done when the server is told to end
 
 
 def serve(
@@ -29,8 +35,11 @@ def serve(
     load: Callable[[], LLM],
     say: Callable[[str], None],
     listening: Callable[[str], None] | None = None,
-) -> None:
+) -> bool:
     """Serves until a signal comes. `say` tells a person where, and when the model is there.
+
+    Returns False where the model was still being loaded: the thread that does is in native code, so that only
+    `os._exit` ends the process in order.
 
     Args:
         listening: called with the server's address as soon as connections are taken, before the model is there.
@@ -50,7 +59,7 @@ def serve(
         listening(address)
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            runner.run(_serve(service, taken, load, say))
+            return runner.run(_serve(service, taken, load, say))
     finally:
         taken.close()
 
@@ -109,26 +118,32 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
 
 async def _serve(
     service: Service, listening: socket.socket, load: Callable[[], LLM], say: Callable[[str], None]
-) -> None:
+) -> bool:
     config = service.config
+    protocol: Any = partial(Connection, config)  # called as a class would be
     server = _Server(
         service,
         uvicorn.Config(
             build(service),
+            http=protocol,
             access_log=False,  # the gate's own has ids, and nothing of what people wrote
             log_config=None,
             server_header=False,
             lifespan="off",
             ws="none",
-            timeout_keep_alive=int(config.idle_timeout),
             timeout_graceful_shutdown=int(config.drain_timeout),
         ),
     )
     serving = asyncio.ensure_future(server.serve(sockets=[listening]))
-    loading = asyncio.ensure_future(asyncio.to_thread(load))
-    await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
+    loading = _in_thread(load)
+    either: set[asyncio.Future[Any]] = {serving, loading}
+    await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
     if not loading.done():
         say("ending: the model is still being loaded")
+        await asyncio.wait({loading}, timeout=_LOAD_ENDS_SECONDS)
+        if not loading.done():
+            service.close()
+            return False
     try:
         llm = await loading
     except BaseException:
@@ -142,6 +157,21 @@ async def _serve(
             say("ready")
         await serving
     service.close()
+    return True
+
+
+def _in_thread(load: Callable[[], LLM]) -> asyncio.Future[LLM]:
+    """The model, by a thread that nothing waits for: the loop's own threads are all waited for at its end."""
+    loaded: Future[LLM] = Future()
+
+    def run() -> None:
+        try:
+            loaded.set_result(load())
+        except BaseException as problem:
+            loaded.set_exception(problem)
+
+    threading.Thread(target=run, name="qwenlet-loading", daemon=True).start()
+    return asyncio.wrap_future(loaded)
 
 
 class _Server(uvicorn.Server):

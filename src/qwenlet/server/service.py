@@ -19,6 +19,7 @@ from qwenlet.server.limits import Limits
 from qwenlet.store import Store, is_off
 
 State = Literal["loading", "ready", "draining"]
+LEFT = 499  # nginx's status of a client that left before there was an answer
 _STUCK_SECONDS = 120.0  # a step takes seconds; a thread that shows itself no more does not come back
 
 
@@ -41,7 +42,7 @@ class Service:
     Attributes:
         own_names: under which clients ask for the model; answers carry the first.
         state: "loading" until `open`.
-        answers: how many went out, by status; 499 is a client that left before.
+        answers: how many went out, by status, those that had no reader any more as LEFT.
     """
 
     def __init__(self, name: str, config: ServerConfig) -> None:
@@ -175,12 +176,18 @@ class Service:
     def outstanding(self) -> int:
         return self._outstanding
 
-    def trouble(self) -> str | None:
-        """Why the engine does not do its work; None if it does, or has nothing to do yet."""
+    def trouble(self, *, in_full: bool = False) -> str | None:
+        """Why the engine does not do its work; None if it does, or has nothing to do yet.
+
+        Args:
+            in_full: with the error's own words, which are for those alone who have a key.
+        """
         if self._llm is None:
             return None
         health = self._llm.engine.health
         if not health.healthy:
+            if health.reason and not in_full:
+                return "the engine's steps fail; the server's log says where"
             return health.reason or "the engine was shut down"
         if self._llm.engine.busy and health.beat_seconds is not None and health.beat_seconds > _STUCK_SECONDS:
             return f"the engine has not finished a step for {health.beat_seconds:.0f} s"

@@ -50,7 +50,7 @@ def add(app: FastAPI, service: Service) -> None:
 
     async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
         service.check_model(body.model)
-        text = service.llm.tokenizer.decode(body.tokens)
+        text = await asyncio.to_thread(service.llm.tokenizer.decode, body.tokens)
         return json_answer({"prompt": text, "content": text})
 
     post(app, "/tokenize", TokenizeRequest, tokenize)
