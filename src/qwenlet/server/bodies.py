@@ -25,6 +25,7 @@ Result = TypeVar("Result")
 MAX_DEPTH = 200  # less than what the store takes, which keeps parts of bodies
 MAX_NESTED = 100_000  # lists and objects: more take seconds to build, in which no thread runs
 LARGE = 65_536  # bytes of a body that is read beside the event loop
+_ANYTHING = msgspec.json.Decoder()
 _STEPS = np.zeros(256, np.int8)
 _STEPS[list(b"[{")], _STEPS[list(b"]}")] = 1, -1
 _PLACE = re.compile(r" - at `\$\.?(.*?)`$")
@@ -92,7 +93,7 @@ def post(
         body = decoded(raw, decoder)
         without = check_effects(body)
         if not kind.__struct_config__.forbid_unknown_fields:
-            without += _unknown(msgspec.json.decode(raw), kind, body)
+            without += _unknown(decoded(raw, _ANYTHING), kind, body)
         return body, without
 
     async def endpoint(request: Request) -> Response:
