@@ -41,6 +41,8 @@ def written(path: Path, records: list[Any]) -> Path:
         {"messages": ASKED, "chosen": {**SAID, "content": "yes"}, "rejected": {**SAID, "content": "no"}},
         {"prompt": ASKED, "chosen": [{**SAID, "content": "yes"}], "rejected": [{**SAID, "content": "no"}]},
         {"prompt": "Hi", "chosen": [{**SAID, "content": "yes"}], "rejected": [{**SAID, "content": "no"}]},
+        {"prompt": "Hi", "chosen": [*ASKED, {**SAID, "content": "yes"}], "rejected": [{**SAID, "content": "no"}]},
+        {"prompt": ASKED, "chosen": [*ASKED, {**SAID, "content": "yes"}], "rejected": "no"},
         {"chosen": [*ASKED, {**SAID, "content": "yes"}], "rejected": [*ASKED, {**SAID, "content": "no"}]},
         {"chosen": "\n\nHuman: Hi\n\nAssistant: yes", "rejected": "\n\nHuman: Hi\n\nAssistant: no"},
         {"instruction": "Hi", "input": "", "output": ["yes", "perhaps", "no"]},
@@ -73,6 +75,15 @@ def test_texts_stay_texts() -> None:
         ({"chosen": "yes", "rejected": "no"}, "a text without a prompt"),
         ({"prompt": ASKED, "chosen": [], "rejected": "no"}, "chosen is \\[\\]"),
         ({"conversations": TURNS, "chosen": "yes", "rejected": "no", "odd": 1}, "'odd' is not understood"),
+        (
+            {"prompt": "Ho", "chosen": [*ASKED, {**SAID, "content": "yes"}], "rejected": "no"},
+            "chosen begins with other",
+        ),
+        (
+            {"chosen": "\n\nHuman: Hi\n\nAssistant: yes", "rejected": "\n\nHuman: Ho\n\nAssistant: no"},
+            "answer different prompts",
+        ),
+        ({"prompt": "Hi", "chosen": [{**SAID, "content": "yes"}], "rejected": "no"}, "answer different prompts"),
     ],
 )
 def test_a_record_that_is_no_pair_is_named_by_file_and_line(record: Any, said: str, tmp_path: Path) -> None:
@@ -102,6 +113,34 @@ def test_only_the_last_reply_is_compared(tmp_path: Path) -> None:
     for index, reply in enumerate((b"yes", b"no")):
         ids, learned = pairs.each[index]
         assert bytes(int(id) for id in ids[learned] if id < 256).strip() == reply
+
+
+def test_a_whole_conversation_may_bring_its_system_message() -> None:
+    told = [{"role": "system", "content": "S"}, *ASKED]
+    pair = {"prompt": "Hi", **{name: [*told, {**SAID, "content": name}] for name in ("chosen", "rejected")}}
+    chosen, _ = read_pair(pair, "a:1")
+    assert isinstance(chosen, Dialogue)
+    assert [message.role for message in chosen.messages] == ["system", "user", "assistant"]
+
+
+def test_replies_that_called_tools_are_compared_behind_one_prompt(tmp_path: Path) -> None:
+    """The tools stand elsewhere once a result has come; the prompt is that of the reply's beginning."""
+    asked = [*ASKED, {**SAID, "content": "Ho"}, {"role": "user", "content": "Time?"}]
+    call = {**SAID, "content": None, "tool_calls": [{"id": "1", "function": {"name": "clock", "arguments": "{}"}}]}
+    result = {"role": "tool", "tool_call_id": "1", "content": "noon"}
+    answer = {**SAID, "content": "It is noon."}
+    record = {
+        "messages": asked, "tools": [{"type": "function", "function": {"name": "clock"}}],
+        "chosen": [call, result, answer], "rejected": [answer],
+    }  # fmt: skip
+    chosen, rejected = read_pair(record, "a:1")
+    assert isinstance(chosen, Dialogue)
+    assert isinstance(rejected, Dialogue)
+    assert chosen.messages[:3] == rejected.messages[:3]
+    assert "clock: Call this tool" in chosen.messages[0].content
+    pairs = load_pairs([written(tmp_path / "p.jsonl", [record])], byte_tokenizer(), DataConfig(max_length=2000),
+                       system=None)  # fmt: skip
+    assert len(pairs) == 1
 
 
 # --------------------------------------------------------------------------------------------------------- the loss
