@@ -106,6 +106,14 @@ def test_a_pair_with_a_reply_that_is_too_long_goes_as_a_whole(tmp_path: Path) ->
         load_pairs([path], byte_tokenizer(), DataConfig(max_length=5), system=None)
 
 
+def test_what_was_left_out_of_pairs_is_told(tmp_path: Path) -> None:
+    opened = [{"from": "gpt", "value": "Welcome"}, *TURNS]
+    path = written(tmp_path / "pairs.jsonl", [{"conversations": opened, "chosen": "yes", "rejected": "no"}])
+    report = load_pairs([path], byte_tokenizer(), DataConfig(), system=None).each.report
+    assert report.openings == 1
+    assert "1 messages before a first question left out" in report.lines(100)
+
+
 def test_only_the_last_reply_is_compared(tmp_path: Path) -> None:
     turns = [*TURNS, {"from": "gpt", "value": "shared"}, {"from": "human", "value": "More"}]
     path = written(tmp_path / "pairs.jsonl", [{"conversations": turns, "chosen": "yes", "rejected": "no"}])
@@ -213,6 +221,18 @@ def test_without_an_adapter_to_switch_off_the_model_is_asked_before(tmp_path: Pa
     whole = adapted(modules_to_save=("lm_head",))
     with pytest.raises(ConfigError, match="can't be switched off"):
         Preference(pairs).loss(whole, (0,), CPU)
+
+
+def test_what_was_before_is_measured_without_dropout(tmp_path: Path) -> None:
+    """An adapter that is trained further drops inputs in training, and none of them in the model it began as."""
+    pairs, model = made_pairs(tmp_path), adapted(dropout=0.5)
+    for module in model.modules():
+        if isinstance(module, LoraLinear):
+            torch.nn.init.normal_(module.lora_B, std=0.3)
+    objective = Preference(pairs)
+    objective.prepare(model.train(), CPU)
+    assert model.training
+    assert objective.gains(model.eval(), tuple(range(len(pairs))), CPU).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("make", [adapted, tiny_model], ids=["lora", "full"])

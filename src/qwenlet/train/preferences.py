@@ -92,6 +92,7 @@ def load_pairs(paths: Sequence[str | Path], tokenizer: Tokenizer, config: DataCo
             report.long += 1
             continue
         report.cut += made.report.cut
+        report.openings += made.report.openings // 2  # both replies stand behind them
         if len(made) == 2:
             parts.append(made)
         else:
