@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +31,7 @@ from qwenlet.tokenizer import Tokenizer
 from qwenlet.train.records import Dialogue, Record, Text, read_records
 
 _FORM = 2  # of the cache's files
+_HASHED = 1 << 20  # numbers at a time
 
 
 @dataclass
@@ -112,7 +114,8 @@ class Samples:
         """The same for the same samples."""
         digest = hashlib.sha256()
         for part in (self.ids, self.learned, self.starts):
-            digest.update(np.ascontiguousarray(part).tobytes())
+            for at in range(0, len(part), _HASHED):  # a corpus is a mapped file, larger than memory maybe
+                digest.update(np.ascontiguousarray(part[at : at + _HASHED]).tobytes())
         return digest.hexdigest()[:16]
 
     def targets(self, index: int) -> int:
@@ -275,11 +278,11 @@ def _save(path: Path, samples: Samples) -> None:
 def _load(path: Path) -> Samples | None:
     """None where there is no such file, or a damaged one: it is made again."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             about = json.loads(file["about"].tobytes())
             report = Report(
                 **about["report"] | {"bad": [tuple(pair) for pair in about["report"]["bad"]], "cached": True}
             )
             return Samples(file["ids"], file["learned"], file["starts"], tuple(about["where"]), report)
-    except (OSError, ValueError, KeyError, TypeError, EOFError):
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile):
         return None
