@@ -21,7 +21,7 @@ from qwenlet.checkpoint.names import Layout, parts_of
 from qwenlet.checkpoint.save import new_folder, write_json
 from qwenlet.config import GenerationDefaults, LoraConfig, ModelConfig, read_json
 from qwenlet.errors import CheckpointError, ConfigError
-from qwenlet.lora.layers import LoraLinear, add_lora, lora_config, saved_modules, trainable_module
+from qwenlet.lora.layers import LoraLinear, add_lora, grow_vocabulary, lora_config, saved_modules
 from qwenlet.model import Qwen
 
 CONFIG, WEIGHTS, GENERATION = "adapter_config.json", "adapter_model.safetensors", "generation_config.json"
@@ -307,8 +307,8 @@ def load_adapter(model: Qwen, folder: str | Path) -> Adapter:
         CheckpointError, ConfigError: as `Adapter.read`; the model is unchanged then.
     """
     adapter = Adapter.read(folder, model.config)
-    if adapter.vocab_size not in (None, model.config.vocab_size):
-        _make_room(model, adapter)
+    if (size := adapter.vocab_size) is not None and size != model.config.vocab_size:
+        grow_vocabulary(model, size)
     ends = tuple(dict.fromkeys(name.rpartition(".")[2] for name in adapter.factors))
     kept = tuple(dict.fromkeys(name.split(".")[-2] for name in adapter.saved))
     config = replace(adapter.config, targets=ends, modules_to_save=kept)
@@ -325,12 +325,3 @@ def load_adapter(model: Qwen, folder: str | Path) -> Adapter:
         for name, tensor in adapter.saved.items():
             model.get_parameter(name).copy_(tensor)
     return adapter
-
-
-def _make_room(model: Qwen, adapter: Adapter) -> None:
-    """Embedding and head of the adapter's vocabulary, to be filled."""
-    for name in ("transformer.wte", "lm_head"):
-        trainable_module(model, name)
-    size = adapter.vocab_size
-    assert size is not None
-    model.resize_vocabulary(size)
