@@ -104,7 +104,7 @@ def test_memory_is_told_before_weights_are_loaded(
         raise CheckpointError("killed")
 
     monkeypatch.setattr("qwenlet.train.finetune.load_model", killed)
-    monkeypatch.setattr("qwenlet.train.finetune.free_memory", lambda device: 1000)
+    monkeypatch.setattr("qwenlet.train.planning.free_memory", lambda device: 1000)
     command = ["finetune", str(model), str(data), "--out", str(tmp_path / "out"), *ARGUMENTS]
     told = run(*command, "--dry-run")
     assert told.code == 1

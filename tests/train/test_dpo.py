@@ -102,6 +102,8 @@ def test_a_pair_with_a_reply_that_is_too_long_goes_as_a_whole(tmp_path: Path) ->
     assert [place.rpartition(":")[2] for place in pairs.each.where] == ["1", "1", "3", "3"]
     with pytest.raises(DataError, match="more than the 100 allowed"):
         load_pairs([path], byte_tokenizer(), DataConfig(max_length=100, long="error"), system=None)
+    cut = load_pairs([path], byte_tokenizer(), DataConfig(max_length=36, long="cut"), system=None).each.report
+    assert (cut.samples, cut.nothing, cut.long, cut.cut > 0) == (3, 0, 0, True)
     with pytest.raises(DataError, match="no pair is left"):
         load_pairs([path], byte_tokenizer(), DataConfig(max_length=5), system=None)
 

@@ -97,6 +97,7 @@ def test_rows_that_would_stay_frozen_are_refused(begun: Path, tmp_path: Path):
     model = tiny_model()
     make_learn(model, whole=False, lora=LoraConfig(rank=4, modules_to_save=BOTH), vocabulary=280)
     folder = save_adapter(model, tmp_path / "grown")
+    make_learn(shapes_of(TINY), whole=False, adapter=folder, vocabulary=300)
     other = tiny_model()
     make_learn(other, whole=False, adapter=folder, vocabulary=300)
     assert other.lm_head.weight.shape == (300, 32)

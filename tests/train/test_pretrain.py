@@ -149,7 +149,7 @@ def test_memory_is_foreseen_before_there_are_weights(story: Path, tmp_path: Path
 
     plans: list[Plan] = []
     monkeypatch.setattr("qwenlet.train.pretrain.new_model", killed)
-    monkeypatch.setattr("qwenlet.train.pretrain.free_memory", lambda device: 5)
+    monkeypatch.setattr("qwenlet.train.planning.free_memory", lambda device: 5)
     with pytest.raises(MemoryError):
         pretrain(small_job(story, tmp_path / "out"), foreseen=plans.append)
     (plan,) = plans

@@ -25,7 +25,6 @@ from qwenlet.checkpoint import (
     check_dtype,
     device_by_name,
     dtype_by_name,
-    free_memory,
     load_model,
     load_quantized,
     read_tokenizer,
@@ -41,7 +40,7 @@ from qwenlet.train.checkpoints import FOLDER
 from qwenlet.train.dpo import Preference
 from qwenlet.train.learning import compute_in, keep_masters, make_learn, shapes_of
 from qwenlet.train.objective import NextToken, Objective
-from qwenlet.train.planning import Plan, foresee, make_plan
+from qwenlet.train.planning import Plan, foresee, make_plan, usable_memory
 from qwenlet.train.preferences import Pairs, load_pairs
 from qwenlet.train.processes import Processes, processes
 from qwenlet.train.samples import Samples, load_samples
@@ -139,7 +138,7 @@ class Finetune:
         self.held_pairs: Pairs | None = None
         self.samples, self.held_out = self._samples()
         self.dtype = self._dtype()
-        self.memory = free_memory(self.device) if job.memory is None else job.memory
+        self.memory = usable_memory(job.memory, self.device, self.group)
         self.model: Qwen
         self.plan = self._foreseen()
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from qwenlet.checkpoint import free_memory
 from qwenlet.config import TrainingConfig
 from qwenlet.model import Qwen
 from qwenlet.train.batches import Batch, count_steps
@@ -51,6 +52,11 @@ class Plan:
     def peak(self) -> int:
         """Bytes that one process will have resident at most."""
         return self.forecast.peak(self.recompute)
+
+
+def usable_memory(given: int | None, device: torch.device, group: Processes) -> int | None:
+    """Bytes that a process may use: what was given, or what devices have free. The same to all, which must do alike."""
+    return group.least(free_memory(device) if given is None else given)
 
 
 def foresee(

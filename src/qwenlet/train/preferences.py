@@ -83,23 +83,28 @@ def load_pairs(paths: Sequence[str | Path], tokenizer: Tokenizer, config: DataCo
         raise bad.error()
     report = Report(forms={"pairs": len(found)} if found else {}, bad=bad.found)
     parts: list[Samples] = []
+    lost = 0
     for pair in found:
         try:
             made = encode(pair, tokenizer, replace(config, labels="last"), system=system)
         except DataError:
             if config.long == "error":
                 raise
-            report.long += 1
+            lost += 1
             continue
         report.cut += made.report.cut
         report.openings += made.report.openings // 2  # both replies stand behind them
         if len(made) == 2:
             parts.append(made)
         else:
-            report.long += 1
+            lost += 1
+    if config.long == "cut":  # they lost their replies
+        report.nothing = lost
+    else:
+        report.long = lost
     if not parts:
         raise DataError(
-            f"no pair is left to train on: {report.long} are longer than {config.max_length} tokens",
+            f"no pair is left to train on: {lost} are longer than {config.max_length} tokens",
             hint="raise --max-length",
         )
     each = _joined(parts)

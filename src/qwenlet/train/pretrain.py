@@ -24,7 +24,6 @@ from qwenlet.checkpoint import (
     auto_dtype,
     device_by_name,
     dtype_by_name,
-    free_memory,
     load_model,
     read_tokenizer,
     write_new,
@@ -41,7 +40,7 @@ from qwenlet.train.corpus import Corpus, build, documents, encode
 from qwenlet.train.finetune import FREE, publish
 from qwenlet.train.learning import keep_masters, shapes_of
 from qwenlet.train.objective import NextToken
-from qwenlet.train.planning import Plan, foresee, make_plan
+from qwenlet.train.planning import Plan, foresee, make_plan, usable_memory
 from qwenlet.train.processes import Processes, processes
 from qwenlet.train.trainer import Outcome, Trainer
 
@@ -229,7 +228,7 @@ class _Pretraining:
         )
         self.note(f"{self.config.parameter_count:,} parameters, {self._embedding():,} of them for the vocabulary")
         budget = training.batch_size * job.length if training.packed else None
-        memory = free_memory(self.device) if job.memory is None else job.memory
+        memory = usable_memory(job.memory, self.device, self.group)
         if foreseen is not None:
             foreseen(
                 foresee(
