@@ -73,7 +73,7 @@ def ours(path: Path, recompute: str, rounds: int, quant: bool = False) -> list[f
         from qwenlet import hub
         from qwenlet.checkpoint import load_quantized
         from qwenlet.config import QuantConfig
-        from qwenlet.train.finetune import compute_in
+        from qwenlet.train.learning import compute_in
 
         checkpoint = Checkpoint.open(path)
         rounding = QuantConfig.named("int4").fit(checkpoint.config)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qwenlet import plan
-from qwenlet.checkpoint import Checkpoint, check_room, load_model, write_rounded
+from qwenlet.checkpoint import Checkpoint, check_room, free_memory, load_model, write_rounded
 from qwenlet.checkpoint.room import setup_of
 from qwenlet.config import EngineConfig, QuantConfig
 from qwenlet.errors import ConfigError
@@ -34,6 +34,12 @@ def test_what_does_not_fit_is_refused_with_what_would(tiny: Checkpoint, monkeypa
     free(monkeypatch, needed - 1)
     with pytest.raises(ConfigError, match=r"(?s)4096 tokens of past need .* these would fit: --kv-cache int8"):
         check_room(tiny, None, torch.float32, options, GPU, coded=False)
+
+
+def test_memory_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    free(monkeypatch, 12_345)
+    monkeypatch.setattr(plan, "available_memory", lambda: 67_890)
+    assert (free_memory(GPU), free_memory(torch.device("cpu"))) == (12_345, 67_890)
 
 
 def test_nothing_fits(tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from tests.train.tiny import TINY
 
 from qwenlet.api import load
 from qwenlet.checkpoint import Checkpoint, write_random
+from qwenlet.errors import CheckpointError
 from qwenlet.lora import Adapter
 from qwenlet.lora.merge import merge
 
@@ -70,6 +71,48 @@ def test_an_adapter_beside_codes(run, data: Path, tmp_path: Path, qwen_vocab: Pa
     other = run("finetune", str(model), str(data), "--out", "x", "--method", "qlora", *ARGUMENTS[:-1], "fp16")
     assert other.code == 1
     assert "dtype is 'fp16'" in other.err
+
+
+def test_a_run_beside_codes_goes_on_beside_the_same(run, data: Path, tmp_path: Path, qwen_vocab: Path):
+    from dataclasses import replace
+
+    sizes = replace(TINY, vocab_size=151_936, hidden_size=64, head_dim=32, intermediate_size=128)
+    model = write_random(tmp_path / "tiny", sizes, dtype="fp32", tokenizer_file=qwen_vocab)
+    out = tmp_path / "out"
+    command = ["finetune", str(model), str(data), "--out", str(out), "--method", "qlora", "--max-steps", "1"]
+    assert run(*command, *ARGUMENTS).code == 0
+    (out / "adapter_config.json").unlink()  # as if it had been stopped
+    other = run(*command, "--quant", "int8", *ARGUMENTS)
+    assert other.code == 1
+    assert "quant 'int4' then, 'int8' now" in other.err
+
+
+def test_what_was_left_out_of_evaluation_data_is_said(run, model: Path, data: Path, tmp_path: Path):
+    other = tmp_path / "other.jsonl"
+    records = [{"instruction": "Hi", "output": "Ho"}, {"instruction": "Hi", "output": "Ho " * 100}]
+    other.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    result = run("finetune", str(model), str(data), "--out", str(tmp_path / "out"), "--eval-data", str(other),
+                 "--dry-run", *ARGUMENTS)  # fmt: skip
+    assert result.code == 0, result.err
+    assert "to measure on: 1 record longer than 64 tokens left out" in result.err
+
+
+def test_memory_is_told_before_weights_are_loaded(
+    run, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def killed(*_: object, **__: object) -> None:
+        raise CheckpointError("killed")
+
+    monkeypatch.setattr("qwenlet.train.finetune.load_model", killed)
+    monkeypatch.setattr("qwenlet.train.planning.free_memory", lambda device: 1000)
+    command = ["finetune", str(model), str(data), "--out", str(tmp_path / "out"), *ARGUMENTS]
+    told = run(*command, "--dry-run")
+    assert told.code == 1
+    assert "expected peak" in told.err
+    assert told.err.index("that is more than the") < told.err.index("killed")
+    shown = run(*command, "--preview", "1")
+    assert shown.code == 0, shown.err
+    assert "[[1<|im_end|>]]" in shown.out
 
 
 def test_all_weights_become_a_checkpoint(run, model: Path, data: Path, tmp_path: Path):
@@ -147,3 +190,12 @@ def test_a_model_from_nothing(run, tmp_path: Path, qwen_vocab: Path):
     config = Checkpoint.open(out).config
     assert (config.model_type, config.vocab_size, config.seq_length) == ("qwen", 512, 32)
     assert Checkpoint.open(out).defaults.chat_format == "raw", "it has read, and never talked"
+
+
+def test_orders_of_counts(run, tmp_path: Path):
+    from qwenlet.cli.pretrain import _orders
+
+    assert (_orders(["none"]), _orders(["1", "4"])) == ((), (1, 4))
+    result = run("pretrain", "x.txt", "--out", str(tmp_path), "--tokenizer", "x", "--baseline", "two")
+    assert result.code == 2
+    assert "'two' is no order: expected 1 or more, or none" in result.err

@@ -119,6 +119,67 @@ def test_an_adapter_of_the_qwen2_form_is_the_fused_projections(tmp_path: Path) -
     assert torch.allclose(fused, torch.cat([q, torch.zeros(64, 64), v]), atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [
+        ({"q_proj": 2, "v_proj": 2}, {}),
+        ({"q_proj": 2, "k_proj": 2, "v_proj": 2}, {}),
+        ({"q_proj": 2, "k_proj": 2, "v_proj": 2}, {"use_rslora": True}),
+        ({"q_proj": 2, "v_proj": 4}, {"rank_pattern": {"v_proj": 4}}),
+        ({"q_proj": 2, "v_proj": 4}, {"rank_pattern": {"v_proj": 4}, "alpha_pattern": {"q_proj": 3}}),
+    ],
+    ids=["q and v", "q, k and v", "rslora", "ranks", "ranks and alphas"],
+)
+def test_what_was_fused_is_written_with_its_scale(
+    ranks: dict[str, int], options: dict[str, object], tmp_path: Path
+) -> None:
+    """Loaded to be trained further, and written: the same change of the weights, to us and to peft."""
+    prefix = "base_model.model.model.layers.0.self_attn."
+    torch.manual_seed(5)
+    state = {}
+    for leaf, rank in ranks.items():
+        state |= {f"{prefix}{leaf}.lora_A.weight": torch.randn(rank, 64) / 8}
+        state |= {f"{prefix}{leaf}.lora_B.weight": torch.randn(64, rank) / 8}
+    write(tmp_path / "apart", state, r=2, lora_alpha=8, target_modules=list(ranks), **options)
+    model = plain_model()
+    before = as_hf(model)
+    first = load_adapter(model, tmp_path / "apart")
+    save_adapter(model, tmp_path / "fused")
+    name = "transformer.h.0.attn.c_attn"
+    change = first.factors[name].added_to(torch.zeros(192, 64))
+    again = Adapter.read(tmp_path / "fused", model.config)
+    assert again.factors.keys() == {name}
+    assert torch.allclose(again.factors[name].added_to(torch.zeros(192, 64)), change, atol=1e-6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # layers without an adapter are missing in the file
+        theirs = peft.PeftModel.from_pretrained(before, tmp_path / "fused").eval()
+    with torch.no_grad():
+        assert torch.allclose(theirs(IDS).logits[0], logits(model), atol=1e-4)
+
+
+def test_ranks_and_alphas_of_single_modules_stay(tmp_path: Path) -> None:
+    before = plain_model()
+    config = peft.LoraConfig(
+        r=4, target_modules=["c_attn", "w1"], task_type="CAUSAL_LM", rank_pattern={"w1": 2},
+        alpha_pattern={"h.1.mlp.w1": 3.0},
+    )  # fmt: skip
+    theirs = peft.get_peft_model(as_hf(before), config).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.1)
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = plain_model()
+    load_adapter(model, tmp_path / "theirs")
+    save_adapter(model, tmp_path / "ours")
+    other = plain_model()
+    load_adapter(other, tmp_path / "ours")
+    assert torch.allclose(logits(other), logits(model), atol=1e-6)
+    again = peft.PeftModel.from_pretrained(as_hf(plain_model()), tmp_path / "ours").eval()
+    with torch.no_grad():
+        assert torch.allclose(again(IDS).logits[0], theirs(IDS).logits[0], atol=1e-5)
+
+
 def test_a_vocabulary_that_grew_grows_the_model(tmp_path: Path) -> None:
     model = plain_model()
     model.resize_vocabulary(300)

@@ -8,7 +8,7 @@ import pytest
 
 from qwenlet.chat import Message, render_text
 from qwenlet.errors import RequestError
-from qwenlet.tools import Tool, Toolbox, ToolChoice, ToolMessage, react_messages
+from qwenlet.tools import Tool, Toolbox, ToolChoice, ToolMessage, react_messages, react_replies
 
 WEATHER: dict[str, Any] = {
     "name": "天气",
@@ -90,6 +90,25 @@ def test_in_a_longer_talk_the_tools_stand_in_the_last_question_but_one():
     )
 
 
+def test_replies_are_learned_behind_the_prompts_they_had():
+    """Several questions, with calls and without: before each reply stands what a chat would have asked with."""
+    plain = {"role": "assistant", "content": "Yes."}
+    talk = conversation(
+        {"role": "system", "content": "S"}, user("Warm?"), called("1"), result("1", "21"), plain,
+        user("And now?"), called("2"), result("2", "22"), called("3"), result("3", "23"), plain,
+        user("Thanks"), plain, user("Bye"), plain,
+    )  # fmt: skip
+    toolbox = Toolbox.of(TOOLS)
+    learned = []
+    for messages, first in react_replies(talk, toolbox):
+        learned += [index for index, m in enumerate(messages) if m.role == "assistant" and index >= first]
+        for index in learned:
+            if index >= first:
+                assert messages[:index] == react_messages(talk[:index], toolbox)
+    assert learned == [index for index, message in enumerate(talk) if message.role == "assistant"]
+    assert len(react_replies(talk, Toolbox())) == 1
+
+
 def test_calls_of_one_message_stand_with_their_own_results():
     two = called("a") | {"tool_calls": [called("a")["tool_calls"][0], called("b", "clock")["tool_calls"][0]]}
     talk = conversation(user("q"), two, result("b", "noon"), result("a", "21"))
@@ -147,6 +166,7 @@ def test_calls_and_results_belong_together(talk: list[dict[str, Any]], said: str
     ("message", "said"),
     [
         ({"role": "assistant", "content": None}, "has no content"),
+        ({"role": "assistant", "content": "x", "tool_calls": 5}, "tool_calls is 5, expected a list"),
         ({"role": "user", "content": [1]}, "expected text"),
         ({"role": "robot", "content": "x"}, "has the role 'robot'"),
         ({"role": [], "content": "x"}, "has the role"),

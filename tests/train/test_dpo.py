@@ -41,6 +41,8 @@ def written(path: Path, records: list[Any]) -> Path:
         {"messages": ASKED, "chosen": {**SAID, "content": "yes"}, "rejected": {**SAID, "content": "no"}},
         {"prompt": ASKED, "chosen": [{**SAID, "content": "yes"}], "rejected": [{**SAID, "content": "no"}]},
         {"prompt": "Hi", "chosen": [{**SAID, "content": "yes"}], "rejected": [{**SAID, "content": "no"}]},
+        {"prompt": "Hi", "chosen": [*ASKED, {**SAID, "content": "yes"}], "rejected": [{**SAID, "content": "no"}]},
+        {"prompt": ASKED, "chosen": [*ASKED, {**SAID, "content": "yes"}], "rejected": "no"},
         {"chosen": [*ASKED, {**SAID, "content": "yes"}], "rejected": [*ASKED, {**SAID, "content": "no"}]},
         {"chosen": "\n\nHuman: Hi\n\nAssistant: yes", "rejected": "\n\nHuman: Hi\n\nAssistant: no"},
         {"instruction": "Hi", "input": "", "output": ["yes", "perhaps", "no"]},
@@ -73,6 +75,15 @@ def test_texts_stay_texts() -> None:
         ({"chosen": "yes", "rejected": "no"}, "a text without a prompt"),
         ({"prompt": ASKED, "chosen": [], "rejected": "no"}, "chosen is \\[\\]"),
         ({"conversations": TURNS, "chosen": "yes", "rejected": "no", "odd": 1}, "'odd' is not understood"),
+        (
+            {"prompt": "Ho", "chosen": [*ASKED, {**SAID, "content": "yes"}], "rejected": "no"},
+            "chosen begins with other",
+        ),
+        (
+            {"chosen": "\n\nHuman: Hi\n\nAssistant: yes", "rejected": "\n\nHuman: Ho\n\nAssistant: no"},
+            "answer different prompts",
+        ),
+        ({"prompt": "Hi", "chosen": [{**SAID, "content": "yes"}], "rejected": "no"}, "answer different prompts"),
     ],
 )
 def test_a_record_that_is_no_pair_is_named_by_file_and_line(record: Any, said: str, tmp_path: Path) -> None:
@@ -91,8 +102,18 @@ def test_a_pair_with_a_reply_that_is_too_long_goes_as_a_whole(tmp_path: Path) ->
     assert [place.rpartition(":")[2] for place in pairs.each.where] == ["1", "1", "3", "3"]
     with pytest.raises(DataError, match="more than the 100 allowed"):
         load_pairs([path], byte_tokenizer(), DataConfig(max_length=100, long="error"), system=None)
+    cut = load_pairs([path], byte_tokenizer(), DataConfig(max_length=36, long="cut"), system=None).each.report
+    assert (cut.samples, cut.nothing, cut.long, cut.cut > 0) == (3, 0, 0, True)
     with pytest.raises(DataError, match="no pair is left"):
         load_pairs([path], byte_tokenizer(), DataConfig(max_length=5), system=None)
+
+
+def test_what_was_left_out_of_pairs_is_told(tmp_path: Path) -> None:
+    opened = [{"from": "gpt", "value": "Welcome"}, *TURNS]
+    path = written(tmp_path / "pairs.jsonl", [{"conversations": opened, "chosen": "yes", "rejected": "no"}])
+    report = load_pairs([path], byte_tokenizer(), DataConfig(), system=None).each.report
+    assert report.openings == 1
+    assert "1 messages before a first question left out" in report.lines(100)
 
 
 def test_only_the_last_reply_is_compared(tmp_path: Path) -> None:
@@ -102,6 +123,34 @@ def test_only_the_last_reply_is_compared(tmp_path: Path) -> None:
     for index, reply in enumerate((b"yes", b"no")):
         ids, learned = pairs.each[index]
         assert bytes(int(id) for id in ids[learned] if id < 256).strip() == reply
+
+
+def test_a_whole_conversation_may_bring_its_system_message() -> None:
+    told = [{"role": "system", "content": "S"}, *ASKED]
+    pair = {"prompt": "Hi", **{name: [*told, {**SAID, "content": name}] for name in ("chosen", "rejected")}}
+    chosen, _ = read_pair(pair, "a:1")
+    assert isinstance(chosen, Dialogue)
+    assert [message.role for message in chosen.messages] == ["system", "user", "assistant"]
+
+
+def test_replies_that_called_tools_are_compared_behind_one_prompt(tmp_path: Path) -> None:
+    """The tools stand elsewhere once a result has come; the prompt is that of the reply's beginning."""
+    asked = [*ASKED, {**SAID, "content": "Ho"}, {"role": "user", "content": "Time?"}]
+    call = {**SAID, "content": None, "tool_calls": [{"id": "1", "function": {"name": "clock", "arguments": "{}"}}]}
+    result = {"role": "tool", "tool_call_id": "1", "content": "noon"}
+    answer = {**SAID, "content": "It is noon."}
+    record = {
+        "messages": asked, "tools": [{"type": "function", "function": {"name": "clock"}}],
+        "chosen": [call, result, answer], "rejected": [answer],
+    }  # fmt: skip
+    chosen, rejected = read_pair(record, "a:1")
+    assert isinstance(chosen, Dialogue)
+    assert isinstance(rejected, Dialogue)
+    assert chosen.messages[:3] == rejected.messages[:3]
+    assert "clock: Call this tool" in chosen.messages[0].content
+    pairs = load_pairs([written(tmp_path / "p.jsonl", [record])], byte_tokenizer(), DataConfig(max_length=2000),
+                       system=None)  # fmt: skip
+    assert len(pairs) == 1
 
 
 # --------------------------------------------------------------------------------------------------------- the loss
@@ -174,6 +223,18 @@ def test_without_an_adapter_to_switch_off_the_model_is_asked_before(tmp_path: Pa
     whole = adapted(modules_to_save=("lm_head",))
     with pytest.raises(ConfigError, match="can't be switched off"):
         Preference(pairs).loss(whole, (0,), CPU)
+
+
+def test_what_was_before_is_measured_without_dropout(tmp_path: Path) -> None:
+    """An adapter that is trained further drops inputs in training, and none of them in the model it began as."""
+    pairs, model = made_pairs(tmp_path), adapted(dropout=0.5)
+    for module in model.modules():
+        if isinstance(module, LoraLinear):
+            torch.nn.init.normal_(module.lora_B, std=0.3)
+    objective = Preference(pairs)
+    objective.prepare(model.train(), CPU)
+    assert model.training
+    assert objective.gains(model.eval(), tuple(range(len(pairs))), CPU).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("make", [adapted, tiny_model], ids=["lora", "full"])

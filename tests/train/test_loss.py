@@ -93,3 +93,5 @@ def test_nothing_to_count_is_a_loss_of_nothing_with_a_gradient():
     assert float(loss.detach()) == 0.0
     assert x.grad is not None
     assert not x.grad.any()
+    assert head.weight.grad is not None, "or processes that average it would wait for each other"
+    assert not head.weight.grad.any()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,9 @@ from qwenlet.config import ModelConfig, TrainingConfig
 from qwenlet.errors import ConfigError, DataError
 from qwenlet.tokenizer import Tokenizer
 from qwenlet.tokenizer_formats import Vocabulary, read_qwen
+from qwenlet.train import corpus
 from qwenlet.train.baselines import longest_overlap, ngram_loss
+from qwenlet.train.batches import epoch_batches
 from qwenlet.train.corpus import Corpus, build, encode
 from qwenlet.train.planning import Plan
 from qwenlet.train.pretrain import PretrainJob, cut_vocabulary, new_model, pretrain, sized
@@ -62,6 +66,96 @@ def test_a_corpus_is_made_once(story: Path, tmp_path: Path):
     file.write_bytes(b"shorter!")
     with pytest.raises(DataError, match="expected"):
         Corpus.open(file)
+
+
+@pytest.mark.parametrize(("name", "texts"), [("a.txt", 1), ("a.jsonl", 2), ("a.json", 2)])
+def test_a_corpus_is_of_files_as_their_names_say_they_are_read(tmp_path: Path, name: str, texts: int):
+    """The same bytes under other names are other documents, whatever the cache holds."""
+    lines = '{"text": "one text"}\n{"text": "another"}\n'
+    as_list = '[{"text": "one text"},\n{"text": "another"}]'
+    for other in ("a.txt", "a.jsonl"):
+        (tmp_path / other).write_text(lines, encoding="utf-8")
+        encode([tmp_path / other], byte_tokenizer(), tmp_path / "made")
+    path = tmp_path / name
+    path.write_text(as_list if name == "a.json" else lines, encoding="utf-8")
+    corpus = encode([path], byte_tokenizer(), tmp_path / "made")
+    assert len(corpus.starts) - 1 == texts
+
+
+def test_a_corpus_is_written_as_it_is_read(story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of all documents no more than a few are in memory at once."""
+    made: list[weakref.ref[Any]] = []
+    whole = corpus._encoded
+
+    def watched(*given: Any) -> Iterator[np.ndarray]:
+        for ids in whole(*given):
+            made.append(weakref.ref(ids))
+            yield ids
+            del ids
+            assert sum(one() is not None for one in made) <= 4
+
+    monkeypatch.setattr(corpus, "_encoded", watched)
+    monkeypatch.setattr(corpus, "_GROUP", 1)
+    learned, held_out = build([story], byte_tokenizer(), tmp_path / "made", held_out=0.1)
+    assert len(made) == len(learned.starts) + len(held_out.starts) - 2 == 36
+    assert {path.name.partition(".")[0] for path in (tmp_path / "made").glob("*/*")} == {"train", "held-out"}
+
+
+def test_two_may_make_the_same_corpus_at_once(story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As the processes of a machine that sees no other's cache do: here one begins and ends amid the other."""
+    own = corpus._encoded
+    inner: list[Corpus] = []
+
+    def interrupted(*given: Any) -> Iterator[np.ndarray]:
+        for number, ids in enumerate(own(*given)):
+            if number == 3:
+                monkeypatch.setattr(corpus, "_encoded", own)
+                inner.extend(build([story], byte_tokenizer(), tmp_path / "made", held_out=0.1))
+            yield ids
+
+    monkeypatch.setattr(corpus, "_encoded", interrupted)
+    outer = build([story], byte_tokenizer(), tmp_path / "made", held_out=0.1)
+    assert [one.ids.tolist() for one in outer] == [one.ids.tolist() for one in inner]
+
+
+def test_pieces_of_one_token_are_in_no_batch(story: Path, tmp_path: Path):
+    """Every tale has 23 characters or a multiple of the piece's length and one more: a tail that foretells nothing."""
+    tokenizer = byte_tokenizer()
+    length = len("The cat has 1 red hats.")
+    job = small_job(story, tmp_path / "out")
+    samples = encode([story], tokenizer, tmp_path / "made").samples(length)
+    assert (samples.lengths == 1).sum() == 36
+    batches = epoch_batches(samples, 0, seed=0, batch_size=1, budget=None)
+    assert len(batches) == 36
+    training = replace(job.training, batch_size=1, max_steps=3, packed=False)
+    assert pretrain(replace(job, length=length, training=training)) is not None
+    with pytest.raises(DataError, match="no document of two tokens"):
+        Corpus(np.zeros(2, np.uint16), np.array([0, 1, 2]), "here").samples(8)
+
+
+def test_a_model_is_published_before_it_is_told_about(story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def killed(*_: object) -> float:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qwenlet.train.pretrain.ngram_loss", killed)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(replace(small_job(story, tmp_path / "out"), baselines=(1,)))
+    assert Checkpoint.open(tmp_path / "out").config.hidden_size == 32
+
+
+def test_memory_is_foreseen_before_there_are_weights(story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def killed(*_: object) -> None:
+        raise MemoryError
+
+    plans: list[Plan] = []
+    monkeypatch.setattr("qwenlet.train.pretrain.new_model", killed)
+    monkeypatch.setattr("qwenlet.train.planning.free_memory", lambda device: 5)
+    with pytest.raises(MemoryError):
+        pretrain(small_job(story, tmp_path / "out"), foreseen=plans.append)
+    (plan,) = plans
+    assert (plan.memory, plan.seconds) == (5, None)
+    assert plan.peak > 5
+    assert plan.learning == plan.all
 
 
 def test_lines_of_json_and_what_is_wrong_with_them(tmp_path: Path):
@@ -124,6 +218,18 @@ def test_longer_counts_foretell_what_repeats():
     losses = [ngram_loss(learned, held_out, order, vocabulary=8) for order in (1, 2, 3)]
     assert losses[0] > 1.2
     assert losses[1] < 0.1
+
+
+def test_counts_are_taken_of_some_tokens_at_most(monkeypatch: pytest.MonkeyPatch):
+    learned, held_out = of_ids([0, 1, 2, 3] * 3, [5, 4, 5, 4]), of_ids([0, 1, 2, 3])
+    expected = ngram_loss(of_ids([0, 1, 2, 3, 0, 1]), held_out, 3, vocabulary=8)
+    monkeypatch.setattr("qwenlet.train.baselines.COUNTED", 6)
+    assert ngram_loss(learned, held_out, 3, vocabulary=8) == pytest.approx(expected)
+
+
+def test_counts_of_contexts_that_no_text_is_long_enough_for():
+    learned, held_out = of_ids([0], [1]), of_ids([0, 1, 0])
+    assert ngram_loss(learned, held_out, 5, vocabulary=4) == ngram_loss(learned, held_out, 1, vocabulary=4)
 
 
 def test_the_longest_piece_that_was_learned_by_heart():

@@ -7,14 +7,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.engine.tiny import byte_tokenizer
 
-from qwenlet.chat import Message
+from qwenlet.chat import Message, render
 from qwenlet.config import DataConfig
 from qwenlet.errors import DataError, RequestError
+from qwenlet.tools import Toolbox, ToolMessage, react_messages
 from qwenlet.train.batches import in_order
 from qwenlet.train.preview import pieces
 from qwenlet.train.records import Dialogue, Text, read_record, read_records
@@ -87,6 +89,53 @@ def test_tools_are_written_out_as_the_model_was_taught():
     assert answer.endswith("Final Answer: It is 42.")
 
 
+CLOCK = [{"type": "function", "function": {"name": "clock"}}]
+CALL = SAID | {"content": None, "tool_calls": [{"id": "1", "function": {"name": "clock", "arguments": "{}"}}]}
+RESULT = {"role": "tool", "tool_call_id": "1", "content": "noon"}
+
+
+def test_every_reply_is_learned_behind_the_prompt_that_a_chat_gives_it():
+    talk = [ASKED, CALL, RESULT, SAID, ASKED, CALL, RESULT, SAID, ASKED, SAID, ASKED, SAID]
+    tokenizer, toolbox = byte_tokenizer(), Toolbox.of(CLOCK)
+    prompts = []
+    for index, message in enumerate(talk):
+        if message["role"] == "assistant":
+            asked = react_messages([ToolMessage.of(one) for one in talk[:index]], toolbox)
+            prompts.append(render(tokenizer, asked))
+
+    def learned(**options: Any) -> list[list[int]]:
+        """What stands before each stretch that is learned."""
+        config = DataConfig(max_length=5000, **options)
+        samples = encode([read_record({"messages": talk, "tools": CLOCK}, "")], tokenizer, config, system=None)
+        found = []
+        for index in range(len(samples)):
+            ids, marks = samples[index]
+            text = "".join(piece if mark else "\0" for piece, mark in pieces(samples, index, tokenizer))
+            assert "noon" not in text
+            begins = np.flatnonzero(marks & ~np.concatenate([[False], marks[:-1]]))
+            found += [ids[:at].tolist() for at in begins]
+        return found
+
+    assert learned() == prompts
+    assert learned(labels="last") == prompts[-1:]
+    assert len(encode([read_record({"messages": talk, "tools": CLOCK}, "")], tokenizer,
+                      DataConfig(max_length=5000, labels="all"), system=None)) == 1  # fmt: skip
+
+
+def test_the_last_reply_is_whole_where_it_called_tools():
+    talk = [ASKED, SAID, ASKED, CALL, RESULT, SAID]
+    tokenizer = byte_tokenizer()
+    record = read_record({"messages": talk, "tools": CLOCK}, "")
+    samples = encode([record], tokenizer, DataConfig(max_length=5000, labels="last"), system=None)
+    texts = [
+        "".join(piece for piece, mark in pieces(samples, index, tokenizer) if mark) for index in range(len(samples))
+    ]
+    assert texts == [
+        "Thought: \nAction: clock\nAction Input: {}\nObservation:",
+        " I now know the final answer.\nFinal Answer: Ho<|im_end|>",
+    ]
+
+
 def test_a_weight_of_nothing_leaves_a_message_unlearned():
     record = {"messages": [ASKED, SAID | {"weight": 0}, ASKED, SAID | {"weight": 1}]}
     samples = encode([read_record(record, "")], byte_tokenizer(), DataConfig(), system=None)
@@ -106,6 +155,7 @@ def test_a_weight_of_nothing_leaves_a_message_unlearned():
         ({"messages": [ASKED, SAID, {"role": "system", "content": "x"}, SAID]}, "message 3 is a system message"),
         ({"messages": [ASKED, {"role": "wizard", "content": "x"}]}, "'wizard'"),
         ({"messages": [ASKED, SAID | {"weight": 2}]}, "weight 2, expected 0 or 1"),
+        ({"messages": [ASKED, SAID | {"tool_calls": 5}]}, "tool_calls is 5, expected a list"),
         ({"instruction": "x"}, "an instruction and no output"),
         ({"instruction": "x", "output": "y", "reward": 1}, "'reward' is not understood beside 'alpaca'"),
         ({"prompt": "x"}, "expected a completion"),
@@ -222,9 +272,11 @@ def test_the_cache_gives_what_was_made_and_knows_another_file(tmp_path: Path):
     assert tuple(again.where) == tuple(first.where)
     written(tmp_path, [{"messages": [ASKED, {"role": "assistant", "content": "He"}]}])
     assert load().fingerprint != first.fingerprint
-    for file in (tmp_path / "cache").iterdir():
-        file.write_bytes(b"PK damaged")
-    assert not load().report.cached
+    for damage in (lambda whole: b"PK damaged", lambda whole: whole[: len(whole) // 2]):
+        for file in (tmp_path / "cache").iterdir():
+            file.write_bytes(damage(file.read_bytes()))
+        assert not load().report.cached
+        assert load().report.cached
 
 
 def test_held_out_samples_are_others():

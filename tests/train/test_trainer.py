@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tests.train.tiny import CPU, made_samples, tiny_model, trainer
 
 from qwenlet.errors import CheckpointError, TrainingError
+from qwenlet.model import Qwen
 from qwenlet.train import checkpoints
 from qwenlet.train.batches import epoch_batches
 from qwenlet.train.journal import read_log
@@ -166,6 +167,14 @@ def test_old_checkpoints_go_and_the_newest_stay(tmp_path: Path):
     assert sorted(p.name for p in (tmp_path / "training").glob("step-*")) == ["step-000004", "step-000005"]
 
 
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path: Path):
+    kept = checkpoints.Checkpoints(tmp_path, {}, keep=2)
+    for step in (999_800, 999_900, 1_000_000):
+        kept.save(checkpoints.Standing(step=step), {}, {})
+    assert [path.name for path in kept.all()] == ["step-999900", "step-1000000"]
+    assert kept.load()[0].step == 1_000_000
+
+
 # ----------------------------------------------------------------------------------------------------------- bad luck
 
 
@@ -178,6 +187,34 @@ def test_a_loss_that_is_no_number_ends_the_run_and_says_where(tmp_path: Path):
         poisoned.run()
     again = load_file(tmp_path / "training" / "step-000004" / "weights.safetensors")
     assert all(torch.equal(again[name], kept[name]) for name in kept)
+
+
+def test_a_gradient_that_is_no_number_ends_a_run_in_float16_too(tmp_path: Path):
+    """Steps that overflow are left out while there is less to scale by; their norm is no number of JSON."""
+    run = trainer(tmp_path, max_steps=40, arithmetic=torch.float16)
+
+    def loss(model: Qwen, *_: object) -> torch.Tensor:
+        return model.lm_head.weight.sum().mul(0.0).sqrt()  # 0, and its gradient is no number
+
+    run.objective.loss = loss  # type: ignore[method-assign]
+    before = run.sharing.weights()
+    with pytest.raises(TrainingError, match=r"gradient is nan at step 17 .*made\.jsonl:\d+"):
+        run.run()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in run.sharing.weights().items())
+    lines = read_log(tmp_path / "training")
+    assert len(lines) == 16
+    assert all(line["grad_norm"] is None for line in lines)
+    assert "NaN" not in (tmp_path / "training" / "log.jsonl").read_text()
+
+
+def test_a_run_in_float16_goes_on_with_its_scale(tmp_path: Path):
+    first = trainer(tmp_path, max_steps=3, save_every=3, arithmetic=torch.float16)
+    first.run()
+    again = trainer(tmp_path, max_steps=6, save_every=3, arithmetic=torch.float16)
+    again._resume()
+    assert first.sharing.scale == again.sharing.scale
+    assert again.sharing.scale is not None
+    assert again.sharing.scale[1] == 3, "steps since it changed: it grows behind some thousand"
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

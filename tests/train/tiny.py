@@ -48,8 +48,9 @@ def trainer(out: Path, model: Qwen | None = None, **changes: Any) -> Trainer:
         name: changes.pop(name) for name in ("held_out", "export", "progress", "note", "group") if name in changes
     }
     settings: dict[str, Any] = {"epochs": 2, "batch_size": 1, "accumulation": 2, "warmup": 2, "seed": 3}
+    dtype = changes.pop("arithmetic", torch.float32)
     config = TrainingConfig(**(settings | changes))
     return Trainer(
-        model or tiny_model(), NextToken(made_samples()), config, lr=config.lr or 1e-2, dtype=torch.float32, device=CPU,
+        model or tiny_model(), NextToken(made_samples()), config, lr=config.lr or 1e-2, dtype=dtype, device=CPU,
         out=out, run={"seed": config.seed}, budget=40 if config.packed else None, **options,
     )  # fmt: skip

@@ -21,6 +21,8 @@ def main(out: Path, parallel: str, method: str, max_steps: int) -> None:
     if method == "lora":
         add_lora(model, LoraConfig(rank=4, dropout=0.1))
     with processes(CPU) as group:
+        assert group.least(10 + group.rank) == 10
+        assert group.least(10 if group.count == 1 else [None, 10][group.rank]) == (10 if group.count == 1 else None)
         run = trainer(
             out, model, group=group, parallel=parallel, accumulation=4 // group.count, max_steps=max_steps,
             save_every=3, held_out=NextToken(made_samples(7, seed=1)),

@@ -7,7 +7,7 @@
     names      how other layouts name and cut the same tensors
     load       skeleton on the meta device -> stream -> assign -> one report
     codes      modules that run weights in codes
-    room       whether a GPU has memory for it
+    room       what memory a device has left, and whether a GPU has enough
     rounding   floats rounded to codes while they are read
     importance ... and how much each of their inputs counts
     tilefile   quantized modules in one file, in the kernels' order
@@ -30,7 +30,7 @@ from qwenlet.checkpoint.importance import rounding_of
 from qwenlet.checkpoint.load import DEFAULT_SYSTEM, Checkpoint, LoadReport, Progress, load_model, read_tokenizer
 from qwenlet.checkpoint.quantized import WeightOf, write_quantized, write_rounded
 from qwenlet.checkpoint.random import RandomCheckpoint
-from qwenlet.checkpoint.room import check_room
+from qwenlet.checkpoint.room import check_room, free_memory
 from qwenlet.checkpoint.rounding import Rounding
 from qwenlet.checkpoint.save import new_folder, write_random
 from qwenlet.checkpoint.source import Source
@@ -54,6 +54,7 @@ __all__ = [
     "device_by_name",
     "dtype_by_name",
     "dtype_name",
+    "free_memory",
     "left_behind",
     "load_model",
     "load_quantized",

@@ -1,4 +1,4 @@
-"""Whether a model fits a GPU, said before any of it is loaded."""
+"""What memory a device has left, and whether a model fits a GPU: said before any of it is loaded."""
 
 from __future__ import annotations
 
@@ -9,6 +9,13 @@ from qwenlet.checkpoint.dtypes import dtype_name
 from qwenlet.checkpoint.load import Checkpoint
 from qwenlet.config import EngineConfig, QuantConfig
 from qwenlet.errors import ConfigError
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can be had on a device now; None where the system doesn't say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return plan.available_memory()
 
 
 def check_room(

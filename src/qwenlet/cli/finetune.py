@@ -11,7 +11,6 @@ import typer
 from qwenlet.cli import console
 from qwenlet.cli.options import Flags, expand, new_app
 from qwenlet.config import DataConfig, LoraConfig, TrainingConfig
-from qwenlet.plan import available_memory
 
 if TYPE_CHECKING:
     from qwenlet.train.finetune import Finetune
@@ -81,18 +80,21 @@ def finetune(
         device=device,
         revision=revision,
         offline=offline or None,
-        memory=available_memory(),
     )
 
     def before(made: Finetune) -> bool:
         if preview:
             show_samples(made.samples, made.tokenizer, preview)
             return False
-        show_plan(made.plan, made.job.memory)
+        show_memory(made.plan)
+        return True
+
+    def planned(plan: Plan) -> bool:
+        show_time(plan)
         return not dry_run
 
     with console.Progress("steps") as progress:
-        outcome = do(job, before=before, progress=progress.update, note=console.note)
+        outcome = do(job, before=before, planned=planned, progress=progress.update, note=console.note)
     if outcome is not None and os.environ.get("RANK", "0") == "0":  # one of several processes speaks
         report(outcome, out)
 
@@ -119,7 +121,8 @@ def show_samples(samples: Samples, tokenizer: Any, count: int) -> None:
         screen.print(text)
 
 
-def show_plan(plan: Plan, memory: int | None) -> None:
+def show_memory(plan: Plan) -> None:
+    """Before weights are loaded, as a process that takes too much is ended without a word."""
     forecast = plan.forecast
     console.note(
         f"{plan.learning:,} of {plan.all:,} parameters learn; computed again: {plan.recompute}; expected peak "
@@ -127,14 +130,16 @@ def show_plan(plan: Plan, memory: int | None) -> None:
         f"{console.size(forecast.learning)}, activations {console.size(forecast.activations[plan.recompute])}, the "
         f"rest {console.size(forecast.runtime)}"
     )
-    console.note(
-        f"{plan.tokens:,} tokens in {plan.steps:,} steps, some {duration(plan.seconds)} at the speed of two batches now"
-    )
-    if memory is not None and plan.peak > memory:
+    if plan.memory is not None and plan.peak > plan.memory:
         console.note(
-            f"that is more than the {console.size(memory)} available: a smaller --batch-size or length needs less, as "
-            "do --method lora and qlora of finetune"
+            f"that is more than the {console.size(plan.memory)} available: a smaller --batch-size or length needs "
+            "less, as do --method lora and qlora of finetune"
         )
+
+
+def show_time(plan: Plan) -> None:
+    spoken = "" if plan.seconds is None else f", some {duration(plan.seconds)} at the speed of two batches now"
+    console.note(f"{plan.tokens:,} tokens in {plan.steps:,} steps{spoken}")
 
 
 def duration(seconds: float) -> str:

@@ -10,12 +10,11 @@ import typer
 
 from qwenlet.cli import console
 from qwenlet.cli.finetune import report as report_outcome
-from qwenlet.cli.finetune import show_plan
+from qwenlet.cli.finetune import show_memory, show_time
 from qwenlet.cli.options import Flags, expand, new_app
 from qwenlet.cli.random import MODELS
 from qwenlet.config import ModelConfig, TrainingConfig
 from qwenlet.errors import ConfigError
-from qwenlet.plan import available_memory
 
 if TYPE_CHECKING:
     from qwenlet.tokenizer_formats import Vocabulary
@@ -51,7 +50,8 @@ def pretrain(
     held_out: Annotated[float, typer.Option(help="Share of the documents to measure on and not to learn.")] = 0.02,
     eval_data: Annotated[list[Path] | None, typer.Option(help="Files of text to measure on instead.")] = None,
     baseline: Annotated[
-        list[int] | None, typer.Option(min=1, help="Orders of n-gram counts to compare with; 1, 3 and 5 unless given.")
+        list[str] | None,
+        typer.Option(help="Orders of n-gram counts to compare with, or none; 1, 3 and 5 unless given."),
     ] = None,
     prompt: Annotated[str, typer.Option(help="How a sample begins that the model writes at the end.")] = "",
     device: Annotated[str, typer.Option(help="Where to train: auto, cpu, cuda, cuda:1 ...")] = "auto",
@@ -65,6 +65,7 @@ def pretrain(
     from qwenlet.train.pretrain import PretrainJob
     from qwenlet.train.pretrain import pretrain as do
 
+    orders = _orders(baseline or ["1", "3", "5"])
     made, words = None, None
     if model is None:
         if tokenizer is None:
@@ -73,7 +74,6 @@ def pretrain(
             )
         words = _vocabulary(tokenizer, vocabulary, offline)
         made = _config(config, like, words, length, layers, hidden, heads, inner, tied)
-    memory = available_memory()
     with console.Progress("steps") as progress:
         report = do(
             PretrainJob(
@@ -86,13 +86,13 @@ def pretrain(
                 held_out=held_out,
                 eval_data=eval_data or (),
                 training=TrainingConfig(**training),
-                baselines=tuple(baseline or (1, 3, 5)),
+                baselines=orders,
                 prompt=prompt,
                 device=device,
                 offline=offline or None,
-                memory=memory,
             ),
-            planned=lambda plan: show_plan(plan, memory),
+            foreseen=show_memory,
+            planned=show_time,
             progress=progress.update,
             note=console.note,
         )
@@ -102,6 +102,14 @@ def pretrain(
         console.note("stopped; the same command goes on there")
         raise typer.Exit(console.INTERRUPTED)
     _show(report, out)
+
+
+def _orders(given: list[str]) -> tuple[int, ...]:
+    if given == ["none"]:
+        return ()
+    if wrong := [word for word in given if not word.isascii() or not word.isdigit() or int(word) < 1]:
+        raise typer.BadParameter(f"{wrong[0]!r} is no order: expected 1 or more, or none", param_hint="--baseline")
+    return tuple(map(int, given))
 
 
 def _config(
@@ -151,9 +159,8 @@ def _vocabulary(source: str, size: int | None, offline: bool) -> Vocabulary:
 
 
 def _show(report: Report, out: Path) -> None:
-    console.note(
-        f"held-out loss {report.held_out:.3f} nats a token, over {report.tokens[1]:,} tokens; by counts alone:"
-    )
+    counted = "; by counts alone:" if report.baselines else ""
+    console.note(f"held-out loss {report.held_out:.3f} nats a token, over {report.tokens[1]:,} tokens{counted}")
     for order, loss in report.baselines.items():
         console.note(f"  {loss:.3f} {'of single tokens' if order == 1 else f'of the last {order - 1} tokens'}")
     console.note(f"{report.flops_share:.0%} of what this machine's products reach by themselves")

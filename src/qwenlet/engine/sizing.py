@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from qwenlet.cache import PAGE_TOKENS, pages_for
+from qwenlet.checkpoint import free_memory
 from qwenlet.config import EngineConfig, ModelConfig
 from qwenlet.errors import ConfigError, EngineError
 from qwenlet.linear import QuantLinear
 from qwenlet.model import Qwen
-from qwenlet.plan import available_memory
 
 _CACHE_DTYPES = {"int8": torch.int8, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -37,7 +37,7 @@ def context_and_pages(
             hint=f"use max_context={limit} or less",
         )
     token = config.cache_bytes(dtype.itemsize)
-    free = _free_bytes(device)
+    free = free_memory(device)
     if options.cache_tokens is not None:
         pages = pages_for(options.cache_tokens)
         if free is not None and pages * PAGE_TOKENS * token > free:
@@ -53,13 +53,6 @@ def context_and_pages(
         affordable = free // 2 // token if device.type == "cuda" and free is not None else limit
         context = max(min(limit, affordable), 1)
     return context, pages_for(context)
-
-
-def _free_bytes(device: torch.device) -> int | None:
-    """Memory that can be had now; None where the system doesn't say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return available_memory()
 
 
 def out_of_memory(error: Exception, device: torch.device) -> EngineError:

@@ -21,7 +21,7 @@ from qwenlet.checkpoint.names import Layout, parts_of
 from qwenlet.checkpoint.save import new_folder, write_json
 from qwenlet.config import GenerationDefaults, LoraConfig, ModelConfig, read_json
 from qwenlet.errors import CheckpointError, ConfigError
-from qwenlet.lora.layers import LoraLinear, add_lora, lora_config, saved_modules, trainable_module
+from qwenlet.lora.layers import LoraLinear, add_lora, grow_vocabulary, lora_config, saved_modules
 from qwenlet.model import Qwen
 
 CONFIG, WEIGHTS, GENERATION = "adapter_config.json", "adapter_model.safetensors", "generation_config.json"
@@ -217,18 +217,20 @@ class _Reading:
 
 
 def _fused(found: Mapping[str, Factors], stems: list[tuple[str, int]]) -> Factors:
-    """Parts side by side: A's below each other, B's on the diagonal."""
+    """Parts side by side: A's below each other, B's on the diagonal; scales that differ go into B."""
+    scales = {f.scale for f in found.values()}
+    scale = scales.pop() if len(scales) == 1 else 1.0
     a = torch.cat([f.a for f in found.values()])
     b = torch.zeros(sum(rows for _, rows in stems), a.shape[0], dtype=a.dtype)
     row = column = 0
     for stem, rows in stems:
         if stem in found:
             f = found[stem]
-            b[row : row + rows, column : column + f.rank] = f.b.to(b.dtype) * f.scale
+            b[row : row + rows, column : column + f.rank] = f.b.to(b.dtype) * (f.scale / scale)
             column += f.rank
         row += rows
     magnitudes = [f.magnitude for f in found.values() if f.magnitude is not None]
-    return Factors(a, b, 1.0, torch.cat(magnitudes) if magnitudes else None)
+    return Factors(a, b, scale, torch.cat(magnitudes) if magnitudes else None)
 
 
 # ------------------------------------------------------------------------------------------------ to and from a model
@@ -254,10 +256,27 @@ def save_adapter(
         save_file(adapter_state(model), path, metadata={"format": "pt"})
         path.chmod(work.stat().st_mode & 0o666)  # safetensors makes it private; the folder follows the umask
         kept = [name.rpartition(".")[2] for name in saved_modules(model, config)]
-        write_json(work / CONFIG, replace(config, modules_to_save=kept).to_peft(base))
+        patterns = _patterns(model, config)
+        write_json(work / CONFIG, replace(config, modules_to_save=kept).to_peft(base) | patterns)
         if chat_format is not None:
             write_json(work / GENERATION, {"chat_format": chat_format})
     return Path(folder)
+
+
+def _patterns(model: Qwen, config: LoraConfig) -> dict[str, dict[str, float]]:
+    """Ranks and alphas of the modules that have others than most, by full names: with them every scale comes back."""
+    ranks: dict[str, float] = {}
+    alphas: dict[str, float] = {}
+    plain = replace(config, alpha_pattern={})
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLinear):
+            continue
+        rank = module.lora_A.shape[0]
+        if rank != config.rank:
+            ranks[name] = rank
+        if module.scale != plain.scale(name, rank):
+            alphas[name] = module.scale * config.alpha / plain.scale(name, rank)
+    return {"rank_pattern": ranks, "alpha_pattern": alphas}
 
 
 def adapter_state(model: Qwen) -> dict[str, Tensor]:
@@ -288,8 +307,8 @@ def load_adapter(model: Qwen, folder: str | Path) -> Adapter:
         CheckpointError, ConfigError: as `Adapter.read`; the model is unchanged then.
     """
     adapter = Adapter.read(folder, model.config)
-    if adapter.vocab_size not in (None, model.config.vocab_size):
-        _make_room(model, adapter)
+    if (size := adapter.vocab_size) is not None and size != model.config.vocab_size:
+        grow_vocabulary(model, size)
     ends = tuple(dict.fromkeys(name.rpartition(".")[2] for name in adapter.factors))
     kept = tuple(dict.fromkeys(name.split(".")[-2] for name in adapter.saved))
     config = replace(adapter.config, targets=ends, modules_to_save=kept)
@@ -306,12 +325,3 @@ def load_adapter(model: Qwen, folder: str | Path) -> Adapter:
         for name, tensor in adapter.saved.items():
             model.get_parameter(name).copy_(tensor)
     return adapter
-
-
-def _make_room(model: Qwen, adapter: Adapter) -> None:
-    """Embedding and head of the adapter's vocabulary, to be filled."""
-    for name in ("transformer.wte", "lm_head"):
-        trainable_module(model, name)
-    size = adapter.vocab_size
-    assert size is not None
-    model.resize_vocabulary(size)

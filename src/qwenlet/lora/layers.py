@@ -196,8 +196,9 @@ def trainable_module(model: Qwen, name: str) -> nn.Module:
         module = linear
     elif isinstance(module, QuantEmbedding | MappedEmbedding):
         shape = (model.config.vocab_size, model.config.hidden_size)
-        table = torch.empty(shape, dtype=module.dtype)
-        for rows in torch.arange(shape[0]).split(4096):
+        device = (module.codes if isinstance(module, QuantEmbedding) else module.rows).device
+        table = torch.empty(shape, dtype=module.dtype, device=device)
+        for rows in torch.arange(shape[0], device=device).split(4096):
             table[rows] = module(rows)
         with torch.device("meta"):
             embedding = Embedding(*shape)
@@ -209,6 +210,13 @@ def trainable_module(model: Qwen, name: str) -> nn.Module:
             setattr(module, leaf, nn.Parameter(parameter.detach().clone()))
     replace_linear(model, name, module)
     return module
+
+
+def grow_vocabulary(model: Qwen, size: int) -> None:
+    """Gives embedding and head rows for `size` tokens, as floats also where they lay in codes or tiles, in place."""
+    for name in ("transformer.wte", "lm_head"):
+        trainable_module(model, name)
+    model.resize_vocabulary(size)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

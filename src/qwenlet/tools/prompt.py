@@ -70,7 +70,10 @@ class ToolMessage:
         legacy `function`, `developer` as system."""
         role = value.get("role")
         content = value.get("content")
-        calls = tuple(_call(call) for call in value.get("tool_calls") or ())
+        made = value.get("tool_calls") or ()
+        if not isinstance(made, list | tuple):
+            raise RequestError(f"tool_calls is {made!r:.60}, expected a list of calls")
+        calls = tuple(_call(call) for call in made)
         if (legacy := value.get("function_call")) is not None:
             calls += (_call({"id": "", "function": legacy}),)
         if content is None and not calls:
@@ -93,6 +96,49 @@ def react_messages(conversation: Sequence[ToolMessage], toolbox: Toolbox) -> lis
     Raises:
         RequestError: a result without its call, a call without its result, or tools and no user message.
     """
+    messages = _written(conversation, toolbox)
+    if toolbox:
+        if (place := _question(messages)) is None:
+            raise RequestError("tools are given, but the conversation has no user message to describe them in")
+        messages[place] = _described(messages[place], toolbox.offered)
+    return messages
+
+
+def react_replies(conversation: Sequence[ToolMessage], toolbox: Toolbox) -> list[tuple[list[Message], int]]:
+    """A whole conversation as its replies were asked for: what they are learned behind.
+
+    While a conversation goes on the tools move from question to question, so that no one text stands behind all of its
+    replies. It is told in parts, each with the tools where its new replies had them.
+
+    Returns:
+        Messages of each part, and the index from which on its replies are new; the last part is the whole conversation.
+    Raises:
+        RequestError: as `react_messages`; it does not end with a reply.
+    """
+    messages = _written(conversation, toolbox)
+    if not toolbox:
+        return [(messages, 0)]
+    replies = [index for index, message in enumerate(messages) if message.role == "assistant"]
+    if not replies or replies[-1] != len(messages) - 1:
+        raise RequestError("the conversation does not end with a reply of the assistant")
+    parts: list[tuple[list[Message], int]] = []
+    first = 0
+    for reply, following in zip(replies, [*replies[1:], len(messages)], strict=True):
+        place = _question(messages[:reply])
+        last = following == len(messages)
+        if not last and place in (None, _question(messages[:following])):
+            continue  # the next one stands behind the same text, or nothing was asked yet
+        if place is None:
+            raise RequestError("tools are given, but no user message stands before a reply to describe them in")
+        part = messages if last else messages[: _end_of_results(messages, reply + 1)]
+        described = _described(messages[place], toolbox.offered)
+        parts.append(([*part[:place], described, *part[place + 1 :]], first))
+        first = following
+    return parts
+
+
+def _written(conversation: Sequence[ToolMessage], toolbox: Toolbox) -> list[Message]:
+    """The messages, the tools not yet described."""
     if not toolbox and not any(message.calls or message.role == "tool" for message in conversation):
         return [Message(message.role, message.content) for message in conversation]
     messages: list[Message] = []
@@ -102,8 +148,8 @@ def react_messages(conversation: Sequence[ToolMessage], toolbox: Toolbox) -> lis
         index += 1
         content = message.content.lstrip("\n").rstrip()
         if message.calls:
-            results = _until_no_result(conversation, index)
-            index += len(results)
+            end = _end_of_results(conversation, index)
+            results, index = conversation[index:end], end
             messages += _called(message, results)
         elif message.role == "tool":
             raise RequestError(
@@ -113,8 +159,6 @@ def react_messages(conversation: Sequence[ToolMessage], toolbox: Toolbox) -> lis
             messages.append(Message("assistant", _ANSWER + content))
         else:
             messages.append(Message(message.role, content))
-    if toolbox:
-        _describe(messages, toolbox.offered)
     return messages
 
 
@@ -123,13 +167,16 @@ def continues_thought(messages: Sequence[Message]) -> bool:
     return bool(messages) and messages[-1].role == "tool"
 
 
-def _describe(messages: list[Message], tools: Sequence[Tool]) -> None:
-    """Puts the tools before the question of the last user message but one, where later ones stay plain."""
+def _question(messages: Sequence[Message]) -> int | None:
+    """The message that the tools stand in: the last user message but one where the last is still to be answered, else
+    the last; None without any."""
     asked = [index for index, message in enumerate(messages) if message.role == "user"]
-    if not asked:
-        raise RequestError("tools are given, but the conversation has no user message to describe them in")
-    open_question = messages[-1].role == "user"
-    place = asked[-2] if open_question and len(asked) > 1 else asked[-1]
+    open_question = bool(messages) and messages[-1].role == "user"
+    return None if not asked else asked[-2] if open_question and len(asked) > 1 else asked[-1]
+
+
+def _described(question: Message, tools: Sequence[Tool]) -> Message:
+    """A user message behind what describes the tools."""
     described = [
         _DESCRIPTION.format(
             name=tool.name,
@@ -142,16 +189,16 @@ def _describe(messages: list[Message], tools: Sequence[Tool]) -> None:
     text = _INSTRUCTION.format(
         descriptions="\n\n".join(described),
         names=", ".join(tool.name for tool in tools),
-        question=messages[place].content,
+        question=question.content,
     )
-    messages[place] = Message("user", text)
+    return Message("user", text)
 
 
-def _until_no_result(conversation: Sequence[ToolMessage], start: int) -> list[ToolMessage]:
+def _end_of_results(conversation: Sequence[ToolMessage | Message], start: int) -> int:
     end = start
     while end < len(conversation) and conversation[end].role == "tool":
         end += 1
-    return list(conversation[start:end])
+    return end
 
 
 def _called(message: ToolMessage, results: Sequence[ToolMessage]) -> list[Message]:

@@ -25,12 +25,13 @@ Batch = tuple[int, ...]
 
 
 def epoch_batches(samples: Samples, epoch: int, *, seed: int, batch_size: int, budget: int | None) -> list[Batch]:
-    """All batches of an epoch, each sample in one of them.
+    """All batches of an epoch, each sample in one of them; but one of a single token, which foretells nothing.
 
     Args:
         budget: packed: tokens of a batch at most; None: `batch_size` samples each.
     """
     order = np.random.Generator(np.random.Philox(key=(seed, epoch))).permutation(len(samples))
+    order = order[samples.lengths[order] > 1]
     return in_order(samples.lengths, order, batch_size=batch_size, budget=budget)
 
 

@@ -44,6 +44,7 @@ class Standing:
         tokens: seen so far; seconds: spent so far.
         best: loss of the best evaluation and best_step, its step; None: none yet.
         worse: evaluations since.
+        scale: of the loss, in float16; steady: steps since it last changed.
     """
 
     step: int = 0
@@ -52,7 +53,8 @@ class Standing:
     best: float | None = None
     best_step: int | None = None
     worse: int = 0
-    scale: float | None = None  # of the loss, in float16
+    scale: float | None = None
+    steady: int = 0
 
 
 class Checkpoints:
@@ -92,7 +94,8 @@ class Checkpoints:
     def all(self) -> list[Path]:
         """Complete checkpoints, the oldest first."""
         found = self.folder.glob("step-*") if self.folder.exists() else ()
-        return sorted(path for path in found if re.fullmatch(r"step-\d+", path.name))
+        steps = (path for path in found if re.fullmatch(r"step-\d+", path.name))
+        return sorted(steps, key=lambda path: int(path.name.removeprefix("step-")))
 
     def save(
         self,

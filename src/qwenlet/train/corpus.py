@@ -4,31 +4,37 @@
     encode   files -> OUT/whole.tokens, all of them
     Corpus   a file of tokens, mapped
 
-Documents are records of .jsonl ({"text": ...}), and in plain text what stands between lines `<|endoftext|>`, else the
-whole file. Each ends with the token that ends a text. A document is one sample, or as many pieces of `max_length` as it
-takes: no token sees another document. No torch in here.
+No more of it stands in memory than some documents at a time.
+
+Documents are records of .jsonl and .json ({"text": ...}), and in plain text what stands between lines `<|endoftext|>`,
+else the whole file. Each ends with the token that ends a text. A document is one sample, or as many pieces of
+`max_length` as it takes: no token sees another document. No torch in here.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
-from qwenlet.errors import DataError
+from qwenlet.errors import DataError, RequestError
 from qwenlet.tokenizer import Tokenizer
-from qwenlet.train.records import Text, read_record
+from qwenlet.train.records import Text, read_record, read_values
 from qwenlet.train.samples import Report, Samples
 
 _SEPARATOR = "<|endoftext|>"
-_FORM = 1
+_FORM = 2
 _GROUP = 256  # documents encoded at a time
 
 
@@ -61,10 +67,14 @@ class Corpus:
         return cls(ids, starts, str(path))
 
     def samples(self, max_length: int) -> Samples:
-        """Every document in pieces of at most `max_length`; one token alone foretells nothing and is left out of a
-        batch's count, not of the file."""
+        """Every document in pieces of at most `max_length`; a piece of one token foretells nothing and is in no batch.
+
+        Raises DataError if there are no others.
+        """
         cuts = [np.arange(first, last, max_length) for first, last in zip(self.starts, self.starts[1:], strict=False)]
         starts = np.concatenate([*cuts, self.starts[-1:]])
+        if not (np.diff(starts) > 1).any():
+            raise DataError(f"{self.source} has no document of two tokens or more, so that nothing can be foretold")
         learned = np.broadcast_to(np.True_, self.ids.shape)
         report = Report({"text": len(self.starts) - 1}, samples=len(starts) - 1, tokens=len(self.ids))
         report.learned = report.tokens
@@ -102,13 +112,14 @@ def build(
     Raises:
         DataError: a file that can't be read, no document, a folder that can't be written.
     """
-    key = _key(paths, tokenizer, held_out, seed)
-    work = folder / key
+    work = folder / _key(paths, tokenizer, held_out, seed)
     names = (work / "train.tokens", work / "held-out.tokens")
     if not all(name.with_suffix(".json").exists() for name in names):
-        kept, left_out = _split(_all_encoded(paths, tokenizer, threads), held_out, seed)
-        for path, documents in zip(names, (kept, left_out), strict=True):
-            _write(path, documents, _dtype(tokenizer))
+        with _own_folder(work) as made:  # how many documents there are is known once all are encoded
+            whole = _encode(paths, tokenizer, made / "whole.tokens", threads)
+            for name, parts in zip(names, _split(whole, held_out, seed), strict=True):
+                _write(name, parts, whole.ids.dtype)
+            del whole
     return Corpus.open(names[0]), Corpus.open(names[1])
 
 
@@ -116,42 +127,69 @@ def encode(paths: Sequence[str | Path], tokenizer: Tokenizer, folder: Path, *, t
     """All documents of some files, as `build` does it and with its errors."""
     path = folder / _key(paths, tokenizer, "whole") / "whole.tokens"
     if not path.with_suffix(".json").exists():
-        _write(path, _all_encoded(paths, tokenizer, threads), _dtype(tokenizer))
+        return _encode(paths, tokenizer, path, threads)
+    return Corpus.open(path)
+
+
+def _encode(paths: Sequence[str | Path], tokenizer: Tokenizer, path: Path, threads: int | None) -> Corpus:
+    encoded = _encoded(paths, tokenizer, threads or os.cpu_count() or 1)
+    first = next(encoded, None)
+    if first is None:
+        raise DataError(f"there is no text in {', '.join(map(str, paths))}")
+    _write(path, itertools.chain([first], encoded), _dtype(tokenizer))
     return Corpus.open(path)
 
 
 def documents(paths: Sequence[str | Path]) -> Iterator[str]:
     """Texts of some files. Raises DataError with file and line for what is no text."""
     for path in map(Path, paths):
+        kind = _kind(path)
         try:
-            if path.suffix in (".jsonl", ".ndjson"):
-                with open(path, encoding="utf-8-sig") as file:
+            if kind == "list":
+                yield from (_text(value, f"{path}:{line}") for line, value in read_values(path))
+                continue
+            with open(path, encoding="utf-8-sig") as file:
+                if kind == "lines":
                     for number, line in enumerate(file, 1):
                         if line.strip():
-                            yield _record_text(line, f"{path}:{number}")
-            else:
-                text = path.read_text(encoding="utf-8-sig")
-                parts = text.split(f"\n{_SEPARATOR}") if f"\n{_SEPARATOR}" in text else [text]
-                yield from (part.strip("\n") for part in parts if part.strip())
+                            yield _text(_parsed(line, f"{path}:{number}"), f"{path}:{number}")
+                else:
+                    yield from (part.strip("\n") for part in _between_separators(file) if part.strip())
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"can't read {path} as UTF-8 text: {error}") from None
 
 
-def _record_text(line: str, where: str) -> str:
+def _kind(path: Path) -> str:
+    """How a file is read, which its name says."""
+    return {".json": "list", ".jsonl": "lines", ".ndjson": "lines"}.get(path.suffix, "plain")
+
+
+def _between_separators(lines: Iterable[str]) -> Iterator[str]:
+    """Texts between lines that begin with the separator; what follows it on its line belongs to the next one."""
+    part: list[str] = []
+    for number, line in enumerate(lines):
+        if number and line.startswith(_SEPARATOR):
+            yield "".join(part)
+            part, line = [], line.removeprefix(_SEPARATOR)
+        part.append(line)
+    yield "".join(part)
+
+
+def _parsed(line: str, where: str) -> Any:
     try:
-        record = read_record(json.loads(line), where)
-    except ValueError as error:  # RequestError too
-        raise DataError(f"{where}: {getattr(error, 'message', error)}") from None
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: {error}") from None
+
+
+def _text(value: Any, where: str) -> str:
+    try:
+        record = read_record(value, where)
+    except RequestError as error:
+        raise DataError(f"{where}: {error.message}") from None
     if not isinstance(record, Text):
         raise DataError(f"{where} is a dialogue", hint="dialogues are for qwenlet finetune; here a record has a text")
     return record.prompt + record.text
-
-
-def _all_encoded(paths: Sequence[str | Path], tokenizer: Tokenizer, threads: int | None) -> list[np.ndarray]:
-    encoded = list(_encoded(paths, tokenizer, threads or os.cpu_count() or 1))
-    if not encoded:
-        raise DataError(f"there is no text in {', '.join(map(str, paths))}")
-    return encoded
 
 
 def _dtype(tokenizer: Tokenizer) -> np.dtype:
@@ -176,37 +214,51 @@ def _encoded(paths: Sequence[str | Path], tokenizer: Tokenizer, threads: int) ->
         yield from pool.map(encode, group)
 
 
-def _split(encoded: list[np.ndarray], held_out: float, seed: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    if len(encoded) == 1:
-        whole = encoded[0]
-        at = len(whole) - max(2, round(len(whole) * held_out))
+def _split(whole: Corpus, held_out: float, seed: int) -> tuple[Iterator[np.ndarray], Iterator[np.ndarray]]:
+    """Ids of the documents to learn, and of those held out."""
+    count = len(whole.starts) - 1
+    if count == 1:
+        at = len(whole.ids) - max(2, round(len(whole.ids) * held_out))
         if at < 2:
-            raise DataError(f"{len(whole)} tokens are too few to learn from and to hold some out")
-        return [whole[:at]], [whole[at:]]
-    count = min(max(1, round(len(encoded) * held_out)), len(encoded) - 1)
-    order = np.random.Generator(np.random.Philox(seed)).permutation(len(encoded))
-    chosen = set(order[:count].tolist())
-    return (
-        [ids for index, ids in enumerate(encoded) if index not in chosen],
-        [ids for index, ids in enumerate(encoded) if index in chosen],
-    )
+            raise DataError(f"{len(whole.ids)} tokens are too few to learn from and to hold some out")
+        return iter([whole.ids[:at]]), iter([whole.ids[at:]])
+    left_out = min(max(1, round(count * held_out)), count - 1)
+    order = np.random.Generator(np.random.Philox(seed)).permutation(count)
+    chosen = np.zeros(count, bool)
+    chosen[order[:left_out]] = True
+
+    def those(which: np.ndarray) -> Iterator[np.ndarray]:
+        return (whole.ids[whole.starts[index] : whole.starts[index + 1]] for index in np.flatnonzero(which))
+
+    return those(~chosen), those(chosen)
 
 
-def _write(path: Path, parts: list[np.ndarray], dtype: np.dtype) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
+def _write(path: Path, parts: Iterable[np.ndarray], dtype: np.dtype) -> None:
+    """One file as documents come, and where each begins."""
+    lengths = array("q", [0])
+    with _own_folder(path.parent) as made:
+        partial = made / path.name
         with open(partial, "wb") as file:
             for part in parts:
                 file.write(part.astype(dtype).tobytes())
-        os.replace(partial, path)
-        starts = np.cumsum([0, *(len(part) for part in parts)])
-        np.save(path.with_suffix(".starts.npy"), starts)
-        about = {"form": _FORM, "dtype": dtype.str, "tokens": int(starts[-1]), "documents": len(parts)}
-        partial.write_text(json.dumps(about) + "\n", encoding="utf-8")
-        os.replace(partial, path.with_suffix(".json"))  # last: it says that the others are whole
+                lengths.append(len(part))
+        starts = np.cumsum(lengths)
+        np.save(partial.with_suffix(".starts.npy"), starts)
+        about = {"form": _FORM, "dtype": dtype.str, "tokens": int(starts[-1]), "documents": len(starts) - 1}
+        partial.with_suffix(".json").write_text(json.dumps(about) + "\n", encoding="utf-8")
+        for suffix in (path.suffix, ".starts.npy", ".json"):  # the last says that the others are whole
+            os.replace(partial.with_suffix(suffix), path.with_suffix(suffix))
+
+
+@contextmanager
+def _own_folder(beside: Path) -> Iterator[Path]:
+    """A folder of this process alone, as several may write the same files at once; gone behind it."""
+    try:
+        beside.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=beside, prefix=".partial-") as made:
+            yield Path(made)
     except OSError as error:
-        raise DataError(f"{path} could not be written: {error}", hint="look at the free space there") from None
+        raise DataError(f"{beside} could not be written: {error}", hint="look at the free space there") from None
 
 
 def _key(paths: Sequence[str | Path], tokenizer: Tokenizer, *settings: object) -> str:
@@ -214,7 +266,7 @@ def _key(paths: Sequence[str | Path], tokenizer: Tokenizer, *settings: object) -
     for path in paths:
         try:
             with open(path, "rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+                digest.update(_kind(Path(path)).encode() + hashlib.file_digest(file, "sha256").digest())
         except OSError as error:
             raise DataError(f"can't read {path}: {error.strerror}") from None
     return digest.hexdigest()[:32]

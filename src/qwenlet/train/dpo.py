@@ -71,12 +71,15 @@ class Preference:
 
     @torch.no_grad()
     def prepare(self, model: Qwen, device: torch.device, batch_size: int = 1, progress: Progress | None = None) -> None:
-        """Takes the model as it is now for what was before."""
+        """Takes the model as it is now for what was before, nothing of it dropped out."""
+        training = model.training
+        model.eval()
         for pairs in torch.arange(len(self.pairs)).split(batch_size):
             batch = tuple(pairs.tolist())
             self._before[pairs] = self.margins(model, batch, device).double().cpu()
             if progress is not None:
                 progress(batch[-1] + 1, len(self.pairs), "what the model prefers")
+        model.train(training)
 
     def _margins_before(self, model: Qwen, batch: Batch, device: torch.device) -> Tensor:
         pairs = torch.tensor(batch)

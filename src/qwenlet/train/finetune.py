@@ -1,6 +1,7 @@
 """A checkpoint and data -> an adapter, or a checkpoint: full, LoRA, Q-LoRA, and DPO by an adapter or in full.
 
-Finetune   everything read and checked, the plan made, nothing trained yet; `run` trains and writes
+Finetune   data read and everything checked, what memory it takes foreseen; `load` reads the weights and takes the time;
+           `run` trains and writes
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ from qwenlet.checkpoint import (
 )
 from qwenlet.config import DataConfig, LoraConfig, QuantConfig, TrainingConfig
 from qwenlet.errors import CheckpointError, ConfigError, MissingTokenizerError, TrainingError
-from qwenlet.linear import MappedEmbedding, QuantEmbedding
-from qwenlet.lora import add_lora, load_adapter, save_adapter
-from qwenlet.model import Qwen, RMSNorm
+from qwenlet.lora import save_adapter
+from qwenlet.model import Qwen
 from qwenlet.tokenizer import Tokenizer
 from qwenlet.train.checkpoints import FOLDER
 from qwenlet.train.dpo import Preference
+from qwenlet.train.learning import compute_in, keep_masters, make_learn, shapes_of
 from qwenlet.train.objective import NextToken, Objective
-from qwenlet.train.planning import Plan, make_plan
+from qwenlet.train.planning import Plan, foresee, make_plan, usable_memory
 from qwenlet.train.preferences import Pairs, load_pairs
 from qwenlet.train.processes import Processes, processes
 from qwenlet.train.samples import Samples, load_samples
@@ -63,7 +64,7 @@ class Job:
             for that instead; 0: nothing is measured.
         lora: of new adapters; adapter: a folder to train further instead.
         quant: of Q-LoRA over a checkpoint of floats.
-        memory: bytes that may be used, for the choice of what is computed again.
+        memory: bytes that may be used, for the choice of what is computed again; what the device has left unless given.
     """
 
     model: str
@@ -112,7 +113,8 @@ class Finetune:
 
     Attributes:
         samples, held_out: to learn and to measure.
-        plan: what the run will be.
+        plan: what the run will be; from `load` on the time it takes, too.
+        model: from `load` on.
     Raises:
         QwenletError: its branches say what was wrong with the model, the data or an option.
     """
@@ -136,8 +138,18 @@ class Finetune:
         self.held_pairs: Pairs | None = None
         self.samples, self.held_out = self._samples()
         self.dtype = self._dtype()
+        self.memory = usable_memory(job.memory, self.device, self.group)
+        self.model: Qwen
+        self.plan = self._foreseen()
+
+    def load(self, progress: Progress | None = None) -> None:
+        """Reads the weights and tries some steps."""
         self.model = self._model(progress)
-        self.plan = self._plan()
+        frozen = self._frozen_bytes(self.model)
+        self.plan = make_plan(
+            self.model, self.samples, self.held_out, self.job.training, frozen_bytes=frozen, budget=self._budget(),
+            memory=self.memory, dtype=self.dtype, device=self.device, group=self.group, reference=self.job.prefers,
+        )  # fmt: skip
 
     # -------------------------------------------------------------------------------------------------------- the data
 
@@ -155,10 +167,11 @@ class Finetune:
         cache = hub.cache_dir() / "tokens"
         read = partial(load_samples, tokenizer=self.tokenizer, config=job.samples, system=system, cache=cache)
         samples = read(job.data)
-        for line in samples.report.lines(job.samples.max_length):
-            self.note(line)
+        self._tell(samples)
         if job.eval_data:
-            return samples, read(job.eval_data)
+            held_out = read(job.eval_data)
+            self._tell(held_out, "to measure on: ")
+            return samples, held_out
         if job.held_out:
             return samples.split(job.held_out, job.training.seed)
         return samples, None
@@ -167,14 +180,18 @@ class Finetune:
         """The same of preferences: the two of a pair count as one sample."""
         job = self.job
         pairs = load_pairs(job.data, self.tokenizer, job.samples, system=system)
-        for line in pairs.each.report.lines(job.samples.max_length):
-            self.note(line)
+        self._tell(pairs.each)
         if job.eval_data:
             self.held_pairs = load_pairs(job.eval_data, self.tokenizer, job.samples, system=system)
+            self._tell(self.held_pairs.each, "to measure on: ")
         elif job.held_out:
             pairs, self.held_pairs = pairs.split(job.held_out, job.training.seed)
         self.pairs = pairs
         return pairs.both, None if self.held_pairs is None else self.held_pairs.both
+
+    def _tell(self, samples: Samples, which: str = "") -> None:
+        for line in samples.report.lines(self.job.samples.max_length):
+            self.note(f"{which}{line}")
 
     # ------------------------------------------------------------------------------------------------------- the model
 
@@ -196,28 +213,7 @@ class Finetune:
         else:
             model, _ = load_model(self.checkpoint, self.dtype, self.device, progress=progress)
         torch.manual_seed(job.training.seed)
-        grown = self.tokenizer.vocab_size > model.config.vocab_size
-        kept = set(job.lora.modules_to_save)
-        if grown and not job.moves_all and not {"wte", "lm_head"} <= kept:
-            raise ConfigError(
-                f"the vocabulary has {self.tokenizer.vocab_size} tokens, but the model {model.config.vocab_size}: the "
-                "rows of the new ones have to learn",
-                hint="add --modules-to-save wte --modules-to-save lm_head",
-            )
-        if grown:
-            model.resize_vocabulary(self.tokenizer.vocab_size)
-        begins = job.adapter is None and not job.moves_all and not {"wte", "lm_head"} <= kept
-        if begins and self.chat_format is not None and self.checkpoint.defaults.chat_format == "raw":
-            self.note(
-                "this is a base model, to which <|im_start|> and <|im_end|> mean nothing yet; the published recipe has "
-                "embedding and head learn beside its adapter: --modules-to-save wte --modules-to-save lm_head"
-            )
-        if job.moves_all:
-            model.requires_grad_(True)
-        elif job.adapter is not None:
-            load_adapter(model, job.adapter)
-        else:
-            add_lora(model, job.lora)
+        self._let_learn(model)
         keep_masters(model)
         return model.train()
 
@@ -236,17 +232,38 @@ class Finetune:
         im_start = self.tokenizer.im_start_id
         return "chatml" if im_start is not None and (self.samples.ids == im_start).any() else None
 
+    def _let_learn(self, model: Qwen) -> None:
+        job = self.job
+        make_learn(model, whole=job.moves_all, lora=job.lora, adapter=job.adapter, vocabulary=self.tokenizer.vocab_size)
+
     # -------------------------------------------------------------------------------------------------------- the plan
 
-    def _plan(self) -> Plan:
+    def _foreseen(self) -> Plan:
+        """Of the model's shapes alone; what can't be trained is refused here, before weights are loaded."""
         job = self.job
-        frozen = sum(p.nbytes for name, p in self.model.named_parameters() if not p.requires_grad and "wte" not in name)
-        if job.method == "qlora":
-            frozen += self.checkpoint.config.parameter_count * 5 // 8
-        return make_plan(
-            self.model, self.samples, self.held_out, job.training, frozen_bytes=frozen, budget=self._budget(),
-            memory=job.memory, dtype=self.dtype, device=self.device, group=self.group, reference=job.prefers,
+        shapes = shapes_of(self.checkpoint.config)
+        self._let_learn(shapes)
+        begins = job.adapter is None and not job.moves_all and not {"wte", "lm_head"} <= set(job.lora.modules_to_save)
+        if begins and self.chat_format is not None and self.checkpoint.defaults.chat_format == "raw":
+            self.note(
+                "this is a base model, to which <|im_start|> and <|im_end|> mean nothing yet; the published recipe has "
+                "embedding and head learn beside its adapter: --modules-to-save wte --modules-to-save lm_head"
+            )
+        return foresee(
+            shapes, self.samples, job.training, frozen_bytes=self._frozen_bytes(shapes), budget=self._budget(),
+            memory=self.memory, dtype=self.dtype, group=self.group,
         )  # fmt: skip
+
+    def _frozen_bytes(self, model: Qwen) -> int:
+        """Of weights that stay in memory as they are."""
+        config = self.checkpoint.config
+        if self.job.method == "qlora":
+            quant = self.checkpoint.quant or QuantConfig.named(self.job.quant)
+            return config.parameter_count * (quant.bits + 1) // 8  # and a bit for scales
+        # an embedding is a mapped file on a CPU, of which only some rows are read
+        mapped = "wte" if self.device.type == "cpu" and not config.tie_word_embeddings else None
+        frozen = {name: p.numel() for name, p in model.named_parameters() if not p.requires_grad}
+        return sum(n for name, n in frozen.items() if mapped is None or mapped not in name) * self.dtype.itemsize
 
     def _budget(self) -> int | None:
         """Tokens of a packed batch."""
@@ -324,6 +341,7 @@ class Finetune:
             "max_length": job.samples.max_length,
             "lora": None if job.moves_all else str(job.lora),
             "adapter": None if job.adapter is None else str(job.adapter),
+            "quant": job.quant if job.method == "qlora" and not self.checkpoint.is_quantized else None,
             "processes": self.group.count,
         }
 
@@ -341,38 +359,26 @@ def finetune(
     job: Job,
     *,
     before: Callable[[Finetune], bool] | None = None,
+    planned: Callable[[Plan], bool] | None = None,
     progress: Progress | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Outcome | None:
     """Does a job, alone or as one of the processes that the environment names.
 
     Args:
-        before: sees what was read and planned; False from it ends here.
+        before: sees what was read and foreseen, before weights are loaded; False from it ends here.
+        planned: sees the plan with its time; False from it ends here.
         progress: called with (done, in all, what) while files are read and while steps are done.
     """
     with processes(device_by_name(job.device)) as group:
         made = Finetune(job, group=group, progress=progress, note=note)
-        ends = before is not None and group.first and not before(made)
-        if group.agreed(ends):  # the others must not wait for the first one's weights
+        # agreed on, as the others must not wait for the first one's weights
+        if group.agreed(before is not None and group.first and not before(made)):
+            return None
+        made.load(progress)
+        if group.agreed(planned is not None and group.first and not planned(made.plan)):
             return None
         return made.run(progress=progress)
-
-
-def compute_in(model: Qwen, dtype: torch.dtype) -> None:
-    """What stands in floats beside weights in codes, norms and rows of the embedding, becomes `dtype`."""
-    for module in model.modules():
-        if isinstance(module, QuantEmbedding | MappedEmbedding):
-            module.dtype = dtype
-        elif isinstance(module, RMSNorm):
-            module.weight.data = module.weight.data.to(dtype)
-
-
-def keep_masters(model: Qwen) -> None:
-    """What learns becomes float32 in memory of its own: small steps would be lost in 16 bits."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            own = parameter.data.clone() if parameter.dtype == torch.float32 else parameter.data.float()
-            parameter.data = own
 
 
 def publish(work: Path, out: Path) -> None:

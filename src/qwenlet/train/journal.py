@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ class Journal:
             self.missing.append("tensorboard")
 
     def write(self, step: int, **values: float) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        known = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no inf
+        self._file.write(json.dumps({"step": step, **known}) + "\n")
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
@@ -71,8 +73,8 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    steps = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-    held_out = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+    steps = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
+    held_out = [(line["step"], line["eval_loss"]) for line in lines if line.get("eval_loss") is not None]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(xlabel="step", ylabel="loss, nats a token")

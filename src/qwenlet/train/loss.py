@@ -41,7 +41,8 @@ def head_loss(head: nn.Module, x: Tensor, targets: Tensor, *, chunk_elements: in
     if not bool(counted.all()):
         x, targets = x[counted], targets[counted]
     if not len(targets):
-        return x.float().sum() * 0.0  # keeps every parameter in the graph
+        learning = [p.float().sum() for p in head.parameters() if p.requires_grad]
+        return sum(learning, x.float().sum()) * 0.0  # keeps every parameter in the graph, the head's too
     if type(head) in (nn.Linear, Linear) and head.bias is None:
         return _HeadLoss.apply(x, head.weight, None, targets, chunk_elements)
     if isinstance(head, QuantLinear | TiledLinear) and head.bias is None:

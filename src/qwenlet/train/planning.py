@@ -1,14 +1,19 @@
-"""What a run will be, in figures, before it starts: memory by arithmetic, time by trying a small batch."""
+"""What a run will be, in figures, before it starts.
+
+foresee     memory, steps and tokens: by arithmetic, before weights are loaded
+make_plan   the same and the time it takes, by trying a small batch
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from qwenlet.checkpoint import free_memory
 from qwenlet.config import TrainingConfig
 from qwenlet.model import Qwen
 from qwenlet.train.batches import Batch, count_steps
@@ -29,7 +34,9 @@ class Plan:
     Attributes:
         learning, all: parameters.
         recompute: what is computed again; forecast: bytes by its parts.
-        steps, tokens: of the run; seconds: as two batches of it went here, evaluations included.
+        steps, tokens: of the run.
+        memory: bytes that may be used; None: not known.
+        seconds: as two batches of it went here, evaluations included; None: not tried yet.
     """
 
     learning: int
@@ -38,12 +45,56 @@ class Plan:
     forecast: Forecast
     steps: int
     tokens: int
-    seconds: float
+    memory: int | None
+    seconds: float | None = None
 
     @property
     def peak(self) -> int:
         """Bytes that one process will have resident at most."""
         return self.forecast.peak(self.recompute)
+
+
+def usable_memory(given: int | None, device: torch.device, group: Processes) -> int | None:
+    """Bytes that a process may use: what was given, or what devices have free. The same to all, which must do alike."""
+    return group.least(free_memory(device) if given is None else given)
+
+
+def foresee(
+    model: Qwen,
+    samples: Samples,
+    training: TrainingConfig,
+    *,
+    frozen_bytes: int,
+    budget: int | None,
+    memory: int | None,
+    dtype: torch.dtype,
+    group: Processes,
+) -> Plan:
+    """Chooses what is computed again.
+
+    Args:
+        model: what learns requires gradients; its shapes are looked at, and it may be on the meta device.
+        frozen_bytes: of weights that stay in memory.
+        budget: tokens of a batch, packed; None: `batch_size` samples.
+        memory: bytes that may be used; None: not known, so everything is computed again.
+    """
+    names = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    learning = sum(names.values())
+    made = forecast(
+        model.config, frozen_bytes=frozen_bytes, learning=learning,
+        adapted=sum(count for name, count in names.items() if "lora_" in name),
+        tokens=budget or training.batch_size * int(samples.lengths.max()), dtype=_NAMES[dtype],
+        optimizer=training.optimizer, processes=group.count, sharded=training.parallel == "fsdp",
+    )  # fmt: skip
+    asked = training.checkpointing
+    recompute = made.fitting(memory) if asked == "auto" else asked
+    objective = NextToken(samples)
+    course = objective.course(
+        seed=training.seed, batch_size=training.batch_size, budget=budget, group=training.accumulation * group.count
+    )
+    steps = count_steps(course, training)
+    tokens = round(steps / max(len(course.epoch(0)), 1) * int(samples.lengths.sum()))
+    return Plan(learning, model.config.parameter_count, recompute, made, steps, tokens, memory)
 
 
 def make_plan(
@@ -60,43 +111,26 @@ def make_plan(
     group: Processes,
     reference: bool = False,
 ) -> Plan:
-    """Chooses what is computed again, sets it in the model, and tries.
+    """What `foresee` says, set in the model and tried.
 
     Args:
-        model: what learns requires gradients.
-        frozen_bytes: of weights that stay in memory.
-        budget: tokens of a batch, packed; None: `batch_size` samples.
-        memory: bytes that may be used; None: not known, so everything is computed again.
         reference: what the model says before it moves is needed as well.
     """
-    names = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-    learning = sum(names.values())
-    made = forecast(
-        model.config, frozen_bytes=frozen_bytes, learning=learning,
-        adapted=sum(count for name, count in names.items() if "lora_" in name),
-        tokens=budget or training.batch_size * int(samples.lengths.max()), dtype=_NAMES[dtype],
-        optimizer=training.optimizer, processes=group.count, sharded=training.parallel == "fsdp",
-    )  # fmt: skip
-    asked = training.checkpointing
-    recompute = made.fitting(memory) if asked == "auto" else asked
-    model.transformer.recompute = recompute
-    objective = NextToken(samples)
-    course = objective.course(
-        seed=training.seed, batch_size=training.batch_size, budget=budget, group=training.accumulation * group.count
+    plan = foresee(
+        model, samples, training, frozen_bytes=frozen_bytes, budget=budget, memory=memory, dtype=dtype, group=group
     )
-    steps = count_steps(course, training)
-    epochs = steps / max(len(course.epoch(0)), 1)
+    model.transformer.recompute = plan.recompute
     whole = int(samples.lengths.sum())
-    tokens = round(epochs * whole)
+    epochs = plan.tokens / whole
     learn, look = _seconds_a_token(model, samples, training, budget, dtype, device)
-    seconds = tokens * learn
+    seconds = plan.tokens * learn
     if reference:
         seconds += min(epochs, 1.0) * whole * look
     if held_out is not None:
-        times = 1 + (round(epochs) or 1 if training.eval_every is None else -(-steps // training.eval_every))
+        times = 1 + (round(epochs) or 1 if training.eval_every is None else -(-plan.steps // training.eval_every))
         seconds += times * int(held_out.lengths.sum()) * look
-    moving = steps * learning * _OPTIMIZER_BYTES / _bytes_a_second(device)
-    return Plan(learning, model.config.parameter_count, recompute, made, steps, tokens, seconds / group.count + moving)
+    moving = plan.steps * plan.learning * _OPTIMIZER_BYTES / _bytes_a_second(device)
+    return replace(plan, seconds=seconds / group.count + moving)
 
 
 def _seconds_a_token(

@@ -1,7 +1,8 @@
 """Files of preferences -> pairs of samples: a prompt, the reply that was chosen and the one that was rejected.
 
     conversations + chosen, rejected   ShareGPT's form: a turn or a text each
-    messages or prompt + chosen, rejected   texts, or lists of messages
+    messages or prompt + chosen, rejected   texts, or lists of messages: replies, or whole conversations that begin with
+                                       the prompt (as UltraFeedback's do)
     chosen, rejected alone             two whole conversations that begin alike, as lists of messages, or as the text
                                        "\\n\\nHuman: ... \\n\\nAssistant: ..."
     instruction + output: [best, ..., worst]   Alpaca's form of rankings: the first against the last
@@ -22,7 +23,7 @@ import numpy as np
 from qwenlet.config import DataConfig
 from qwenlet.errors import DataError, RequestError
 from qwenlet.tokenizer import Tokenizer
-from qwenlet.train.records import Bad, Record, read_record, read_values
+from qwenlet.train.records import Bad, Dialogue, Record, Text, read_record, read_values
 from qwenlet.train.samples import Report, Samples, encode
 
 _SPEAKER = re.compile(r"(?:\A|\n\n)(Human|Assistant):[ ]?")
@@ -82,22 +83,28 @@ def load_pairs(paths: Sequence[str | Path], tokenizer: Tokenizer, config: DataCo
         raise bad.error()
     report = Report(forms={"pairs": len(found)} if found else {}, bad=bad.found)
     parts: list[Samples] = []
+    lost = 0
     for pair in found:
         try:
             made = encode(pair, tokenizer, replace(config, labels="last"), system=system)
         except DataError:
             if config.long == "error":
                 raise
-            report.long += 1
+            lost += 1
             continue
         report.cut += made.report.cut
+        report.openings += made.report.openings // 2  # both replies stand behind them
         if len(made) == 2:
             parts.append(made)
         else:
-            report.long += 1
+            lost += 1
+    if config.long == "cut":  # they lost their replies
+        report.nothing = lost
+    else:
+        report.long = lost
     if not parts:
         raise DataError(
-            f"no pair is left to train on: {report.long} are longer than {config.max_length} tokens",
+            f"no pair is left to train on: {lost} are longer than {config.max_length} tokens",
             hint="raise --max-length",
         )
     each = _joined(parts)
@@ -116,10 +123,27 @@ def read_pair(value: Any, where: str) -> tuple[Record, Record]:
     """(chosen, rejected) of one parsed record. Raises RequestError that says what is wrong with it."""
     if not isinstance(value, Mapping):
         raise RequestError(f"a pair is {value!r:.60}, expected an object with chosen and rejected")
-    chosen, rejected = (read_record(raw, where) for raw in _two(value))
+    chosen, rejected = (_whole(read_record(raw, where)) for raw in _two(value))
     if chosen == rejected:
         raise RequestError("chosen and rejected are the same")
+    if _prompt_of(chosen) != _prompt_of(rejected):
+        raise RequestError(
+            "chosen and rejected answer different prompts; expected the same messages before the last reply"
+        )
     return chosen, rejected
+
+
+def _whole(record: Record) -> Record:
+    """A reply is compared as one, behind the prompt where it begins."""
+    return replace(record, parts=()) if isinstance(record, Dialogue) else record
+
+
+def _prompt_of(record: Record) -> object:
+    """What stands before the reply that is compared."""
+    if isinstance(record, Text):
+        return record.prompt
+    asked = max((index for index, message in enumerate(record.messages) if message.role == "user"), default=-1)
+    return record.messages[: asked + 1]
 
 
 def _two(value: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -146,14 +170,14 @@ def _record(rest: Mapping[str, Any], reply: Any, name: str) -> Any:
     for key in ("messages", "prompt"):
         if isinstance(rest.get(key), list) or (key == "messages" and key in rest):
             others = {other: part for other, part in rest.items() if other != key}
-            return {**others, "messages": [*_listed(rest, key), *_messages(reply, name)]}
+            return {**others, "messages": _behind(_listed(rest, key), _messages(reply, name), key, name)}
     if "instruction" in rest:
         return {**rest, "output": reply}
     if "prompt" in rest:
         if isinstance(reply, list):
             asked = {"role": "user", "content": rest["prompt"]}
             others = {other: part for other, part in rest.items() if other != "prompt"}
-            return {**others, "messages": [asked, *_messages(reply, name)]}
+            return {**others, "messages": _behind([asked], _messages(reply, name), "prompt", name)}
         return {**rest, "completion": reply}
     if isinstance(reply, str):
         return {**rest, "messages": _spoken(reply, name)}
@@ -173,6 +197,21 @@ def _messages(reply: Any, name: str) -> list[Any]:
     if not messages or not all(isinstance(message, Mapping) for message in messages):
         raise RequestError(f"{name} is {reply!r:.60}, expected a text, a message or a list of messages")
     return messages
+
+
+def _behind(prompt: list[Any], reply: list[Any], key: str, name: str) -> list[Any]:
+    """The prompt and the reply to it; a reply that is the whole conversation begins with the prompt, or is refused."""
+    told, whole = [_said(message) for message in prompt], [_said(message) for message in reply]
+    bare = whole[1:] if whole[0][0] == "system" else whole  # a system message of its own may lead it
+    if told in (whole[: len(told)], bare[: len(told)]):
+        return reply
+    if whole[0][0] == "system" or (whole[0][0] == told[-1][0] == "user"):
+        raise RequestError(f"{name} begins with other messages than {key}; expected a reply, or {key} and a reply")
+    return [*prompt, *reply]
+
+
+def _said(message: Any) -> tuple[Any, Any]:
+    return (message.get("role"), message.get("content")) if isinstance(message, Mapping) else (None, message)
 
 
 def _spoken(text: str, name: str) -> list[dict[str, str]]:

@@ -34,12 +34,13 @@ from qwenlet.errors import CheckpointError, ConfigError, MissingTokenizerError
 from qwenlet.model import Qwen
 from qwenlet.tokenizer import Tokenizer
 from qwenlet.tokenizer_formats import Vocabulary
-from qwenlet.train.baselines import longest_overlap, ngram_loss
+from qwenlet.train.baselines import COUNTED, longest_overlap, ngram_loss
 from qwenlet.train.checkpoints import FOLDER
 from qwenlet.train.corpus import Corpus, build, documents, encode
-from qwenlet.train.finetune import FREE, keep_masters, publish
+from qwenlet.train.finetune import FREE, publish
+from qwenlet.train.learning import keep_masters, shapes_of
 from qwenlet.train.objective import NextToken
-from qwenlet.train.planning import Plan, make_plan
+from qwenlet.train.planning import Plan, foresee, make_plan, usable_memory
 from qwenlet.train.processes import Processes, processes
 from qwenlet.train.trainer import Outcome, Trainer
 
@@ -58,7 +59,7 @@ class PretrainJob:
         held_out: share of the documents that is measured and not learned; eval_data: files of text for that instead.
         baselines: orders of the n-gram counts to hold the model against; 1: single tokens.
         prompt: how the sample begins that is written at the end; nothing where it is empty.
-        memory: bytes that may be used, for the choice of what is computed again.
+        memory: bytes that may be used, for the choice of what is computed again; what the device has left unless given.
     """
 
     data: Sequence[str | Path]
@@ -154,6 +155,7 @@ def new_model(config: ModelConfig, seed: int, device: torch.device) -> Qwen:
 def pretrain(
     job: PretrainJob,
     *,
+    foreseen: Callable[[Plan], None] | None = None,
     planned: Callable[[Plan], None] | None = None,
     progress: Progress | None = None,
     note: Callable[[str], None] | None = None,
@@ -161,13 +163,15 @@ def pretrain(
     """Reads, trains, measures and writes; None where it was interrupted: the same job goes on where it stopped.
 
     Args:
-        planned: is told what the run will be, before it starts.
+        foreseen: is told what the run will be but for its time, before there are weights in memory.
+        planned: is told all of it, before the run starts.
     Raises:
         QwenletError: its branches say what was wrong.
     """
     with processes(device_by_name(job.device)) as group:
         run = _Pretraining(job, group, note if note is not None and group.first else lambda text: None)
-        return run.run(progress, planned if group.first else None)
+        told = (foreseen, planned) if group.first else (None, None)
+        return run.run(progress, *told)
 
 
 class _Pretraining:
@@ -185,9 +189,7 @@ class _Pretraining:
             if isinstance(found, MissingTokenizerError):
                 raise found
             self.tokenizer = found
-            self.model, _ = load_model(self.checkpoint, torch.float32, self.device)
-            self.model.requires_grad_(True)
-            keep_masters(self.model)
+            self.config = self.checkpoint.config
         else:
             assert job.config is not None
             assert job.vocabulary is not None
@@ -196,9 +198,23 @@ class _Pretraining:
                 raise ConfigError(
                     f"the model has {job.config.vocab_size} rows for a vocabulary of {self.tokenizer.vocab_size} tokens"
                 )
-            self.model = new_model(job.config, job.training.seed, self.device)
+            self.config = job.config
+        self.model: Qwen  # from `run` on, once its size has been told
 
-    def run(self, progress: Progress | None, planned: Callable[[Plan], None] | None) -> Report | None:
+    def _model(self) -> Qwen:
+        if self.checkpoint is None:
+            return new_model(self.config, self.job.training.seed, self.device)
+        model, _ = load_model(self.checkpoint, torch.float32, self.device)
+        model.requires_grad_(True)
+        keep_masters(model)
+        return model
+
+    def run(
+        self,
+        progress: Progress | None,
+        foreseen: Callable[[Plan], None] | None,
+        planned: Callable[[Plan], None] | None,
+    ) -> Report | None:
         job, training = self.job, self.job.training
         begun = time.perf_counter()
         if self.group.first:
@@ -210,11 +226,20 @@ class _Pretraining:
             f"{len(corpus.ids):,} tokens of {len(corpus.starts) - 1:,} documents to learn, {len(left_out.ids):,} of "
             f"{len(left_out.starts) - 1:,} held out ({time.perf_counter() - begun:.1f} s)"
         )
-        self.note(f"{self.model.config.parameter_count:,} parameters, {self._embedding():,} of them for the vocabulary")
+        self.note(f"{self.config.parameter_count:,} parameters, {self._embedding():,} of them for the vocabulary")
         budget = training.batch_size * job.length if training.packed else None
+        memory = usable_memory(job.memory, self.device, self.group)
+        if foreseen is not None:
+            foreseen(
+                foresee(
+                    shapes_of(self.config), samples, training, frozen_bytes=0, budget=budget, memory=memory,
+                    dtype=self.dtype, group=self.group,
+                )
+            )  # fmt: skip
+        self.model = self._model()
         plan = make_plan(
-            self.model, samples, held_out, training, frozen_bytes=0, budget=budget, memory=job.memory,
-            dtype=self.dtype, device=self.device, group=self.group,
+            self.model, samples, held_out, training, frozen_bytes=0, budget=budget, memory=memory, dtype=self.dtype,
+            device=self.device, group=self.group,
         )  # fmt: skip
         if planned is not None:
             planned(plan)
@@ -249,18 +274,20 @@ class _Pretraining:
         trainer.write(work)
         if not self.group.first:
             return None
+        publish(work, job.out)  # before what takes long and only tells about it
         vocabulary = self.tokenizer.vocab_size
+        if job.baselines and len(corpus.ids) > COUNTED:
+            self.note(f"n-gram counts are taken over the first {COUNTED:,} tokens")
         baselines = {order: ngram_loss(samples, held_out, order, vocabulary) for order in job.baselines}
-        sample = self._sample(work)
+        sample = self._sample(job.out)
         share = 6 * self.model.config.parameter_count * outcome.tokens_per_second / self._products_per_second()
         report = Report(
             outcome, loss, baselines, (len(corpus.ids), len(left_out.ids)), share, sample,
-            longest_overlap(sample, list(documents(job.data))) if sample else "",
+            longest_overlap(sample, documents(job.data)) if sample else "",
         )  # fmt: skip
         (job.out / FOLDER / REPORT).write_text(
             json.dumps(asdict(report), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
-        publish(work, job.out)
         return report
 
     def _corpora(self) -> tuple[Corpus, Corpus]:
@@ -271,7 +298,7 @@ class _Pretraining:
         return encode(job.data, self.tokenizer, folder), encode(job.eval_data, self.tokenizer, folder)
 
     def _embedding(self) -> int:
-        config = self.model.config
+        config = self.config
         return config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
 
     def _export(self, folder: Path) -> None:

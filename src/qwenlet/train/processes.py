@@ -50,6 +50,14 @@ class Processes:
         flag = torch.tensor(float(value))
         return bool(self.add_up(flag) > 0) if self.count > 1 else value
 
+    def least(self, value: int | None) -> int | None:
+        """The smallest that any of them has; None where one doesn't know."""
+        if self.count == 1:
+            return value
+        found = torch.tensor(-1 if value is None else value)
+        dist.all_reduce(found, dist.ReduceOp.MIN)
+        return None if found < 0 else int(found)
+
 
 @contextmanager
 def processes(device: torch.device, timeout: float = 1800.0) -> Iterator[Processes]:

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from qwenlet.chat import Message
 from qwenlet.errors import DataError, RequestError
-from qwenlet.tools import Toolbox, ToolMessage, react_messages
+from qwenlet.tools import Toolbox, ToolMessage, react_messages, react_replies
 
 _SHOWN = 8  # broken records that one error lists
 
@@ -51,6 +51,9 @@ class Dialogue:
         learned: for each message whether it is learned, if it is the assistant's.
         form: which of the forms it had.
         dropped: messages before the first question that were left out, as the published code does.
+        parts: of a dialogue in which the tools moved from question to question, as they do in a chat: its beginnings,
+            each with the tools where some of its replies had them, and these learned. The messages themselves have them
+            where they were when the last question was asked. Empty where one text is true for all.
     """
 
     where: str
@@ -58,6 +61,7 @@ class Dialogue:
     learned: tuple[bool, ...]
     form: str
     dropped: int = 0
+    parts: tuple[Dialogue, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -276,14 +280,24 @@ def _dialogue(raw: Any, tools: Any, where: str, form: str, dropped: int = 0) -> 
     if talk[-1].role != "assistant":
         raise RequestError(f"the last message is the {talk[-1].role}'s, so nothing follows it that could be learned")
     if toolbox or any(said.calls for said in talk):
-        messages = react_messages(talk, toolbox)
+        told = react_replies(talk, toolbox)
     else:  # calls that are written out in the text already, if there are any
-        messages = [Message(said.role, said.content) for said in talk]
+        told = [([Message(said.role, said.content) for said in talk], 0)]
+    messages, _ = told[-1]
     if len(messages) != len(talk):  # calls became messages of their own
         if not all(learned):
             raise RequestError("messages have weights beside several calls at once, which is not understood")
         learned = [True] * len(messages)
-    return Dialogue(where, tuple(messages), tuple(learned), form, dropped)
+    parts = tuple(
+        Dialogue(where, tuple(part), tuple(want and at >= first for at, want in enumerate(learned[: len(part)])), form)
+        for part, first in told
+    )
+    if len(parts) == 1:
+        return replace(parts[0], dropped=dropped)
+    asked = max(index for index, said in enumerate(talk) if said.role == "user")
+    prompt = react_messages(talk[: asked + 1], toolbox)
+    whole = (*prompt, *messages[len(prompt) :])
+    return Dialogue(where, whole, tuple(learned), form, dropped, parts)
 
 
 # ----------------------------------------------------------------------------------------------------------- the files

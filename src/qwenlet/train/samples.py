@@ -5,7 +5,8 @@
     Samples        all ids one after another, the way the cache holds them
     Report         what became of the records: nothing is left out in silence
 
-A dialogue is one sample, or is left out (or cut) where it is too long; a text is cut into as many as it takes.
+A dialogue is one sample (with tools, one for each place where its replies saw them), or is left out (or cut) where
+it is too long; a text is cut into as many as it takes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +30,8 @@ from qwenlet.errors import DataError
 from qwenlet.tokenizer import Tokenizer
 from qwenlet.train.records import Dialogue, Record, Text, read_records
 
-_FORM = 1  # of the cache's files
+_FORM = 2  # of the cache's files
+_HASHED = 1 << 20  # numbers at a time
 
 
 @dataclass
@@ -111,7 +114,8 @@ class Samples:
         """The same for the same samples."""
         digest = hashlib.sha256()
         for part in (self.ids, self.learned, self.starts):
-            digest.update(np.ascontiguousarray(part).tobytes())
+            for at in range(0, len(part), _HASHED):  # a corpus is a mapped file, larger than memory maybe
+                digest.update(np.ascontiguousarray(part[at : at + _HASHED]).tobytes())
         return digest.hexdigest()[:16]
 
     def targets(self, index: int) -> int:
@@ -177,7 +181,7 @@ def encode(records: Sequence[Record], tokenizer: Tokenizer, config: DataConfig, 
     for record in records:
         if isinstance(record, Dialogue):
             report.openings += record.dropped
-            made = [_dialogue(record, tokenizer, config, system)]
+            made = [_dialogue(part, tokenizer, config, system) for part in _parts(record, config.labels)]
         else:
             made = _text(record, tokenizer, config.max_length)
         for ids, learned in made:
@@ -206,6 +210,20 @@ def encode(records: Sequence[Record], tokenizer: Tokenizer, config: DataConfig, 
     return Samples(whole, marks, np.cumsum([0, *(len(part) for part, _ in parts)]), tuple(where), report)
 
 
+def _parts(record: Dialogue, labels: str) -> Sequence[Dialogue]:
+    """The texts in which a dialogue's replies are learned; where everything is learned, it is once."""
+    if not record.parts or labels == "all":
+        return (record,)
+    if labels == "last":
+        return [part for part in record.parts if _asked(part.messages) == _asked(record.messages)]
+    return [part for part in record.parts if any(part.learned)] or (record,)
+
+
+def _asked(messages: Sequence[Message]) -> int:
+    """Index of the last question, -1 without any."""
+    return max((index for index, message in enumerate(messages) if message.role == "user"), default=-1)
+
+
 def _dialogue(
     record: Dialogue, tokenizer: Tokenizer, config: DataConfig, system: str | None
 ) -> tuple[list[int], list[bool]]:
@@ -214,7 +232,7 @@ def _dialogue(
         messages, learned = [Message("system", system), *messages], [False, *learned]
     if config.labels == "last":
         # a reply that called tools is one: from the last question on
-        asked = max((index for index, message in enumerate(messages) if message.role == "user"), default=-1)
+        asked = _asked(messages)
         learned = [want and index > asked for index, want in enumerate(learned)]
     ids, marks = chat.label(tokenizer, messages, learned, published=config.labels == "published")
     return ids, [True] * len(ids) if config.labels == "all" else marks
@@ -260,11 +278,11 @@ def _save(path: Path, samples: Samples) -> None:
 def _load(path: Path) -> Samples | None:
     """None where there is no such file, or a damaged one: it is made again."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             about = json.loads(file["about"].tobytes())
             report = Report(
                 **about["report"] | {"bad": [tuple(pair) for pair in about["report"]["bad"]], "cached": True}
             )
             return Samples(file["ids"], file["learned"], file["starts"], tuple(about["where"]), report)
-    except (OSError, ValueError, KeyError, TypeError, EOFError):
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile):
         return None

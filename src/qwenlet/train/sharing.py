@@ -33,8 +33,9 @@ class Sharing(Protocol):
     """A model, its optimizer, and how processes share both. All processes call the same, in the same order."""
 
     @property
-    def scale(self) -> float | None:
-        """What losses are multiplied by in float16, so that their gradients don't vanish; None: nothing is."""
+    def scale(self) -> tuple[float, int] | None:
+        """What losses are multiplied by in float16, so that their gradients don't vanish, and for how many steps it has
+        been so: it grows behind some thousand. None: they are not."""
         ...
 
     def loss(self, batch: Batch, objective: Objective | None = None) -> Tensor:
@@ -64,7 +65,7 @@ class Sharing(Protocol):
         """The optimizer's state, whole and on the CPU, as `optimizer_state` names it."""
         ...
 
-    def restore(self, weights: dict[str, Tensor], moments: dict[str, Tensor], scale: float | None) -> None:
+    def restore(self, weights: dict[str, Tensor], moments: dict[str, Tensor], scale: tuple[float, int] | None) -> None:
         """The way back from what a checkpoint holds."""
         ...
 
@@ -116,8 +117,10 @@ class ByTorch:
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     @property
-    def scale(self) -> float | None:
-        return float(self.scaler.get_scale()) if self.scaler.is_enabled() else None
+    def scale(self) -> tuple[float, int] | None:
+        if not self.scaler.is_enabled():
+            return None
+        return float(self.scaler.get_scale()), int(self.scaler.state_dict()["_growth_tracker"])
 
     def loss(self, batch: Batch, objective: Objective | None = None) -> Tensor:
         return self.learner(batch, objective)
@@ -152,11 +155,12 @@ class ByTorch:
     def moments(self) -> dict[str, Tensor]:
         return optimizer_state(self.model, self.optimizer)
 
-    def restore(self, weights: dict[str, Tensor], moments: dict[str, Tensor], scale: float | None) -> None:
+    def restore(self, weights: dict[str, Tensor], moments: dict[str, Tensor], scale: tuple[float, int] | None) -> None:
         self.assign(weights)
         restore_optimizer(self.model, self.optimizer, moments)
         if scale is not None and self.scaler.is_enabled():
-            self.scaler.load_state_dict(self.scaler.state_dict() | {"scale": scale})
+            now = {"scale": scale[0], "_growth_tracker": scale[1]}
+            self.scaler.load_state_dict(self.scaler.state_dict() | now)
 
     @contextmanager
     def whole(self) -> Iterator[None]:

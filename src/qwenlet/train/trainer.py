@@ -210,8 +210,10 @@ class Trainer:
             total += loss * (share / count)
         mean = float(self.group.add_up(total))
         self._check(mean, "loss", step)
+        scale = self.sharing.scale
         norm = self.sharing.move(self.lr * factor(self.config, step.number, self.steps))
-        if self.sharing.scale is None:  # float16 overflows now and then: such a step is left out
+        # float16 overflows now and then: such a step is left out, and the next one scaled by less, while there is less
+        if scale is None or scale[0] <= 1.0:
             self._check(norm, "gradient", step)
         return mean, norm, sum(self.objective.tokens(batch) for batch in step.batches)
 
@@ -273,7 +275,8 @@ class Trainer:
         self.group.wait()
 
     def _save(self, standing: Standing) -> None:
-        standing = replace(standing, scale=self.sharing.scale)
+        scale, steady = self.sharing.scale or (None, 0)
+        standing = replace(standing, scale=scale, steady=steady)
         weights, optimizer = self.sharing.weights(), self.sharing.moments()
         with self.sharing.whole() if self.export_always else nullcontext():
             if self.group.first:
@@ -290,7 +293,8 @@ class Trainer:
                 f"the checkpoint in {self.checkpoints.folder} holds other parameters than this run trains",
                 hint="choose another --out",
             )
-        self.sharing.restore(weights, optimizer, standing.scale)
+        scale = None if standing.scale is None else (standing.scale, standing.steady)
+        self.sharing.restore(weights, optimizer, scale)
         return standing
 
     def _report(

@@ -63,7 +63,7 @@ class ByDeepSpeed:
         except ImportError as error:
             raise ConfigError(
                 f"accelerate launch asks for DeepSpeed, but {error.name} can't be imported: {error}",
-                hint="pip install accelerate, and: DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed",
+                hint="pip install 'qwenlet[train]', and: DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed",
             ) from error
         # its calls of torch's collectives by their former names, at every step
         warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
@@ -122,7 +122,7 @@ class ByDeepSpeed:
                 state[f"{kind}{SEPARATOR}{name}"] = whole.detach().cpu().clone().contiguous()
         return state
 
-    def restore(self, weights: dict[str, Tensor], moments: dict[str, Tensor], scale: float | None) -> None:
+    def restore(self, weights: dict[str, Tensor], moments: dict[str, Tensor], scale: tuple[float, int] | None) -> None:
         # moments are made by the first step: one with a gradient and a rate of 0 makes them and changes nothing
         self.learn(self.sample, 0.0, last=True)
         self.move(0.0)
