@@ -47,6 +47,7 @@ from qwenlet.ops.rounding import round_to_nearest
 INT4 = QuantConfig(group_size=32)
 AS_PUBLISHED = QuantConfig(group_size=32, head_bits=None, embedding_bits=None)  # layers only
 LAYER = "transformer.h.1.attn.c_attn"
+LAYER_K = "model.layers.1.self_attn.k_proj"
 # how a linear without codes runs beside others
 FLOATS = (Linear, "float32") if cpu.status().isa is None else (TiledLinear, "bfloat16")
 
@@ -309,12 +310,22 @@ def test_rounding_while_loading_equals_a_written_checkpoint(tmp_path: Path, tiny
 def test_a_head_of_rows_that_fill_no_word(tmp_path: Path) -> None:
     model = random_llama(vocab_size=390)
     source = published(tmp_path / "f", cut(untied_state(model), model.config), foreign_config(model.config, "llama"))
-    with pytest.raises(CheckpointError, match=r"lm_head\.weight has 390 rows, but the GPTQ layout packs 8") as caught:
-        quantize(source, tmp_path / "q")
-    assert "head_bits=None" in str(caught.value)
-    assert not (tmp_path / "q").exists()
-    assert [p.name for p in tmp_path.iterdir()] == ["f"], "nothing half-written is left"
+    out = quantize(source, tmp_path / "q")
+    found = Checkpoint.open(out).quant
+    assert found == replace(INT4, head_bits=None)
+    assert f"{LAYER_K}.qweight" in load_file(out / "model.safetensors")
+    assert_close(load(out), out)
     assert load(source, rounding=Rounding(INT4)).lm_head.tiles.rows == 390, "in memory it runs"
+
+
+def test_a_layer_of_rows_that_fill_no_word_is_named_before_anything_is_written(tmp_path: Path) -> None:
+    model = random_llama(num_key_value_heads=1, num_attention_heads=8, head_dim=20, hidden_size=160)
+    source = published(
+        tmp_path / "f", cut(untied_state(model), model.config), foreign_config(model.config, "llama") | {"head_dim": 20}
+    )
+    with pytest.raises(CheckpointError, match=r"k_proj\.weight has 20 rows, but the GPTQ layout packs 8 in a word"):
+        quantize(source, tmp_path / "q")
+    assert [p.name for p in tmp_path.iterdir()] == ["f"], "nothing half-written is left"
 
 
 # ------------------------------------------------------------------------------------------------------- bad input

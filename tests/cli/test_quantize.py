@@ -18,13 +18,17 @@ from qwenlet.quant.pipeline import Outcome
 from qwenlet.quant.workfolder import WeightError
 
 
+def tiny(path: Path, vocabulary: int = 64) -> Path:
+    config = replace(
+        qwen_1_8b(), vocab_size=vocabulary, hidden_size=64, intermediate_size=96, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=32, num_hidden_layers=1,
+    )  # fmt: skip
+    return write_random(path, config)
+
+
 @pytest.fixture
 def model(tmp_path) -> Path:
-    config = replace(
-        qwen_1_8b(), vocab_size=64, hidden_size=64, intermediate_size=96, num_attention_heads=2, num_key_value_heads=2,
-        head_dim=32, num_hidden_layers=1,
-    )  # fmt: skip
-    return write_random(tmp_path / "tiny", config)
+    return tiny(tmp_path / "tiny")
 
 
 @pytest.fixture
@@ -71,6 +75,15 @@ def test_the_default_is_gptq_in_four_bits(run, model, asked) -> None:
 def test_flags_reach_the_settings(flags, expected, run, model, asked) -> None:
     assert run("quantize", str(model), "out", "--no-report", *flags).code == 0
     assert asked[0][0] == replace(QuantConfig(method="gptq", desc_act=True, static_groups=True), **expected)
+
+
+def test_a_head_that_the_layout_can_not_hold_is_told_before_the_work(run, asked, tmp_path) -> None:
+    odd = tiny(tmp_path / "odd", 203)
+    told = "the head stays in half precision: the GPTQ layout packs 8 outputs in a word, and 203 don't fill them\n"
+    err = run("quantize", str(odd), "out", "--no-report").err
+    assert err.startswith(told)
+    assert err.count("half precision") == 1
+    assert "half precision" not in run("quantize", str(odd), "out", "--no-report", "--head-bits", "16").err
 
 
 def test_rounding_takes_no_text_and_no_order(run, model, asked) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qwenlet.cache import Rows
 from qwenlet.checkpoint import Checkpoint, load_model, write_random, write_rounded
-from qwenlet.config import QuantConfig, qwen_1_8b
+from qwenlet.config import ModelConfig, QuantConfig, qwen_1_8b
 from qwenlet.errors import CheckpointError, ConfigError, RequestError
 from qwenlet.quant import workfolder
 from qwenlet.quant.calibration import Calibration
@@ -34,15 +34,17 @@ def calibration(seed: int = 0, length: int = 96) -> Calibration:
     return Calibration(tuple(torch.randint(VOCABULARY, (n,), generator=generator) for n in lengths), "random ids")
 
 
+def tiny(vocabulary: int = VOCABULARY) -> ModelConfig:
+    return replace(
+        qwen_1_8b(), vocab_size=vocabulary, hidden_size=64, intermediate_size=160, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=32, num_hidden_layers=LAYERS, seq_length=128, max_position_embeddings=128,
+        initializer_range=0.15,  # larger than a random start, so that layers do something to their inputs
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = replace(
-        qwen_1_8b(), vocab_size=VOCABULARY, hidden_size=64, intermediate_size=160, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=32, num_hidden_layers=LAYERS, seq_length=128, max_position_embeddings=128,
-    )  # fmt: skip
-    # larger than a random start, so that layers do something to their inputs
-    path = write_random(tmp_path_factory.mktemp("model") / "tiny", replace(config, initializer_range=0.15))
-    return path
+    return write_random(tmp_path_factory.mktemp("model") / "tiny", tiny())
 
 
 def damaged(source: Path, out: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
@@ -100,6 +102,22 @@ def test_what_is_written_is_a_checkpoint_near_its_source(options: dict[str, obje
     ids = calibration(1).samples[0]
     expected, found = logits(source, ids), logits(outcome.path, ids)
     assert (found - expected).norm() < (0.5 if quant.bits == 4 else 0.05) * expected.norm()
+
+
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+@pytest.mark.parametrize(("vocabulary", "bits", "kept"), [(202, 4, None), (203, 8, None), (204, 8, 8), (204, 4, None)])
+def test_a_head_that_fills_no_words_stays_in_half_precision(
+    vocabulary: int, bits: int, kept: int | None, method: str, tmp_path
+) -> None:
+    source = write_random(tmp_path / "tiny", tiny(vocabulary))
+    quant = replace(GPTQ, bits=bits, head_bits=bits, method=method)
+    outcome = quantize(source, tmp_path / "out", quant, calibration())
+    found = Checkpoint.open(outcome.path).quant
+    assert found is not None
+    assert (found.bits, found.head_bits, outcome.quant.head_bits) == (bits, kept, kept)
+    ids = calibration(1).samples[0]
+    expected = logits(source, ids)
+    assert (logits(outcome.path, ids) - expected).norm() < 0.5 * expected.norm()
 
 
 def test_gptq_beats_rounding_on_other_text(source, tmp_path) -> None:
@@ -185,6 +203,25 @@ def test_other_settings_do_not_go_on_with_the_work(source, tmp_path) -> None:
     with pytest.raises(CheckpointError, match="other settings: calibration"):
         quantize(source, tmp_path / "out", GPTQ, calibration(2))
     assert quantize(source, tmp_path / "out", GPTQ, calibration()).resumed == 1
+
+
+def test_finished_layers_serve_another_head(source, tmp_path) -> None:
+    """How head and embedding are stored changes no layer; a head that was found for other bits is not taken for it."""
+
+    def stop(done: int, total: int, what: str) -> None:
+        if what == "transformer.wte":  # the layers and the head are done, the folder is being written
+            raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        quantize(source, out, GPTQ, calibration(), progress=stop)
+    eight = replace(GPTQ, head_bits=8, embedding_bits=None)
+    outcome = quantize(source, out, eight, calibration())
+    assert outcome.resumed == LAYERS
+    assert Checkpoint.open(out).quant == eight
+    unbroken = quantize(source, tmp_path / "unbroken", eight, calibration())
+    assert outcome.errors == unbroken.errors
+    assert same_files(out, unbroken.path)
 
 
 def test_two_runs_into_one_folder_are_kept_apart(source, tmp_path) -> None:

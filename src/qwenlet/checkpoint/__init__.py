@@ -28,7 +28,7 @@ from qwenlet.checkpoint.convert import TARGETS, Change, convert, left_behind, wr
 from qwenlet.checkpoint.dtypes import DTYPES, auto_dtype, check_dtype, device_by_name, dtype_by_name, dtype_name
 from qwenlet.checkpoint.importance import rounding_of
 from qwenlet.checkpoint.load import DEFAULT_SYSTEM, Checkpoint, LoadReport, Progress, load_model, read_tokenizer
-from qwenlet.checkpoint.quantized import WeightOf, write_quantized, write_rounded
+from qwenlet.checkpoint.quantized import WeightOf, fit_layout, head_obstacle, write_quantized, write_rounded
 from qwenlet.checkpoint.random import RandomCheckpoint
 from qwenlet.checkpoint.room import check_room, free_memory
 from qwenlet.checkpoint.rounding import Rounding
@@ -54,7 +54,9 @@ __all__ = [
     "device_by_name",
     "dtype_by_name",
     "dtype_name",
+    "fit_layout",
     "free_memory",
+    "head_obstacle",
     "left_behind",
     "load_model",
     "load_quantized",

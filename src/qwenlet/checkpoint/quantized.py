@@ -2,7 +2,8 @@
 
 Linears inside the layers are X.qweight, X.qzeros, X.scales, X.g_idx, the rest is float16, as published. Beyond that
 layout a head is quantized the way GPTQModel writes it, and an embedding is int8 [V, C] with float16 scales.
-Modules have the names of the model's own type: q, k and v lie apart where that type has them apart.
+Modules have the names of the model's own type: q, k and v lie apart where that type has them apart. Zero points lie
+side by side along the outputs, which must fill words of 32 bits: a head that doesn't stays in half precision.
 
 How codes are found is the caller's business; `write_rounded` is the quick way.
 """
@@ -24,7 +25,7 @@ from qwenlet.checkpoint.load import Checkpoint, Progress, plan_reading
 from qwenlet.checkpoint.names import Layout, Part, parts_of
 from qwenlet.checkpoint.rounding import Rounding
 from qwenlet.checkpoint.save import ShardWriter, new_folder, write_defaults, write_json, write_tokenizer
-from qwenlet.config import QuantConfig
+from qwenlet.config import ModelConfig, QuantConfig
 from qwenlet.errors import CheckpointError, ConfigError
 from qwenlet.linear import QuantEmbedding
 from qwenlet.ops.packing import GPTQTensors, QuantTensor, to_gptq
@@ -33,11 +34,45 @@ from qwenlet.ops.packing import GPTQTensors, QuantTensor, to_gptq
 WeightOf = Callable[[str, Tensor], QuantTensor]
 
 
+_WORD = 32  # bits
+
+
+def fit_layout(quant: QuantConfig, config: ModelConfig) -> QuantConfig:
+    """What is written where `quant` is asked for: with group sizes that are numbers, the head in half precision where
+    the layout can't hold its codes.
+
+    Raises:
+        ConfigError: a group size that cuts a layer.
+        CheckpointError: a layer whose outputs don't fill the layout's words.
+    """
+    quant = quant.fit(config)
+    for part in parts_of("transformer.h.0.attn.c_attn.weight", config.qkv_size, _layout(config), config):
+        if part.rows * quant.bits % _WORD:
+            raise CheckpointError(
+                f"{part.name} has {part.rows} rows, but the GPTQ layout packs {_WORD // quant.bits} in a word",
+                hint="this model can be rounded while it is loaded, with quant='int4', but not written",
+            )
+    return quant if head_obstacle(quant, config) is None else replace(quant, head_bits=None)
+
+
+def head_obstacle(quant: QuantConfig, config: ModelConfig) -> str | None:
+    """Why the layout can't hold the codes of the head that `quant` asks for; None if it can, or none are asked for."""
+    if quant.head_bits is None or config.vocab_size * quant.head_bits % _WORD == 0:
+        return None
+    return (
+        f"the GPTQ layout packs {_WORD // quant.head_bits} outputs in a word, and {config.vocab_size} don't fill them"
+    )
+
+
+def _layout(config: ModelConfig) -> Layout:
+    return "qwen" if config.model_type == "qwen" else "qwen2"
+
+
 def write_rounded(
     checkpoint: Checkpoint, out: str | Path, quant: QuantConfig, *, progress: Progress | None = None
 ) -> Path:
     """`write_quantized` with every weight rounded to nearest."""
-    quant = quant.fit(checkpoint.config)
+    quant = fit_layout(quant, checkpoint.config)
     rounding = rounding_of(checkpoint, quant, progress)
     return write_quantized(checkpoint, out, quant, rounding.linear, progress=progress)
 
@@ -55,7 +90,7 @@ def write_quantized(
     Of a GPTQ checkpoint the codes are kept, and `weight_of` is asked for what it left in floats.
 
     Args:
-        quant: what is written; an open group size is settled as `QuantConfig.fit` does.
+        quant: what is written, as `fit_layout` settles it.
         weight_of: called once for each linear that is quantized, in the model's order, the head last, with its name
             (such as "transformer.h.0.attn.c_attn") and its weight [N, K] in float32.
         progress: called with (bytes read, bytes in all, name).
@@ -64,7 +99,7 @@ def write_quantized(
         CheckpointError: the source is incomplete, `out` exists or could not be written, or a layer does not fit the
             layout.
     """
-    quant = quant.fit(checkpoint.config)
+    quant = fit_layout(quant, checkpoint.config)
     if checkpoint.quant is not None and checkpoint.quant.completed(quant) != quant:
         raise ConfigError(
             f"{checkpoint.path} is quantized already, in another way",
@@ -107,7 +142,7 @@ class _Writing:
 
     def __init__(self, checkpoint: Checkpoint, weights: WeightFile, quant: QuantConfig, weight_of: WeightOf) -> None:
         self.config, self.weights, self.quant, self.weight_of = checkpoint.config, weights, quant, weight_of
-        self.layout: Layout = "qwen" if checkpoint.config.model_type == "qwen" else "qwen2"
+        self.layout = _layout(checkpoint.config)
         self.rounding = Rounding(quant)
 
     def tensors(self, name: str, module: nn.Module, parts: dict[str, tuple[Part, ...]]) -> Iterator[tuple[str, Tensor]]:
@@ -143,11 +178,6 @@ class _Writing:
         assert (weight.bits, weight.group_size) == (bits, group_size), f"{name}: {weight.bits}, {weight.group_size}"
         at = 0
         for target in self._targets(f"{name}.weight", weight.shape[0]):
-            if target.rows * weight.bits % 32:
-                raise CheckpointError(
-                    f"{target.name} has {target.rows} rows, but the GPTQ layout packs {32 // weight.bits} in a word",
-                    hint="head_bits=None leaves a head in half precision" if name == "lm_head" else None,
-                )
             yield from _four(target.name, to_gptq(_rows(weight, at, at + target.rows)))
             at += target.rows
 

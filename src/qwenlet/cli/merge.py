@@ -50,6 +50,7 @@ def merge(
 ) -> None:
     """Write a model with an adapter merged into its weights, and measure what that changed."""
     from qwenlet import hub
+    from qwenlet.checkpoint import Checkpoint, head_obstacle
     from qwenlet.lora.merge import merge as merge_into
 
     beside = None if trained_beside is None else QuantConfig.named(trained_beside)
@@ -60,6 +61,9 @@ def merge(
         path = merge_into(
             found, adapter, out, to=to, dtype=dtype, beside=beside, quant=rounded, progress=progress.update
         )
+    obstacle = None if rounded is None else head_obstacle(rounded, Checkpoint.open(path).config)
+    if obstacle is not None:
+        console.note(f"the head stays in half precision: {obstacle}")
     if report:
         _report(found, adapter, path, trained_beside, words)
     print(path)

@@ -87,6 +87,7 @@ def quantize(
     An interrupted run goes on where it stopped when the same command is given again.
     """
     from qwenlet import hub
+    from qwenlet.checkpoint import Checkpoint, head_obstacle
     from qwenlet.quant.pipeline import quantize
 
     calibrated = method == "gptq"
@@ -105,6 +106,9 @@ def quantize(
     text_to_score = None if text is None else console.file_text(text)
     with console.Progress() as progress:
         found = hub.resolve(source, offline=offline or None, progress=progress.update)
+    obstacle = head_obstacle(config, Checkpoint.open(found).config)
+    if obstacle is not None:
+        console.note(f"the head stays in half precision: {obstacle}")
     picked = _calibration(found, calibration, samples, max_length, seed) if calibrated else None
     with console.Progress("steps") as progress:
         try:

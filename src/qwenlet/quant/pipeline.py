@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from qwenlet import __version__
 from qwenlet.cache import NoPast, Rows
-from qwenlet.checkpoint import Checkpoint, Progress, Rounding, rounding_of, write_quantized
+from qwenlet.checkpoint import Checkpoint, Progress, Rounding, fit_layout, rounding_of, write_quantized
 from qwenlet.checkpoint.files import read_parts
 from qwenlet.checkpoint.load import plan_reading
 from qwenlet.checkpoint.save import refuse_existing
@@ -58,7 +58,7 @@ class Outcome:
 
     Attributes:
         path: the folder that was written.
-        quant: as used, with a group size.
+        quant: as used, with a group size; a head that the layout can't hold in codes has no bits.
         errors: of every linear, in the order they were quantized.
         resumed: layers that an earlier run had finished.
     """
@@ -85,8 +85,9 @@ def quantize(
         progress: called with (steps done, steps in all, what).
     Raises:
         ConfigError: a group size that does not divide a layer.
-        CheckpointError: `out` exists; the source is damaged, quantized already, or holds NaN; an earlier run with other
-            settings left its work beside `out`; a file could not be written (finished layers stay).
+        CheckpointError: `out` exists; the source is damaged, quantized already, or holds NaN; a layer doesn't fit the
+            layout; an earlier run with other settings left its work beside `out`; a file could not be written (finished
+            layers stay).
         RequestError: no calibration for GPTQ, or samples that the model can't take.
     """
     out = Path(out).resolve()
@@ -94,7 +95,7 @@ def quantize(
     checkpoint = Checkpoint.open(source)
     if checkpoint.quant is not None:
         raise CheckpointError(f"{source} is quantized already", hint="quantize the original model")
-    quant = quant.fit(checkpoint.config)
+    quant = fit_layout(quant, checkpoint.config)
     if quant.method == "rtn":
         outcome = Outcome(out, quant, None)
         rounding = rounding_of(checkpoint, quant, progress)
@@ -107,7 +108,7 @@ def quantize(
     with WorkFolder(out, _run_of(checkpoint, quant, calibration)) as work:
         with torch.inference_mode():
             _Walk(checkpoint, outcome, calibration, work, progress or _silent).run()
-        write_quantized(checkpoint, out, quant, _saved(work), progress=progress)
+        write_quantized(checkpoint, out, quant, _saved(work, quant), progress=progress)
         work.remove()
     return outcome
 
@@ -126,12 +127,16 @@ def _check_samples(calibration: Calibration, config: ModelConfig) -> None:
         )
 
 
+_OUTSIDE = ("head_bits", "head_group_size", "embedding_bits")  # the layers: another run may choose anew
+
+
 def _run_of(checkpoint: Checkpoint, quant: QuantConfig, calibration: Calibration) -> dict[str, Any]:
-    """All that the codes depend on."""
+    """All that the codes of the layers depend on; how the head was quantized is in its part's name."""
     files = [checkpoint.path] if checkpoint.path.is_file() else sorted(checkpoint.path.iterdir())
     marks = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}\n" for file in files if file.is_file()]
     source = f"{checkpoint.path.resolve()} {hashlib.sha256(''.join(marks).encode()).hexdigest()[:16]}"
-    return asdict(quant) | {"source": source, "calibration": calibration.sha256, "qwenlet": __version__}
+    settings = {name: value for name, value in asdict(quant).items() if name not in _OUTSIDE}
+    return settings | {"source": source, "calibration": calibration.sha256, "qwenlet": __version__}
 
 
 def _nearest(rounding: Rounding, errors: list[WeightError]) -> Callable[[str, Tensor], QuantTensor]:
@@ -156,14 +161,14 @@ def _pieces(weight: QuantTensor) -> Iterator[QuantTensor]:
         yield replace(weight, codes=weight.codes[rows], scales=weight.scales[rows], zeros=zeros)
 
 
-def _saved(work: WorkFolder) -> Callable[[str, Tensor], QuantTensor]:
+def _saved(work: WorkFolder, quant: QuantConfig) -> Callable[[str, Tensor], QuantTensor]:
     """Hands out what the walk found, a layer's file read once."""
     held: dict[str, QuantTensor] = {}
 
     def weight_of(name: str, weight: Tensor) -> QuantTensor:
         nonlocal held
         if name not in held:
-            held = work.load(_part(name))[0]
+            held = work.load(_head_part(quant) if name == HEAD else _part(name))[0]
         return held[name]
 
     return weight_of
@@ -178,8 +183,13 @@ def _grid(quant: QuantConfig, name: str) -> tuple[int, int]:
 
 
 def _part(name: str) -> str:
-    """The work folder's file for a linear: transformer.h.3.mlp.w1 -> layer-003."""
-    return HEAD if name == HEAD else f"layer-{int(name.split('.')[2]):03d}"
+    """The work folder's file for a layer's linear: transformer.h.3.mlp.w1 -> layer-003."""
+    return f"layer-{int(name.split('.')[2]):03d}"
+
+
+def _head_part(quant: QuantConfig) -> str:
+    """... and for the head: lm_head-4-32."""
+    return "-".join(map(str, (HEAD, *_grid(quant, HEAD))))
 
 
 @contextmanager
@@ -221,13 +231,14 @@ class _Walk:
         layers = [f"transformer.h.{layer}." for layer in range(self.config.num_hidden_layers)]
         finished = [self.work.has(_part(prefix)) for prefix in layers]
         self.outcome.resumed = sum(finished)
-        head_left = self.quant.head_bits is not None and not self.work.has(HEAD)
+        head = [] if self.quant.head_bits is None else [_head_part(self.quant)]
+        head_left = [part for part in head if not self.work.has(part)]
         if not all(finished) or head_left:
             for prefix, known in zip(layers, finished, strict=True):
                 self._layer(prefix, known)
-        if head_left:
-            self._head()
-        for part in [_part(prefix) for prefix in layers] + ([] if self.quant.head_bits is None else [HEAD]):
+        for part in head_left:
+            self._head(part)
+        for part in [_part(prefix) for prefix in layers] + head:
             self.outcome.errors += self.work.load(part)[1]
 
     def _read(self, name: str) -> Tensor:
@@ -290,7 +301,7 @@ class _Walk:
     def _run(self, half: Half, batch: _Batch) -> Tensor:
         return half(self.states[batch.states], Rotation(self.config, batch.rows, extend=True), NoPast(batch.rows))
 
-    def _head(self) -> None:
+    def _head(self, part: str) -> None:
         norm = self.model.transformer.ln_f
         _assign(norm, "weight", self._read("transformer.ln_f.weight").float())
         hessian = Hessian(self.config.hidden_size)
@@ -298,7 +309,7 @@ class _Walk:
             hessian.add(norm(self.states[batch.states]))
         errors: list[WeightError] = []
         weight = self._read("transformer.wte.weight" if self.config.tie_word_embeddings else f"{HEAD}.weight")
-        self.work.save(HEAD, {HEAD: self._solve(HEAD, weight, hessian, errors)}, errors)
+        self.work.save(part, {HEAD: self._solve(HEAD, weight, hessian, errors)}, errors)
 
     # ---------------------------------------------------------------------------------------------- pieces
 
