@@ -115,6 +115,14 @@ def test_a_source_that_changed_is_read_anew_and_the_old_file_goes(tmp_path: Path
     assert (len(after), len(after & before)) == (2, 1), "int8's waits for its next load"
 
 
+def test_a_report_beside_the_weights_is_no_other_source(tmp_path: Path, tiny: Path) -> None:
+    saved = write_rounded(Checkpoint.open(tiny), tmp_path / "q", INT4)
+    load_quantized(Checkpoint.open(saved), None, tmp_path)
+    (saved / "quality_report.json").write_text("{}")
+    _, found = load_quantized(Checkpoint.open(saved), None, tmp_path)
+    assert found.kept
+
+
 def test_files_of_sources_that_are_gone_go(tmp_path: Path, tiny: Path, state: State) -> None:
     cache = tmp_path / "cache"
     source = published(tmp_path / "m", state, json.loads((tiny / "config.json").read_text()))

@@ -9,13 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from qwenlet import api as real_api
 from qwenlet.checkpoint import Checkpoint, write_random
+from qwenlet.cli import console
 from qwenlet.cli import quantize as verb
 from qwenlet.config import QuantConfig, qwen_1_8b
+from qwenlet.pretokenizer import QWEN
 from qwenlet.quant import pipeline, report
 from qwenlet.quant.calibration import Calibration
 from qwenlet.quant.pipeline import Outcome
 from qwenlet.quant.workfolder import WeightError
+from qwenlet.tokenizer_export import tokenizer_json
+from qwenlet.tokenizer_formats import Vocabulary
 
 
 def tiny(path: Path, vocabulary: int = 64) -> Path:
@@ -68,6 +73,7 @@ def test_the_default_is_gptq_in_four_bits(run, model, asked) -> None:
         (["--bits", "8", "--head-bits", "4"], {"bits": 8, "head_bits": 4}),
         (["--no-static-groups", "--no-sym"], {"static_groups": False, "sym": False}),
         (["--no-desc-act"], {"desc_act": False, "static_groups": False}),
+        (["--no-desc-act", "--static-groups"], {"desc_act": False, "static_groups": True}),
         (["--group-size", "64", "--damp-percent", "0.05"], {"group_size": 64, "damp_percent": 0.05}),
         (["--no-mse", "--no-true-sequential"], {"mse": False, "true_sequential": False}),
     ],
@@ -97,6 +103,8 @@ def test_rounding_takes_no_text_and_no_order(run, model, asked) -> None:
         (["--method", "awq"], 2, "'awq' is not gptq or rtn"),
         (["--bits", "3"], 1, "bits is 3, expected 4 or 8"),
         (["--head-bits", "5"], 1, "head_bits is 5"),
+        (["--method", "rtn", "--static-groups"], 2, "--static-groups: only --method gptq looks"),
+        (["--method", "rtn", "--calibration", "english"], 2, "--calibration: only --method gptq looks"),
         (["--text", "nowhere.txt"], 1, "can't read nowhere.txt"),
     ],
 )
@@ -145,7 +153,7 @@ def test_the_report_measures_both_and_is_kept(run, api, asked, model, tmp_path, 
             return "the table"
 
     def measure(reference, quantized, quant, text, **options) -> Report:
-        measured.append((quant, text, options["text_name"], options["layer_errors"], options["calibration_sha256"]))
+        measured.append((quant, text, options["text_name"], options["layer_errors"], options["calibration"]))
         return Report()
 
     def load(name: str, **options: object) -> Loaded:
@@ -162,5 +170,53 @@ def test_the_report_measures_both_and_is_kept(run, api, asked, model, tmp_path, 
     assert loaded[0][1]["quant"] == "none"
     quant, calibration = asked[0]
     assert calibration is not None
-    assert measured == [(quant, "some words", "text.txt", {"transformer.h.0.mlp.w1": 0.04}, calibration.sha256)]
+    assert measured == [
+        (quant, "some words", "text.txt", {"transformer.h.0.mlp.w1": 0.04}, ("builtin", calibration.sha256))
+    ]
     assert json.loads((tmp_path / "report.json").read_text()) == {"for": "out"}
+
+
+@pytest.fixture
+def talking(tmp_path) -> Path:
+    """A model with a vocabulary of single bytes."""
+    path = tiny(tmp_path / "talking", 256)
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    files = tokenizer_json(Vocabulary(ranks, {}, QWEN, 256, "single bytes"))
+    for name, content in zip(("tokenizer.json", "tokenizer_config.json"), files, strict=True):
+        (path / name).write_text(json.dumps(content))
+    return path
+
+
+def test_a_text_that_fills_no_window_is_refused_before_anything_starts(run, talking, asked, tmp_path) -> None:
+    (tmp_path / "text.txt").write_text("some words\n")
+    result = run("quantize", str(talking), "out", "--text", str(tmp_path / "text.txt"))
+    assert result.code == 1
+    assert "the text has 10 tokens, but one window needs 512" in result.err
+    assert asked == []
+
+
+def test_a_report_that_was_interrupted_is_made_by_the_same_command(run, api, talking, tmp_path, monkeypatch) -> None:
+    out = tmp_path / "out"
+    (tmp_path / "text.txt").write_text("some words " * 50)
+    command = ("quantize", str(talking), str(out), "--method", "rtn", "--text", str(tmp_path / "text.txt"))
+
+    def stop(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(api, "load", stop)
+    result = run(*command)
+    assert result.code == console.INTERRUPTED
+    assert "OUT is written: the same command makes the report" in result.err
+    weights = (out / "model.safetensors").stat().st_mtime_ns
+
+    monkeypatch.setattr(api, "load", real_api.load)
+    result = run(*command)
+    assert result.code == 0, result.err
+    assert "is written already, and only its report is missing" in result.err
+    assert (out / "model.safetensors").stat().st_mtime_ns == weights
+    made = report.QualityReport.load(out)
+    assert set(made.layer_errors) == {
+        "lm_head", *(f"transformer.h.0.{n}" for n in ("attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj"))
+    }  # fmt: skip
+    assert (made.windows, made.calibration) == (1, "built-in samples")
+    assert "exists already" in run(*command).err, "nothing is missing now"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,8 @@ from qwenlet.config import ModelConfig, QuantConfig, qwen_1_8b
 from qwenlet.errors import CheckpointError, ConfigError, RequestError
 from qwenlet.quant import workfolder
 from qwenlet.quant.calibration import Calibration
-from qwenlet.quant.pipeline import quantize
+from qwenlet.quant.outcome import RUN_FILE
+from qwenlet.quant.pipeline import quantize, unmeasured
 
 VOCABULARY, LAYERS = 160, 3
 GPTQ = QuantConfig(method="gptq", group_size=32)
@@ -136,6 +139,7 @@ def test_round_to_nearest_is_what_loading_with_quant_does(source, tmp_path) -> N
     quant = replace(GPTQ, method="rtn")
     outcome = quantize(source, tmp_path / "out", quant)
     write_rounded(Checkpoint.open(source), tmp_path / "loaded", quant)
+    outcome.measured()
     assert same_files(outcome.path, tmp_path / "loaded")
     assert len(outcome.errors) == LAYERS * 5 + 1
     assert all(0.02 < error.error < 0.15 for error in outcome.errors)
@@ -222,6 +226,30 @@ def test_finished_layers_serve_another_head(source, tmp_path) -> None:
     unbroken = quantize(source, tmp_path / "unbroken", eight, calibration())
     assert outcome.errors == unbroken.errors
     assert same_files(out, unbroken.path)
+
+
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_what_was_found_is_kept_until_its_quality_is_measured(method: str, source, tmp_path) -> None:
+    quant, out = replace(GPTQ, method=method), tmp_path / "out"
+    picked = calibration() if method == "gptq" else None
+    assert unmeasured(source, out, quant, picked) is None
+    outcome = quantize(source, out, quant, picked)
+    assert unmeasured(source, out, quant, picked) == replace(outcome, quant=quant.fit(tiny()))
+    assert unmeasured(source, out, replace(quant, head_bits=8), picked) is None, "another run's"
+    assert unmeasured(source, out, GPTQ, calibration(2)) is None
+    outcome.measured()
+    assert not (out / RUN_FILE).exists()
+    assert unmeasured(source, out, quant, picked) is None
+
+
+def test_the_text_that_codes_depend_on_is_named(source, tmp_path) -> None:
+    outcome = quantize(source, tmp_path / "out", GPTQ, calibration())
+    assert outcome.seen == ("random ids", calibration().sha256)
+    nearest = replace(outcome, quant=replace(GPTQ, method="rtn"), calibration=None)
+    text = resources.files("qwenlet.checkpoint").joinpath("samples.json").read_bytes()
+    assert nearest.seen == ("built-in samples", hashlib.sha256(text).hexdigest())
+    assert replace(nearest, quant=replace(nearest.quant, weighted=False)).seen is None
+    assert replace(nearest, quant=replace(nearest.quant, bits=8, head_bits=8)).seen is None
 
 
 def test_two_runs_into_one_folder_are_kept_apart(source, tmp_path) -> None:

@@ -55,7 +55,7 @@ class Model:
 def report() -> QualityReport:
     return measure_quality(
         Model("plain", 2_000_000), Model("small", 562_500, noise=0.1), QUANT, "some text, and more of it " * 8,
-        text_name="sample", window=32, limit=3, calibration_sha256="ab" * 32,
+        text_name="sample", window=32, limit=3, calibration=("words.txt", "ab" * 32),
         layer_errors={"h.0.attn.c_attn": 0.01, "h.0.mlp.c_proj": 0.07, "lm_head": 0.03},
     )  # fmt: skip
 
@@ -111,7 +111,7 @@ def test_json_there_and_back(report, tmp_path):
     assert raw["bits_per_weight"] == 4.5
     assert raw["measured"]["divergence"]["mean"] == report.measured.divergence.mean
     assert raw["quant"]["group_size"] == 64
-    bare = replace(report, calibration_sha256=None, layer_errors={}, quant=QuantConfig())
+    bare = replace(report, calibration=None, calibration_sha256=None, layer_errors={}, quant=QuantConfig())
     assert QualityReport.from_dict(json.loads(json.dumps(bare.to_dict()))) == bare
 
 
@@ -159,7 +159,7 @@ def test_the_table_for_people(report):
     text = shown(report)
     for expected in ("plain", "small", "perplexity", "KL divergence", "99 %", "same likeliest token",
                      "2.0 MB, 16.00 bits each", "0.6 MB, 4.50 bits each", "7.00 %  h.0.mlp.c_proj",
-                     "sample, sha256 " + report.text_sha256[:12], "sha256 abababababab"):  # fmt: skip
+                     "sample, sha256 " + report.text_sha256[:12], "words.txt, sha256 abababababab"):  # fmt: skip
         assert expected in text, expected
     change = 100 * (report.measured.other.value / report.measured.reference.value - 1)
     assert f"({change:+.2f} %)" in text

@@ -23,7 +23,9 @@ from qwenlet.config import QuantConfig
 from qwenlet.model import Qwen
 
 _FORMAT = 3  # raise it when the same weights would be rounded or laid out differently
-_READ = ("*.safetensors", "*.bin", "*.json", "*.gguf")
+# what the tiles depend on: a report or a setting of generation that comes later is none of it
+_READ = ("*.safetensors", "*.bin", "*.gguf", "*.index.json", "config.json", "quantize_config.json", "*.tiktoken",
+         "tokenizer.json", "tokenizer_config.json")  # fmt: skip
 
 
 def load_quantized(

@@ -12,6 +12,7 @@ Left out: the search itself (ops/rounding.py), and anything that looks at correl
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from functools import partial
@@ -47,6 +48,15 @@ def weighs(quant: QuantConfig) -> bool:
     return quant.weighted and quant.mse and 4 in (quant.bits, quant.head_bits)
 
 
+def samples_sha256() -> str:
+    """Of the file that the text is taken from."""
+    return hashlib.sha256(_samples()).hexdigest()
+
+
+def _samples() -> bytes:
+    return resources.files("qwenlet.checkpoint").joinpath(SAMPLES).read_bytes()
+
+
 def importance(checkpoint: Checkpoint, progress: Progress | None = None) -> Mapping[str, Tensor]:
     """By a linear's name (such as "transformer.h.0.attn.c_attn") how much each of its inputs [K] counts, 1 on average.
 
@@ -70,7 +80,7 @@ def _rows(checkpoint: Checkpoint) -> list[Tensor]:
     tokenizer = read_tokenizer(checkpoint)
     if not isinstance(tokenizer, Tokenizer):
         return []
-    text = resources.files("qwenlet.checkpoint").joinpath(SAMPLES).read_text(encoding="utf-8")
+    text = _samples().decode()
     rows = [torch.tensor(_encode(tokenizer, record)[:_TOKENS]) for record in json.loads(text)]
     fits = all(int(ids.max()) < checkpoint.config.vocab_size for ids in rows)
     return rows if fits else []

@@ -83,6 +83,7 @@ def write_quantized(
     quant: QuantConfig,
     weight_of: WeightOf,
     *,
+    beside: Callable[[Path], None] | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Writes the checkpoint quantized, tokenizer and generation config included.
@@ -93,6 +94,7 @@ def write_quantized(
         quant: what is written, as `fit_layout` settles it.
         weight_of: called once for each linear that is quantized, in the model's order, the head last, with its name
             (such as "transformer.h.0.attn.c_attn") and its weight [N, K] in float32.
+        beside: called with the folder before it takes its name, to add files of the caller's.
         progress: called with (bytes read, bytes in all, name).
     Raises:
         ConfigError: a group size that cuts a layer, or a checkpoint that is quantized in another way.
@@ -134,6 +136,8 @@ def write_quantized(
                 done += sum(parameter.numel() for parameter in module.parameters(recurse=False))
                 progress(min(done, total), total, module_name)
         writer.close()
+        if beside is not None:
+            beside(folder)
     return Path(out)
 
 

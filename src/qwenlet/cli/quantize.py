@@ -12,8 +12,11 @@ from qwenlet.cli.options import Flags, expand, new_app
 from qwenlet.config import QuantConfig
 
 if TYPE_CHECKING:
+    from qwenlet.config import ModelConfig
+    from qwenlet.errors import MissingTokenizerError
     from qwenlet.quant.calibration import Calibration
-    from qwenlet.quant.pipeline import Outcome
+    from qwenlet.quant.outcome import Outcome
+    from qwenlet.tokenizer import Tokenizer
 
 HALF = 16  # on the command line, what stays in half precision
 
@@ -48,15 +51,20 @@ def quantize(
     ] = None,
     method: Annotated[str, typer.Option(help="gptq calibrates on a text; rtn rounds to nearest, in seconds.")] = "gptq",
     desc_act: Annotated[
-        bool, typer.Option("--desc-act/--no-desc-act", help="GPTQ rounds the most active inputs first (act-order).")
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--desc-act/--no-desc-act",
+            help="GPTQ rounds the most active inputs first (act-order); it does unless told otherwise.",
+        ),
+    ] = None,
     static_groups: Annotated[
-        bool,
+        bool | None,
         typer.Option(
             "--static-groups/--no-static-groups",
-            help="Columns stay where they are all the same, so that the order costs no time when the model runs.",
+            help="GPTQ fixes the groups' scales first. Columns then stay where they are, so that their order costs no "
+            "time when the model runs; as --desc-act unless given.",
         ),
-    ] = True,
+    ] = None,
     head_bits: Annotated[
         int | None, typer.Option(help=f"Of the output head: 4, 8, or {HALF} to leave it; as --bits unless given.")
     ] = None,
@@ -84,37 +92,64 @@ def quantize(
 ) -> None:
     """Write a model in four or eight bits, and measure what it cost.
 
-    An interrupted run goes on where it stopped when the same command is given again.
+    An interrupted run goes on where it stopped when the same command is given again; so does its report.
     """
     from qwenlet import hub
-    from qwenlet.checkpoint import Checkpoint, head_obstacle
-    from qwenlet.quant.pipeline import quantize
+    from qwenlet.checkpoint import Checkpoint, head_obstacle, read_tokenizer
+    from qwenlet.quant.pipeline import unmeasured
 
-    calibrated = method == "gptq"
+    calibrated = _method(method) == "gptq"
+    if not calibrated:
+        _refuse({"--desc-act": desc_act, "--static-groups": static_groups, "--calibration": calibration})
     bits = quant.get("bits", QuantConfig.bits)
     head = bits if head_bits is None else head_bits
+    ordered = calibrated and desc_act is not False
     config = QuantConfig(
         **quant,
         group_size=group_size,
         method=_method(method),
-        desc_act=calibrated and desc_act,
-        static_groups=calibrated and desc_act and static_groups,
+        desc_act=ordered,
+        static_groups=ordered if static_groups is None else static_groups,
         head_bits=_or_half(head),
         head_group_size=head_group_size or (QuantConfig.head_group_size if head == 4 else None),
         embedding_bits=_or_half(embedding_bits),
     )
-    text_to_score = None if text is None else console.file_text(text)
+    words = None if text is None else console.file_text(text)
     with console.Progress() as progress:
         found = hub.resolve(source, offline=offline or None, progress=progress.update)
-    obstacle = head_obstacle(config, Checkpoint.open(found).config)
+    checkpoint = Checkpoint.open(found)
+    tokenizer = read_tokenizer(checkpoint)
+    window = _window(checkpoint.config, tokenizer, words) if report else 0
+    obstacle = head_obstacle(config, checkpoint.config)
     if obstacle is not None:
         console.note(f"the head stays in half precision: {obstacle}")
-    picked = _calibration(found, calibration, samples, max_length, seed) if calibrated else None
+    picked = _calibration(tokenizer, calibration, samples, max_length, seed) if calibrated else None
+    outcome = unmeasured(found, out, config, picked) if report else None
+    if outcome is None:
+        outcome = _quantized(found, out, config, picked)
+    else:
+        console.note(f"{outcome.path} is written already, and only its report is missing")
+    if report:
+        _report(found, outcome, words, None if text is None else text.name, window)
+    print(outcome.path)
+
+
+def _refuse(given: dict[str, object]) -> None:
+    """Options of GPTQ's beside another method."""
+    for option, value in given.items():
+        if value is not None and value is not False:
+            raise typer.BadParameter("only --method gptq looks at inputs; leave it out", param_hint=option)
+
+
+def _quantized(found: Path, out: Path, config: QuantConfig, picked: Calibration | None) -> Outcome:
+    """Quantizes, and says what is worth knowing of it."""
+    from qwenlet.quant.pipeline import quantize
+
     with console.Progress("steps") as progress:
         try:
             outcome = quantize(found, out, config, picked, progress=progress.update)
         except KeyboardInterrupt:
-            if calibrated:
+            if picked is not None:
                 console.note("finished layers are kept beside OUT: the same command goes on there")
             raise
     if outcome.resumed:
@@ -122,9 +157,7 @@ def quantize(
     for error in outcome.errors:
         if error.damp_percent is not None and error.damp_percent > config.damp_percent:
             console.note(f"{error.name} needed damping of {error.damp_percent:.0%}; more calibration text may help")
-    if report:
-        _report(found, outcome, text_to_score, None if text is None else text.name)
-    print(outcome.path)
+    return outcome
 
 
 def _method(name: str) -> Literal["gptq", "rtn"]:
@@ -137,43 +170,56 @@ def _or_half(bits: int) -> int | None:
     return None if bits == HALF else bits
 
 
-def _calibration(model: Path, source: str | None, samples: int, max_length: int, seed: int) -> Calibration:
-    from qwenlet.checkpoint import Checkpoint
-    from qwenlet.quant.calibration import load_calibration
-    from qwenlet.tokenizer import Tokenizer
+def _window(model: ModelConfig, tokenizer: Tokenizer | MissingTokenizerError, text: str | None) -> int:
+    """Tokens of a window that quality is measured on. Raises RequestError where the text fills none."""
+    from qwenlet.quant.report import built_in_text
+    from qwenlet.scoring import WINDOW, windows
 
-    checkpoint = Checkpoint.open(model)
-    if checkpoint.header is None:
-        tokenizer = Tokenizer.from_folder(checkpoint.path)
-    else:
-        tokenizer = Tokenizer.from_gguf(checkpoint.header.metadata, str(checkpoint.path))
+    window = min(WINDOW, model.context_length)
+    if not isinstance(tokenizer, Exception):
+        windows(tokenizer.encode(text or built_in_text(), allowed_special=set()), window)
+    return window
+
+
+def _calibration(
+    tokenizer: Tokenizer | MissingTokenizerError, source: str | None, samples: int, max_length: int, seed: int
+) -> Calibration:
+    from qwenlet.quant.calibration import load_calibration
+
+    if isinstance(tokenizer, Exception):
+        raise tokenizer
     return load_calibration(source, tokenizer, samples=samples, max_length=max_length, seed=seed)
 
 
-def _report(model: Path, outcome: Outcome, text: str | None, name: str | None) -> None:
+def _report(model: Path, outcome: Outcome, text: str | None, name: str | None, window: int) -> None:
     """Measures the written model beside its source, as users get both; JSON beside the weights, a table on stderr."""
     from qwenlet import api
     from qwenlet.errors import MissingTokenizerError
     from qwenlet.quant.report import measure_quality
 
-    with (
-        console.Progress("steps") as progress,
-        api.load(str(model), device="cpu", quant="none", offline=True) as reference,
-        api.load(str(outcome.path), device="cpu", offline=True) as quantized,
-    ):
-        try:
+    try:
+        with (
+            console.Progress("steps") as progress,
+            api.load(str(model), device="cpu", quant="none", offline=True) as reference,
+            api.load(str(outcome.path), device="cpu", offline=True) as quantized,
+        ):
             measured = measure_quality(
                 reference,
                 quantized,
                 outcome.quant,
                 text,
                 text_name=name,
+                window=window,
                 layer_errors={error.name: error.error for error in outcome.errors},
-                calibration_sha256=None if outcome.calibration is None else outcome.calibration.sha256,
+                calibration=outcome.seen,
                 progress=progress.update,
             )
-        except MissingTokenizerError:
-            console.note("the model has no vocabulary, so its quality can't be measured on a text")
-            return
+    except MissingTokenizerError:
+        console.note("the model has no vocabulary, so its quality can't be measured on a text")
+        return
+    except KeyboardInterrupt:
+        console.note("OUT is written: the same command makes the report")
+        raise
     measured.save(outcome.path)
+    outcome.measured()
     console.stderr().print(measured.table())

@@ -17,18 +17,16 @@ Dimension letters: T calibration tokens, C hidden size.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qwenlet import __version__
 from qwenlet.cache import NoPast, Rows
 from qwenlet.checkpoint import Checkpoint, Progress, Rounding, fit_layout, rounding_of, write_quantized
 from qwenlet.checkpoint.files import read_parts
@@ -41,6 +39,7 @@ from qwenlet.model import Block, Rotation
 from qwenlet.ops.packing import QuantTensor
 from qwenlet.quant.calibration import Calibration
 from qwenlet.quant.gptq import Hessian, gptq
+from qwenlet.quant.outcome import Outcome, recorded, run_of
 from qwenlet.quant.workfolder import WeightError, WorkFolder
 
 # Tokens of one forward call: enough to fill the matrix products, few enough for the feed-forward's wide rows.
@@ -52,24 +51,6 @@ Inputs = tuple[str, ...]
 """Linears that read the same inputs, and so share a Hessian."""
 
 
-@dataclass
-class Outcome:
-    """What a run did.
-
-    Attributes:
-        path: the folder that was written.
-        quant: as used, with a group size; a head that the layout can't hold in codes has no bits.
-        errors: of every linear, in the order they were quantized.
-        resumed: layers that an earlier run had finished.
-    """
-
-    path: Path
-    quant: QuantConfig
-    calibration: Calibration | None
-    errors: list[WeightError] = field(default_factory=list)
-    resumed: int = 0
-
-
 def quantize(
     source: str | Path,
     out: str | Path,
@@ -78,7 +59,7 @@ def quantize(
     *,
     progress: Progress | None = None,
 ) -> Outcome:
-    """Writes the checkpoint at `source`, quantized, into the new folder `out`.
+    """Writes the checkpoint at `source`, quantized, into the new folder `out`, with a record of the run.
 
     Args:
         calibration: what GPTQ needs; round to nearest looks at none.
@@ -97,18 +78,19 @@ def quantize(
         raise CheckpointError(f"{source} is quantized already", hint="quantize the original model")
     quant = fit_layout(quant, checkpoint.config)
     if quant.method == "rtn":
-        outcome = Outcome(out, quant, None)
-        rounding = rounding_of(checkpoint, quant, progress)
-        write_quantized(checkpoint, out, quant, _nearest(rounding, outcome.errors), progress=progress)
+        outcome, run = Outcome(out, quant, None), run_of(checkpoint, quant, None)
+        nearest = _nearest(rounding_of(checkpoint, quant, progress), outcome.errors)
+        write_quantized(checkpoint, out, quant, nearest, beside=lambda at: outcome.record(at, run), progress=progress)
         return outcome
     if calibration is None:
         raise RequestError("GPTQ needs a calibration text", hint="make one with load_calibration, or use method='rtn'")
     _check_samples(calibration, checkpoint.config)
-    outcome = Outcome(out, quant, calibration)
-    with WorkFolder(out, _run_of(checkpoint, quant, calibration)) as work:
+    outcome, run = Outcome(out, quant, calibration), run_of(checkpoint, quant, calibration)
+    with WorkFolder(out, _of_layers(run)) as work:
         with torch.inference_mode():
             _Walk(checkpoint, outcome, calibration, work, progress or _silent).run()
-        write_quantized(checkpoint, out, quant, _saved(work, quant), progress=progress)
+        saved = _saved(work, quant)
+        write_quantized(checkpoint, out, quant, saved, beside=lambda at: outcome.record(at, run), progress=progress)
         work.remove()
     return outcome
 
@@ -127,16 +109,22 @@ def _check_samples(calibration: Calibration, config: ModelConfig) -> None:
         )
 
 
+def unmeasured(
+    source: str | Path, out: str | Path, quant: QuantConfig, calibration: Calibration | None = None
+) -> Outcome | None:
+    """What `quantize` with the same arguments has written into `out` before, if its quality is still to be measured."""
+    out, checkpoint = Path(out).resolve(), Checkpoint.open(source)
+    quant = fit_layout(quant, checkpoint.config)
+    errors = recorded(out, run_of(checkpoint, quant, calibration))
+    return None if errors is None else Outcome(out, quant, calibration, errors)
+
+
 _OUTSIDE = ("head_bits", "head_group_size", "embedding_bits")  # the layers: another run may choose anew
 
 
-def _run_of(checkpoint: Checkpoint, quant: QuantConfig, calibration: Calibration) -> dict[str, Any]:
-    """All that the codes of the layers depend on; how the head was quantized is in its part's name."""
-    files = [checkpoint.path] if checkpoint.path.is_file() else sorted(checkpoint.path.iterdir())
-    marks = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}\n" for file in files if file.is_file()]
-    source = f"{checkpoint.path.resolve()} {hashlib.sha256(''.join(marks).encode()).hexdigest()[:16]}"
-    settings = {name: value for name, value in asdict(quant).items() if name not in _OUTSIDE}
-    return settings | {"source": source, "calibration": calibration.sha256, "qwenlet": __version__}
+def _of_layers(run: dict[str, Any]) -> dict[str, Any]:
+    """What the codes of the layers depend on; how the head was quantized is in its part's name."""
+    return {name: value for name, value in run.items() if name not in _OUTSIDE}
 
 
 def _nearest(rounding: Rounding, errors: list[WeightError]) -> Callable[[str, Tensor], QuantTensor]:

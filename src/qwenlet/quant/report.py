@@ -73,7 +73,8 @@ class QualityReport:
         parameters: weights of the model; reference_bytes, quantized_bytes: what they take.
         text: name of the evaluation text; text_sha256: of its UTF-8 bytes, or of its ids as little-endian int32.
         windows, window: how many, and tokens in each.
-        calibration_sha256: of the calibration data; None for methods without any.
+        calibration: name of the text that the codes depend on; None: they were found without any.
+        calibration_sha256: of its token ids, or of the file for the built-in samples that weigh rounding errors.
         kernels: which kernels ran the quantized model, and why.
     """
 
@@ -89,6 +90,7 @@ class QualityReport:
     windows: int
     window: int
     kernels: str
+    calibration: str | None = None
     calibration_sha256: str | None = None
     layer_errors: dict[str, float] = field(default_factory=dict)
 
@@ -157,7 +159,7 @@ class QualityReport:
             *(worst[:1] + [("", blank, text) for _, blank, text in worst[1:]]),
             ("text", f"{other.tokens:,} tokens scored", f"{self.text}, sha256 {self.text_sha256[:12]}"),
             ("calibration", "", "none" if self.calibration_sha256 is None else
-             f"sha256 {self.calibration_sha256[:12]}"),
+             f"{self.calibration}, sha256 {self.calibration_sha256[:12]}"),
             ("kernels", "", self.kernels),
         ]  # fmt: skip
 
@@ -177,7 +179,7 @@ def measure_quality(
     window: int = WINDOW,
     limit: int | None = None,
     layer_errors: Mapping[str, float] | None = None,
-    calibration_sha256: str | None = None,
+    calibration: tuple[str, str] | None = None,
     progress: Progress | None = None,
 ) -> QualityReport:
     """Runs both models over the text and compares what they predict.
@@ -186,7 +188,7 @@ def measure_quality(
         text: plain text, or windows of token ids; None: the built-in text.
         text_name: how the report calls it; None: "built-in" or "given".
         window, limit: tokens of each window, and how many windows at most, where `text` is not cut yet.
-        layer_errors, calibration_sha256: as in QualityReport.
+        layer_errors: as in QualityReport; calibration: name and SHA-256.
         progress: called with (windows done, in all, what).
     Raises:
         RequestError: the text is shorter than one window.
@@ -216,7 +218,8 @@ def measure_quality(
         windows=len(pieces),
         window=max(map(len, pieces)),
         kernels=f"{status.isa or 'torch'}: {status.reason}",
-        calibration_sha256=calibration_sha256,
+        calibration=None if calibration is None else calibration[0],
+        calibration_sha256=None if calibration is None else calibration[1],
         layer_errors=dict(layer_errors or {}),
     )
 
