@@ -39,6 +39,7 @@ GPU_RUNTIME_BYTES = 200_000_000  # of a GPU: libraries' workspaces and recorded 
 QWEN_TOKEN_BYTES = 440  # each token of a vocabulary read from qwen.tiktoken
 TOKEN_BYTES = 680  # each token of one read from a GGUF header or tokenizer.json, which hold it in a second form
 FAULT_BYTES = 1 << 16  # of a mapped file, what Linux makes resident around the first byte that is read
+ROWS_HELD = 32  # of an embedding in codes, before pages of earlier rows are let go, as in linear.py
 SCALE_BITS = 16  # of each group of weights
 _RUNNABLE_BITS = {2: 4.5, 3: 5.0, 8: 8.5}  # GGML's Q4_0, Q4_1, Q8_0
 CACHE_SCALE_BYTES = 4  # float32, of each token and head, once for K and once for V
@@ -53,11 +54,12 @@ class Bits:
     embedding: float
 
     @classmethod
-    def of(cls, quant: QuantConfig | None, dtype: str) -> Bits:
-        """`quant` with group sizes that are numbers."""
+    def of(cls, quant: QuantConfig | None, dtype: str, stored: str | None = None) -> Bits:
+        """`quant` with group sizes that are numbers; an embedding that stays float is read in place, as `stored`."""
         plain = 8.0 * ITEM_BYTES[dtype]
         if quant is None:
             return cls(plain, plain, plain)
+        plain = 8.0 * ITEM_BYTES[stored or dtype]
         assert quant.group_size is not None, "fit() chooses the group size"
         assert quant.head_group_size is not None, "fit() chooses the head's group size"
         zero_point = 0 if quant.sym else 8
@@ -103,6 +105,8 @@ class Setup:
         chunk: prompt tokens of one step.
         gguf: the weights come from a GGUF file.
         mapped: the embedding is stored in a form that is used in place, so that only its touched rows take memory.
+        stored: the precision of what the files hold in floats; None: as `dtype`.
+        given: codes that a checkpoint has already: more can be added, these can't be changed.
         gpu: everything lies in a GPU's memory.
     """
 
@@ -116,6 +120,8 @@ class Setup:
     chunk: int = EngineConfig().chunks("cpu")[0]
     gguf: bool = False
     mapped: bool = True
+    stored: str | None = None
+    given: QuantConfig | None = None
     gpu: bool = False
 
     def __post_init__(self) -> None:
@@ -141,7 +147,14 @@ class Setup:
 
     @property
     def bits(self) -> Bits:
-        return self.codes if self.quant is None and self.codes is not None else Bits.of(self.quant, self.dtype)
+        if self.quant is None and self.codes is not None:
+            return self.codes
+        return Bits.of(self.quant, self.dtype, None if self.gpu else self.stored)
+
+    @property
+    def step(self) -> int:
+        """Tokens of the largest step."""
+        return max(self.batch, min(self.chunk, self.context))
 
     @property
     def cache_type(self) -> str:
@@ -268,7 +281,7 @@ def _weights(setup: Setup) -> tuple[Weights, ...]:
     if setup.gpu or not setup.mapped or (tied and not setup.quantized):
         loaded = touched = embedding
     else:
-        loaded, touched = 0, _touched(embedding, setup.context * setup.batch)
+        loaded, touched = 0, _touched(embedding, _rows_held(setup))
     own = 0 if model.tie_word_embeddings else table
     made = 0 if setup.quantized and not setup.gpu else 1  # while loading, else mapped
     return (
@@ -284,6 +297,14 @@ def _linears(model: ModelConfig) -> tuple[tuple[int, int], ...]:
     return (model.qkv_size, hidden), (hidden, query), (inner, hidden), (inner, hidden), (hidden, inner)
 
 
+def _rows_held(setup: Setup) -> int:
+    """Rows of a mapped embedding whose pages count as ours: in codes of eight bits those of the latest step, else all
+    that were read."""
+    if setup.quantized and setup.bits.embedding == 8 + SCALE_BITS / EMBEDDING_GROUP_SIZE:
+        return max(ROWS_HELD, setup.step)
+    return setup.context * setup.batch
+
+
 def _touched(size: int, tokens: int) -> int:
     """Bytes of a mapped table that `tokens` different rows, spread evenly, make resident: at most, as text repeats."""
     blocks = -(-size // FAULT_BYTES)
@@ -296,10 +317,9 @@ def _touched(size: int, tokens: int) -> int:
 def _activations(setup: Setup) -> int:
     """Buffers of one step, float32 on a CPU: the residual stream and its norm, q/k/v, the feed-forward, logits."""
     model = setup.model
-    rows = max(setup.batch, min(setup.chunk, setup.context))
     width = 3 * model.hidden_size + 2 * model.qkv_size + 3 * model.intermediate_size
     # of each row that is sampled: logits in the model's dtype, in float32, and sorted or masked
-    return (ITEM_BYTES[setup.dtype] if setup.gpu else 4) * rows * width + 4 * setup.batch * 3 * model.vocab_size
+    return (ITEM_BYTES[setup.dtype] if setup.gpu else 4) * setup.step * width + 4 * setup.batch * 3 * model.vocab_size
 
 
 def _prefill_operations(setup: Setup) -> int:
@@ -378,16 +398,25 @@ def _candidates(setup: Setup) -> Iterator[tuple[str, Setup]]:
     if setup.cache_type != "int8":
         yield "--kv-cache int8", replace(setup, kv_cache="int8")
     cache = "" if setup.kv_cache in ("auto", "int8") else " --kv-cache int8"
+    weights = estimate(setup).weight_bytes
     for name in ("int8", "int4"):
-        quant = QuantConfig.named(name)
-        if setup.bits.layers > quant.bits + 1:
-            with suppress(ConfigError):  # layers that can't be cut into groups
-                changed = replace(setup, quant=quant, kv_cache="int8", mapped=True, gguf=False)
+        with suppress(ConfigError):  # layers that can't be cut into groups, or have other codes already
+            quant = QuantConfig.named(name)
+            quant = quant if setup.given is None else setup.given.completed(quant)
+            changed = replace(setup, quant=quant, kv_cache="int8", mapped=True, gguf=False)
+            if estimate(changed).weight_bytes < _WORTHWHILE * weights:
                 yield f"--quant {name}{cache}", changed
 
 
+_WORTHWHILE = 0.9  # of the weights' memory; what saves less is not worth what it costs in quality
+
+
 def available_memory(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes that can still be used, within a container's limit; None where the system doesn't tell."""
+    """Bytes that can still be used, within a container's limit; None where the system doesn't tell.
+
+    Files that the container has read count as used in its `memory.current`, but what of them was not looked at lately
+    is given back where memory is wanted.
+    """
     try:
         rows = dict(line.split(":", 1) for line in meminfo.read_text(encoding="ascii").splitlines() if ":" in line)
         available = int(rows["MemAvailable"].split()[0]) * 1024
@@ -397,4 +426,7 @@ def available_memory(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path(
         limit, used = (int((cgroup / f"memory.{name}").read_text()) for name in ("max", "current"))
     except (OSError, ValueError):  # no container, or one without a limit ("max")
         return available
+    with suppress(OSError, KeyError, ValueError):
+        counts = dict(line.split() for line in (cgroup / "memory.stat").read_text(encoding="ascii").splitlines())
+        used -= int(counts["inactive_file"])
     return max(0, min(available, limit - used))

@@ -34,18 +34,25 @@ def obstacle(model: Qwen, cache_dtype: torch.dtype) -> str | None:
     status = cpu.status()
     if status.isa is None:
         return status.reason
-    config = model.config
     if cache_dtype not in CACHE_DTYPES:
         return f"the kernels keep no {str(cache_dtype).removeprefix('torch.')} cache"
+    reason = shape_obstacle(model.config)
+    if reason is not None:
+        return reason
+    for name, module in model.named_modules():
+        if name.endswith(_LINEARS) and not isinstance(module, _NATIVE):
+            return f"{name} is a linear of torch's"
+    return None
+
+
+def shape_obstacle(config: ModelConfig) -> str | None:
+    """Why a model of these shapes can't be a program; None if it can."""
     if config.hidden_size % 16 or config.intermediate_size % 16:
         return f"hidden sizes {config.hidden_size} and {config.intermediate_size} are not multiples of 16"
     if max(config.hidden_size, config.intermediate_size) > _WIDEST:
         return f"rows of {max(config.hidden_size, config.intermediate_size)} are wider than {_WIDEST}"
     if config.head_dim % 16 or config.head_dim > _LARGEST_HEAD:
         return f"heads of {config.head_dim} are not a multiple of 16 up to {_LARGEST_HEAD}"
-    for name, module in model.named_modules():
-        if name.endswith(_LINEARS) and not isinstance(module, _NATIVE):
-            return f"{name} is a linear of torch's"
     return None
 
 

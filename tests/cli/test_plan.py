@@ -63,21 +63,22 @@ def test_a_table_for_people(run):
 
 
 def test_json_for_programs(facts):
-    found = facts("--like", "qwen-1.8b", "--dtype", "bf16", "--context", "8192", "--memory", "3G")
+    found = facts("--like", "qwen-1.8b", "--dtype", "bf16", "--context", "8192", "--memory", "2.5G")
     assert (found["parameters"], found["kv_cache"], found["context"], found["batch"]) == (
         1_836_828_672,
         "bf16",
         8192,
         1,
     )
-    assert found["peak"] > found["memory"] == 3 * 10**9
+    assert found["peak"] > found["memory"] == 25 * 10**8
     assert found["fits"] is False
     assert found["largest_context"] is None
     assert found["advice"][0]["options"] == "--quant int4"
+    assert found["advice"][0]["without"] == ["--dtype"], "quantized weights compute in fp32"
     for change in found["advice"]:
         words = change["options"].split()
         given = dict(zip(words[::2], words[1::2], strict=True))
-        again = facts("--like", "qwen-1.8b", "--memory", "3G", *sum(({"--context": "8192"} | given).items(), ()))
+        again = facts("--like", "qwen-1.8b", "--memory", "2.5G", *sum(({"--context": "8192"} | given).items(), ()))
         assert again["fits"] is True
         assert again["peak"] == change["peak"], "the options lead to what was promised"
 
@@ -114,7 +115,9 @@ def test_a_quantized_checkpoint_says_so(facts, run, tmp_path):
     published = qwen_1_8b().to_published()
     (tmp_path / "config.json").write_text(json.dumps(published | {"quantization_config": INT4.to_published()}))
     found = facts(str(tmp_path), "--memory", "8G")
-    assert found["quantization"] == "int4 in groups of 32, head bf16, embedding fp32"
+    assert found["quantization"] == "int4 in groups of 32, head bf16, embedding fp16"
+    embedding = next(kind for kind in found["weights"] if kind["name"] == "embedding")
+    assert (embedding["bits"], embedding["stored"]) == (16, 2 * 151936 * 2048)
     assert found["kv_cache"] == "int8"
     # what the file left in half precision can be rounded, its codes stay
     assert facts(str(tmp_path), "--quant", "int4")["quantization"] == (
@@ -126,6 +129,28 @@ def test_a_quantized_checkpoint_says_so(facts, run, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(published))
     (tmp_path / "quantize_config.json").write_text(json.dumps(INT4.to_published()))
     assert facts(str(tmp_path), "--memory", "8G") == found
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_no_advice_that_the_checkpoint_or_another_option_rules_out(bits, facts, run, tmp_path):
+    quant = QuantConfig(bits=bits, head_bits=None, embedding_bits=None, group_size=128, method="gptq")
+    section = {"quantization_config": quant.to_published()} if bits == 8 else {}
+    (tmp_path / "config.json").write_text(json.dumps(qwen_1_8b().to_published() | {"fp16": True} | section))
+    given = ("--dtype", "bf16", "--context", "2048") if bits == 4 else ("--context", "8192")
+    found = facts(str(tmp_path), *given, "--memory", "2.7G")
+    assert found["fits"] is False
+    assert found["advice"]
+    for change in found["advice"]:
+        words = [*given, *change["options"].split()]
+        for option in change["without"]:
+            at = words.index(option)
+            del words[at : at + 2]
+        again = facts(str(tmp_path), *words, "--memory", "2.7G")
+        assert (again["fits"], again["peak"]) == (True, change["peak"])
+    options = " ".join(change["options"] for change in found["advice"])
+    assert ("int8" in options, "int4" in options) == ((True, True) if bits == 4 else (True, False))
+    if bits == 4:
+        assert "--quant int8, without --dtype" in run("plan", str(tmp_path), *given, "--memory", "2.7G").out
 
 
 def test_a_gguf_file_is_planned_as_its_codes_run(facts, demo_gguf):

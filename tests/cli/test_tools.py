@@ -9,7 +9,8 @@ import pytest
 
 from qwenlet import hub
 from qwenlet.cli import console, doctor
-from qwenlet.config import qwen_1_8b
+from qwenlet.config import QuantConfig, qwen_1_8b
+from qwenlet.ops import cpu
 
 
 @pytest.fixture
@@ -209,5 +210,21 @@ def test_doctor_goes_on_where_something_is_broken(run, monkeypatch, empty_cache)
     assert "Precision" in result.out
 
 
-def test_memory_a_model_needs():
-    assert doctor.memory_needed(qwen_1_8b(), 2) == 2 * (1_836_828_672 + 2 * 24 * 2048 * 8192)
+def test_doctor_plans_the_model_as_it_would_run(run, empty_cache, tmp_path):
+    """A published Int4 folder is no model in bfloat16."""
+    quant = QuantConfig(group_size=128, head_bits=None, embedding_bits=None, method="gptq")
+    config = qwen_1_8b().to_published() | {"fp16": True, "quantization_config": quant.to_published()}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = json.loads(run("doctor", str(tmp_path), "--json").out)["model"]
+    planned = json.loads(run("plan", str(tmp_path), "--json").out)
+    assert found["needs"]["value"] == planned["peak"] < 3e9
+    assert found["weights"]["value"] == "int4 in groups of 128, head bf16, embedding fp16"
+
+
+def test_doctor_says_where_shapes_fall_back(run, model, empty_cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(cpu, "status", lambda: cpu.Status("avx2", "as a test says"))
+    config = json.loads((Path(model) / "config.json").read_text())
+    for size, runs, why in ((320, True, ""), (144, False, "hidden sizes 64 and 72 are not multiples of 16")):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": size}))
+        fact = json.loads(run("doctor", str(tmp_path), "--json").out)["model"]["forward pass"]
+        assert fact == {"value": runs, "why": why}

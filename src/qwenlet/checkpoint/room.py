@@ -58,6 +58,7 @@ def setup_of(
         dtype=name,
         quant=quant,
         codes=codes,
+        given=checkpoint.quant,
         kv_cache=options.kv_cache,
         context=min(options.max_context or plan.PAGE_TOKENS, checkpoint.config.context_length),
         chunk=options.chunks("cuda")[0],

@@ -13,17 +13,20 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qwenlet import __version__
 from qwenlet.cli import console
 from qwenlet.cli.options import new_app
-from qwenlet.config import ATTENTION_BACKENDS, ModelConfig
+from qwenlet.config import ATTENTION_BACKENDS
 from qwenlet.errors import ConfigError, QwenletError
-from qwenlet.machine import cpu_info
-from qwenlet.plan import available_memory
+from qwenlet.machine import cpu_info, gpu_memory
+from qwenlet.plan import Setup, available_memory, estimate
+
+if TYPE_CHECKING:
+    import torch
 
 app = new_app()
 
@@ -190,7 +193,8 @@ def _models() -> Iterator[Fact]:
 
 def _model(name: str) -> Iterator[Fact]:
     from qwenlet import hub
-    from qwenlet.checkpoint import Checkpoint, auto_dtype, dtype_name
+    from qwenlet.checkpoint import Checkpoint
+    from qwenlet.cli.plan import local_source, setup_of, weights_text
 
     path = hub.resolve(name, offline=True)
     config = Checkpoint.open(path).config
@@ -199,14 +203,38 @@ def _model(name: str) -> Iterator[Fact]:
     yield Fact("parameters", config.parameter_count, f"{config.parameter_count:,}")
     yield Fact("context", config.context_length, f"{config.context_length:,} tokens")
     device = _devices()[-1]
-    dtype, _ = auto_dtype(device)
-    needed = memory_needed(config, dtype.itemsize)
-    where = f"in {dtype_name(dtype)} on {device}"
-    yield Fact("needs", needed, f"{console.size(needed)} {where}", "weights, and the past of the training length")
-    memory = available_memory()
-    if device.type == "cpu" and memory is not None:
+    gpu = device.type == "cuda"
+    setup = setup_of(local_source(name, path), gpu=gpu)
+    needed = estimate(setup).peak
+    yield Fact("weights", weights_text(setup))
+    over = f"at most, over {setup.context:,} tokens; qwenlet plan tells the shares"
+    yield Fact("needs", needed, f"{console.size(needed)} on {device}", over)
+    memory = gpu_memory(device.index) if gpu else available_memory()
+    if memory is not None:
         fits = needed <= memory
-        yield Fact("fits", fits, "yes" if fits else "no", "" if fits else "--max-context N makes the past smaller")
+        yield Fact("fits", fits, "yes" if fits else "no", "" if fits else "qwenlet plan says what would")
+    obstacle = _obstacle(setup, device)
+    yield Fact("forward pass", obstacle is None, "own kernels" if obstacle is None else "by modules, more slowly",
+               obstacle or "")  # fmt: skip
+
+
+def _obstacle(setup: Setup, device: torch.device) -> str | None:
+    """Why the model would not run by our kernels; None if it would."""
+    from qwenlet.checkpoint import dtype_by_name
+    from qwenlet.decode import obstacles
+    from qwenlet.linear import TiledLinear, choose_linear
+    from qwenlet.ops import cpu
+    from qwenlet.program import shape_obstacle
+
+    if device.type == "cuda":
+        return obstacles.obstacle(device) or obstacles.shape_obstacle(setup.model)
+    if setup.quantized:
+        kernels = cpu.status()
+        reason = kernels.reason if kernels.isa is None else None
+    else:
+        kind, why = choose_linear("auto", device, dtype_by_name(setup.dtype))
+        reason = None if kind is TiledLinear else why
+    return reason or shape_obstacle(setup.model)
 
 
 def _devices() -> list[Any]:
@@ -215,11 +243,3 @@ def _devices() -> list[Any]:
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return [torch.device("cpu"), *(torch.device("cuda", index) for index in reversed(range(count)))]
-
-
-# ----------------------------------------------------------------------------------------------------- measurements
-
-
-def memory_needed(config: ModelConfig, bytes_per_value: int) -> int:
-    """Bytes of the weights, and of the keys and values of as many tokens as the model was trained on."""
-    return config.parameter_count * bytes_per_value + config.seq_length * config.cache_bytes(bytes_per_value)

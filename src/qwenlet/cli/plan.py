@@ -76,12 +76,12 @@ def plan(
     else:
         limit = available_memory() if gpu is None else gpu_memory(gpu)
     source = _source(model, like, offline)
-    setup = _setup(source, quant, dtype, context, gpu=gpu is not None)
+    setup = setup_of(source, quant, dtype, context, gpu=gpu is not None)
     setup = replace(setup, kv_cache=kv_cache, batch=batch)
     if as_json:
-        print(json.dumps(_facts(source, setup, limit), ensure_ascii=False, indent=2))
+        print(json.dumps(_facts(source, setup, limit, dtype), ensure_ascii=False, indent=2))
     else:
-        _print(source, setup, limit)
+        _print(source, setup, limit, dtype)
 
 
 def _gpu_index(device: str) -> int | None:
@@ -94,8 +94,13 @@ def _gpu_index(device: str) -> int | None:
     return int(match[1] or 0)
 
 
-def _setup(
-    source: Source, quant: str | None, dtype: str | None, context: int | None, *, gpu: bool = False
+def setup_of(
+    source: Source,
+    quant: str | None = None,
+    dtype: str | None = None,
+    context: int | None = None,
+    *,
+    gpu: bool = False,
 ) -> planning.Setup:
     """What `qwenlet.load` would choose where nothing is asked for: on a CPU, or on a GPU that computes in bfloat16."""
     asked = None if quant in (None, "none", "stored") else QuantConfig.named(quant)
@@ -122,6 +127,8 @@ def _setup(
         context=context or min(source.config.seq_length, source.config.context_length),
         gguf=source.header is not None,
         mapped=quantized or as_stored,
+        stored=source.stored or ("fp16" if source.quant is not None else None),
+        given=source.quant,
         chunk=EngineConfig().chunks("cuda" if gpu else "cpu")[0],
         gpu=gpu,
     )
@@ -165,10 +172,10 @@ def _source(model: str | None, like: str | None, offline: bool) -> Source:
         if hub.is_offline(offline or None):
             raise
         return _described(model, hub.published_config(model), f"config.json of {model}")
-    return _local(model, path)
+    return local_source(model, path)
 
 
-def _local(name: str, path: Path) -> Source:
+def local_source(name: str, path: Path) -> Source:
     """A folder, or a GGUF file: its configuration alone."""
     if path.is_dir():
         ggufs = sorted(path.glob("*.gguf"))
@@ -206,12 +213,12 @@ def _stored_dtype(raw: dict[str, Any]) -> str | None:
 # --------------------------------------------------------------------------------------------------------- the answer
 
 
-def _facts(source: Source, setup: planning.Setup, limit: int | None) -> dict[str, Any]:
+def _facts(source: Source, setup: planning.Setup, limit: int | None, dtype: str | None) -> dict[str, Any]:
     found = planning.estimate(setup)
     facts: dict[str, Any] = {
         "model": source.name,
         "parameters": setup.model.parameter_count,
-        "quantization": _weights_text(setup),
+        "quantization": weights_text(setup),
         "kv_cache": setup.cache_type,
         "context": setup.context,
         "batch": setup.batch,
@@ -222,27 +229,37 @@ def _facts(source: Source, setup: planning.Setup, limit: int | None) -> dict[str
         facts |= {
             "fits": found.peak <= limit,
             "largest_context": planning.fitting(setup, limit),
-            "advice": [{"options": change.options, "peak": change.peak} for change in planning.advice(setup, limit)],
+            "advice": [
+                {"options": change.options, "without": _without(change, setup, dtype), "peak": change.peak}
+                for change in planning.advice(setup, limit)
+            ],
         }
     return facts
 
 
-def _weights_text(setup: planning.Setup) -> str:
+def _without(change: planning.Change, setup: planning.Setup, dtype: str | None) -> list[str]:
+    """Options that were given and don't go with the change: quantized weights compute in one precision on a CPU."""
+    clashes = change.setup.quant is not None and not setup.gpu and dtype not in (None, _QUANTIZED_DTYPE)
+    return ["--dtype"] if clashes else []
+
+
+def weights_text(setup: planning.Setup) -> str:
     quant = setup.quant
     if quant is None:
         return setup.dtype if setup.codes is None else "as the file stores it"
     head = "bf16" if quant.head_bits is None else f"int{quant.head_bits} in groups of {quant.head_group_size}"
-    embedding = setup.dtype if quant.embedding_bits is None else f"int{quant.embedding_bits}"
+    floats = setup.dtype if setup.gpu else setup.stored or setup.dtype
+    embedding = floats if quant.embedding_bits is None else f"int{quant.embedding_bits}"
     return f"int{quant.bits} in groups of {quant.group_size}, head {head}, embedding {embedding}"
 
 
-def _print(source: Source, setup: planning.Setup, limit: int | None) -> None:
+def _print(source: Source, setup: planning.Setup, limit: int | None, dtype: str | None) -> None:
     from rich.console import Console
 
     width = None if console.is_terminal(sys.stdout) else 160
     out = Console(width=width, highlight=False, markup=False, emoji=False)
     found = planning.estimate(setup)
-    title = f"{source.name}: {setup.model.parameter_count:,} parameters, {_weights_text(setup)}"
+    title = f"{source.name}: {setup.model.parameter_count:,} parameters, {weights_text(setup)}"
     for heading, table in (
         (title, _memory_table(setup, found, limit)),
         ("What a token costs", _cost_table(setup, found, limit)),
@@ -255,7 +272,8 @@ def _print(source: Source, setup: planning.Setup, limit: int | None) -> None:
         out.print("Each of these would fit", style="bold")
         table = _table()
         for change in changes:
-            table.add_row(change.options, console.size(change.peak))
+            without = "".join(f", without {option}" for option in _without(change, setup, dtype))
+            table.add_row(f"{change.options}{without}", console.size(change.peak))
         out.print(table)
     elif limit is not None and found.peak > limit:
         out.print("No setting makes this model fit: it takes a smaller model, or a larger machine.")

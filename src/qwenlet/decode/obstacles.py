@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from qwenlet.config import ModelConfig
 from qwenlet.linear import QuantLinear
 from qwenlet.model import Qwen
 from qwenlet.ops import triton
@@ -25,12 +26,19 @@ def unfit(model: Qwen, cache: torch.dtype) -> str | None:
     dtype = model.transformer.ln_f.weight.dtype
     if cache not in (dtype, torch.int8):
         return f"the cache is {cache} and the model {dtype}"
-    dim = model.config.head_dim
-    if dim & (dim - 1) or not 16 <= dim <= 256:
-        return f"heads of {dim} are no power of two from 16 to 256"
+    if (reason := shape_obstacle(model.config)) is not None:
+        return reason
     for name, module in model.named_modules():
         if name.endswith(("c_attn", "c_proj", "w1", "w2", "lm_head")) and not isinstance(
             module, QuantLinear | nn.Linear
         ):
             return f"{name} is a {type(module).__name__}, which is for a CPU"
+    return None
+
+
+def shape_obstacle(config: ModelConfig) -> str | None:
+    """Why the kernels can't run a model of these shapes; None where they can."""
+    dim = config.head_dim
+    if dim & (dim - 1) or not 16 <= dim <= 256:
+        return f"heads of {dim} are no power of two from 16 to 256"
     return None
