@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 
 import qwenlet
 from qwenlet import SamplingParams
+from qwenlet.checkpoint import write_random
+from qwenlet.config import qwen_1_8b
 from qwenlet.errors import ContextLengthError, MissingTokenizerError, RequestError
 
 QUESTION = "What is the capital of France?"
@@ -36,6 +39,19 @@ def tiny(golden: Path) -> Iterator[qwenlet.LLM]:
     """The golden Qwen-1, which has no vocabulary."""
     with qwenlet.load(str(golden / "tiny-qwen"), dtype="fp32", device="cpu") as llm:
         yield llm
+
+
+def test_a_model_that_leaves_our_kernels_says_so_unless_that_was_asked_for(tmp_path: Path) -> None:
+    shape = replace(
+        qwen_1_8b(), vocab_size=64, hidden_size=64, intermediate_size=88, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=32,
+    )  # fmt: skip
+    path = str(write_random(tmp_path / "odd", shape))
+    with qwenlet.load(path, device="cpu", dtype="fp32", max_context=64) as llm:
+        assert llm.load_report.warnings == [f"runs by modules, more slowly: {llm.engine.obstacle}"]
+    with qwenlet.load(path, device="cpu", dtype="fp32", max_context=64, linear="torch") as llm:
+        assert llm.load_report.warnings == []
+        assert "runs by modules" in str(llm.load_report)
 
 
 def test_logits_of_the_demo_model(llm: qwenlet.LLM, reference: dict[str, Any]) -> None:

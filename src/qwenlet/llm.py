@@ -89,10 +89,11 @@ class LLM:
         # a base model's too: no text holds them, and an adapter may have taught it to end its turns
         stops = chat.stop_ids(known) if known is not None else ()
         self._engine = Engine(model, known, options, checkpoint.defaults, device, stops)
-        if self._engine.obstacle is not None and device.type == "cuda":
-            report.notes.append(f"replies run without our kernels, more slowly: {self._engine.obstacle}")
-        elif self._engine.obstacle is not None and _is_quantized(model):
-            report.notes.append(f"runs by modules, more slowly: {self._engine.obstacle}")
+        if self._engine.obstacle is not None:
+            how = "replies run without our kernels" if device.type == "cuda" else "runs by modules"
+            chosen = options.linear != "auto" or options.decode != "auto"
+            told = report.notes if chosen else report.warnings
+            told.append(f"{how}, more slowly: {self._engine.obstacle}")
 
     @property
     def chat_format(self) -> Literal["chatml", "raw"]:
@@ -343,10 +344,6 @@ class LLM:
     def __repr__(self) -> str:
         size = f"{self.load_report.parameters / 1e6:,.0f} M parameters"
         return f"LLM({self.name!r}, {size}, {dtype_name(self.dtype)}, {self.device})"
-
-
-def _is_quantized(model: Qwen) -> bool:
-    return any(isinstance(module, QuantLinear) for module in model.modules())
 
 
 def _is_one(prompt: Prompt | Sequence[Prompt]) -> bool:

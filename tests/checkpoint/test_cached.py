@@ -178,7 +178,7 @@ def test_a_cache_that_cant_be_written_costs_the_cache_alone(tmp_path: Path, tiny
     blocked = tmp_path / "file"
     blocked.write_text("in the way")
     model, report = load_quantized(Checkpoint.open(tiny), INT4, blocked)
-    assert report.notes[-1].startswith("repacked anew at each start, as the result can't be kept in ")
+    assert report.warnings[-1].startswith("repacked anew at each start, as the result can't be kept in ")
     assert_same(model, unkept(Checkpoint.open(tiny), INT4))
 
 
@@ -188,7 +188,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, tiny: Path, monkeypat
 
     monkeypatch.setattr("os.replace", full)
     _, report = load_quantized(Checkpoint.open(tiny), INT4, tmp_path / "cache")
-    assert "No space left on device" in report.notes[-1]
+    assert "No space left on device" in report.warnings[-1]
     assert not list((tmp_path / "cache").iterdir())
 
 

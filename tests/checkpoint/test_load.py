@@ -275,6 +275,21 @@ def test_streamed_models_give_the_same_logits(tiny: Path) -> None:
     assert (found - expected).abs().max() <= 0.02 * expected.abs().max()
 
 
+@needs_kernels
+def test_linears_that_tiles_do_not_suit_are_named_with_what_runs_them(tmp_path: Path) -> None:
+    model = random_llama(intermediate_size=88)  # the inputs of each layer's last linear
+    path = published(tmp_path / "m", cut(untied_state(model), model.config), foreign_config(model.config, "llama"))
+    found, report = load_model(Checkpoint.open(path), torch.bfloat16, CPU, linear="tiled")
+    assert isinstance(found.transformer.h[0].mlp.c_proj, StreamedLinear)
+    assert "11 linears by TiledLinear and StreamedLinear" in str(report)
+    assert report.warnings == [
+        "transformer.h.0.mlp.c_proj, transformer.h.1.mlp.c_proj by StreamedLinear, more slowly: their inputs are no "
+        "multiple of 16"
+    ]
+    _, even = load_model(Checkpoint.open(path), torch.float32, CPU, linear="tiled")
+    assert (even.linear, even.warnings) == ("TiledLinear", []), "in float32 any number will do"
+
+
 @pytest.mark.parametrize(("dtype", "kind"), [(torch.float32, TILED), (torch.float16, torch.nn.Linear)])
 def test_float32_runs_in_tiles_and_float16_on_torch(tiny: Path, dtype: torch.dtype, kind: type) -> None:
     model, report = load_model(Checkpoint.open(tiny), dtype, CPU, linear="auto")

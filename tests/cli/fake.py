@@ -30,10 +30,11 @@ class FakeTokenizer:
 
 
 class FakeLLM:
-    name, device, dtype, chat_format, context_length, default_system = (
+    name, device, dtype, precision, chat_format, context_length, default_system = (
         "fake",
         "cpu",
         "torch.float32",
+        "int4",
         "chatml",
         64,
         SYSTEM,
@@ -48,6 +49,7 @@ class FakeLLM:
         self.cancelled = 0
         self.closed = False
         self.drawn = 100
+        self.load_report = types.SimpleNamespace(warnings=[])
 
     def reply(
         self, messages: list[dict[str, Any]], params: SamplingParams, toolbox: Toolbox | None = None

@@ -19,6 +19,16 @@ def test_text_goes_to_stdout(run, api):
     assert api.llm.closed
 
 
+def test_what_runs_worse_than_it_could_is_said_once_beside_the_text(run, api):
+    api.llm.load_report.warnings = ["runs by modules, more slowly: a test says so"]
+    result = run("generate", "demo", "-p", "Once")
+    assert (result.out, result.err) == ("You said Once (101)\n", "runs by modules, more slowly: a test says so\n")
+    for command in (("generate", "demo", "--json", "-p", "Once"), ("chat", "--json", "-p", "Once")):
+        result = run(*command)
+        assert json.loads(result.out)
+        assert result.err.count("more slowly") == 1
+
+
 def test_the_prompt_comes_from_one_of_three_places(run, api, tmp_path):
     file = tmp_path / "prompt.txt"
     file.write_text("from a file\n\n")

@@ -59,7 +59,7 @@ def ended(child: pexpect.spawn) -> int:
 
 def test_a_conversation(chat, tmp_path):
     child = chat()
-    child.expect_exact("fake: float32 on cpu, context of 64 tokens")
+    child.expect_exact("fake: int4 on cpu, context of 64 tokens")
     child.expect_exact("This is the demo model: SmolLM2, 135 million parameters, English.")
     child.expect_exact("qwenlet chat Qwen/Qwen-1_8B-Chat")
     child.expect_exact(PROMPT)

@@ -172,7 +172,7 @@ def test_set(session, say):
 def test_show(session, say):
     say("hi")
     lines = say("/show").err.splitlines()
-    assert lines[0] == "fake: float32 on cpu, context of 64 tokens"
+    assert lines[0] == "fake: int4 on cpu, context of 64 tokens"
     assert "top_p = 0.8  (the checkpoint's own)" in lines
     assert "seed = drawn for each reply" in lines
     assert lines[-1] == "seed of the last reply: 101"

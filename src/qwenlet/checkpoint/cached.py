@@ -65,7 +65,7 @@ def load_quantized(
             _, made = load(keep=writer)
     except OSError as error:
         model, report = load()
-        report.notes.append(f"repacked anew at each start, as the result can't be kept in {cache}: {error}")
+        report.warnings.append(f"repacked anew at each start, as the result can't be kept in {cache}: {error}")
         return model, report
     _forget_outdated(cache, about)
     model, report = load(TileFile.open(path))

@@ -26,7 +26,7 @@ from qwenlet.checkpoint.tilefile import TileFile, TileWriter
 from qwenlet.config import OWN_PREFIX, GenerationDefaults, ModelConfig, QuantConfig, config_from_gguf, read_json
 from qwenlet.errors import CheckpointError, ConfigError, FormatError, MissingTokenizerError
 from qwenlet.gguf_header import GGUFHeader, read_header
-from qwenlet.linear import choose_linear, new_linear, replace_linear
+from qwenlet.linear import BF16_COLUMNS, Kind, choose_linear, new_linear, replace_linear
 from qwenlet.model import Qwen
 from qwenlet.tokenizer import Tokenizer
 
@@ -182,7 +182,9 @@ class LoadReport:
     """What loading did. `str()` is one line for people.
 
     Attributes:
+        linear: the classes that run `swapped` of the linears.
         kept: quantized modules came out of a file of tiles.
+        warnings: what runs worse than it could, and why; the command line says it unasked.
     """
 
     parameters: int = 0
@@ -193,10 +195,11 @@ class LoadReport:
     linear: str = "torch"
     kept: bool = False
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         packed = f", {self.swapped} linears by {self.linear}" if self.swapped else ""
-        notes = "".join(f"; {note}" for note in self.notes)
+        notes = "".join(f"; {note}" for note in (*self.notes, *self.warnings))
         return (
             f"{self.parameters / 1e6:,.1f} M parameters in {self.dtype}, loaded in {self.seconds:.1f} s{packed}{notes}"
         )
@@ -245,7 +248,7 @@ def load_model(
     model, plan = plan_reading(checkpoint, weights, report.notes)
 
     kind, _ = choose_linear(linear, device, dtype)
-    report.linear = "torch" if kind is None else kind.__name__
+    swaps: dict[str, nn.Module] = {}
     codes = None
     if quantized:
         # what a GPTQ folder holds was asked for; what a GGUF file holds gives way to what is asked for
@@ -266,8 +269,8 @@ def load_model(
             tensors = {leaf: read_parts(weights, of, dtype) for leaf, of in parts.items()}
             report.weight_bytes += sum(tensor.nbytes for tensor in tensors.values())
             if kind is not None and isinstance(module, nn.Linear):
-                replace_linear(model, module_name, new_linear(kind, tensors["weight"], tensors.get("bias")))
-                report.swapped += 1
+                swaps[module_name] = new_linear(kind, tensors["weight"], tensors.get("bias"))
+                replace_linear(model, module_name, swaps[module_name])
             else:
                 for leaf, tensor in tensors.items():
                     setattr(module, leaf, nn.Parameter(_placed(tensor, device), requires_grad=False))
@@ -278,10 +281,11 @@ def load_model(
         if codes is not None:
             replace_linear(model, "lm_head", codes.tied_head(plan["transformer.wte.weight"]).to(device))
         elif kind is not None:
-            replace_linear(model, "lm_head", new_linear(kind, model.transformer.wte.weight, None))
-            report.swapped += 1
+            swaps["lm_head"] = new_linear(kind, model.transformer.wte.weight, None)
+            replace_linear(model, "lm_head", swaps["lm_head"])
         else:
             model.tie_weights()
+    _report_swaps(swaps, kind, report)
     if codes is not None:
         _report_codes(codes, report)
     report.seconds = time.perf_counter() - started
@@ -293,15 +297,29 @@ def _placed(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor if device.type == "cpu" else tensor.to(device).contiguous()
 
 
+def _report_swaps(swaps: Mapping[str, nn.Module], kind: Kind, report: LoadReport) -> None:
+    report.swapped = len(swaps)
+    report.linear = " and ".join(dict.fromkeys(type(module).__name__ for module in swaps.values())) or "torch"
+    others = [name for name, module in swaps.items() if type(module) is not kind]
+    if others:
+        report.warnings.append(
+            f"{_shown(others)} by {type(swaps[others[0]]).__name__}, more slowly: their inputs are no multiple of "
+            f"{BF16_COLUMNS}"
+        )
+
+
 def _report_codes(codes: CodeReader, report: LoadReport) -> None:
     report.weight_bytes += codes.bytes
     if codes.bits:
         report.notes.append(f"computing in {report.dtype}")
         for dtype in dict.fromkeys(dtype for _, dtype in codes.floats):
             names = [name for name, of in codes.floats if of == dtype]
-            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            report.notes.append(f"{shown} in {str(dtype).removeprefix('torch.')}")
+            report.notes.append(f"{_shown(names)} in {str(dtype).removeprefix('torch.')}")
         report.dtype = " and ".join(f"int{bits}" for bits in sorted(codes.bits))
+
+
+def _shown(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def plan_reading(

@@ -16,6 +16,7 @@ from qwenlet.cli import console, saved
 from qwenlet.cli.attachments import attach as attach_files
 from qwenlet.cli.conversation import NOT_FOR_CHAT, Conversation, State
 from qwenlet.cli.keeper import Keeper
+from qwenlet.cli.loading import load as load_model
 from qwenlet.cli.options import EngineFlags, Flags, LoadFlags, adapter_names, expand, new_app
 from qwenlet.config import SamplingParams
 from qwenlet.errors import RequestError, StoreError
@@ -109,11 +110,9 @@ def chat(
         params = replace(earlier.params if earlier else SamplingParams(), **sampling)
         model = model or (tree.conversation.model if tree else "") or DEMO
 
-        from qwenlet.api import load as load_model  # only now, because it takes seconds
         from qwenlet.cli.session import Session
 
-        with console.Progress() as progress:
-            llm = stack.enter_context(load_model(model, progress=progress.update, **loading, **engine))
+        llm = stack.enter_context(load_model(model, **loading, **engine))
         state, unanswered = State(llm.default_system, params), None
         if tree is not None:
             state, unanswered = saved.state_of(tree, llm.default_system)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qwenlet.cli import console
+from qwenlet.cli.loading import load as load_model
 from qwenlet.cli.options import EngineFlags, Flags, LoadOptions, expand, new_app
 
 if TYPE_CHECKING:
@@ -66,10 +67,7 @@ def evaluate(
     engine.setdefault("cache_tokens", max(CACHE_TOKENS, engine.get("max_context", 0)))
 
     def load(precision: str) -> LLM:
-        from qwenlet.api import load
-
-        with console.Progress() as progress:
-            return load(model, progress=progress.update, **loading, **PRECISIONS[precision], **engine)
+        return load_model(model, **loading, **PRECISIONS[precision], **engine)
 
     name = Path(model).name if Path(model).exists() else model
     run = Run(out, DataFolder(data_dir, unchecked_data), name, limit, seed, note=console.note)

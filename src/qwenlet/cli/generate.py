@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qwenlet.cli import console
+from qwenlet.cli.loading import load
 from qwenlet.cli.options import EngineFlags, Flags, LoadFlags, adapter_names, expand, new_app
 from qwenlet.config import SamplingParams
 from qwenlet.errors import RequestError
@@ -48,11 +49,7 @@ def generate(
     if params.logprobs is not None and not as_json:
         raise typer.BadParameter("log-probabilities are shown as JSON only: add --json", param_hint="--logprobs")
 
-    from qwenlet.api import load  # only now, because it takes seconds
-
-    with console.Progress() as progress:
-        llm = load(model, progress=progress.update, **loading, **engine)
-    with llm:
+    with load(model, **loading, **engine) as llm:
         ids = llm.tokenizer.encode(text, allowed_special="all" if special else set())
         if as_json or params.n > 1:
             _complete(llm, ids, params, as_json=as_json)

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from qwenlet.cli import console
+from qwenlet.cli.loading import load
 from qwenlet.cli.options import EngineFlags, Flags, LoadFlags, adapter_names, expand, new_app
 from qwenlet.config import ServerConfig
 from qwenlet.errors import MissingExtraError
@@ -61,8 +62,7 @@ def start(
             raise
         raise MissingExtraError(problem.name or "fastapi", "serve", "the server") from problem
 
-    from qwenlet.api import load  # only now, because it takes seconds
-    from qwenlet.llm import LLM
+    from qwenlet.llm import LLM  # only now, because it takes seconds
 
     give_back_freed_blocks()
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
@@ -71,8 +71,7 @@ def start(
     progress = console.Progress()
 
     def loaded() -> LLM:
-        with progress:
-            return load(model, progress=progress.update, **loading, **engine)
+        return load(model, quiet=quiet, line=progress, **loading, **engine)
 
     if not run(model, config, loaded, console.note, listening):
         progress.close()

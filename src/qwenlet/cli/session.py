@@ -55,8 +55,7 @@ class Session:
     def model_line(self) -> str:
         """What is talking: name, precision, device, context."""
         llm = self.llm
-        dtype = str(llm.dtype).removeprefix("torch.")
-        return f"{llm.name}: {dtype} on {llm.device}, context of {llm.context_length} tokens"
+        return f"{llm.name}: {llm.precision} on {llm.device}, context of {llm.context_length} tokens"
 
     def ask(self, question: str, *, quiet: bool = False) -> Reply:
         """Shows the reply to `question`, unless `quiet`; one that brings no text is not part of the conversation.
