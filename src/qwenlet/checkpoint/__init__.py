@@ -12,6 +12,7 @@
     importance ... and how much each of their inputs counts
     tilefile   quantized modules in one file, in the kernels' order
     cached     ... kept in a cache
+    partial    temporary names, and what a kill left under them
     save       the way back: folders and shards, random weights
     random     ... weights without files
     convert    ... in the published layout, as Qwen2, as GGUF

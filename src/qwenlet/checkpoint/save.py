@@ -1,7 +1,7 @@
 """Model -> disk, tensor by tensor: folders, shards, and the small files of the published layout.
 
 Everything is written into a folder beside the target, which takes its name when it is complete: a full disk or a
-Ctrl-C leaves nothing half-written.
+Ctrl-C leaves nothing half-written. What a kill left is removed by the next writer to the same place.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from qwenlet.checkpoint.dtypes import DTYPES, dtype_by_name
 from qwenlet.checkpoint.load import QWEN_CHAT_DEFAULTS, Checkpoint, Progress
+from qwenlet.checkpoint.partial import partial_path, remove_left
 from qwenlet.config import GenerationDefaults, ModelConfig
 from qwenlet.errors import CheckpointError, MissingTokenizerError
 from qwenlet.model import Qwen
@@ -49,8 +50,9 @@ def new_folder(out: str | Path) -> Iterator[Path]:
     """
     out = Path(out).resolve()  # "." has no name to derive another from
     refuse_existing(out)
-    work = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    work = partial_path(out)
     try:
+        remove_left(out.parent, out.name)
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         yield work
@@ -76,8 +78,9 @@ def new_file(out: str | Path) -> Iterator[Path]:
     out = Path(out).resolve()
     if out.exists():
         raise CheckpointError(f"{out} exists already", hint="choose another name or remove it")
-    work = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    work = partial_path(out)
     try:
+        remove_left(out.parent, out.name)
         out.parent.mkdir(parents=True, exist_ok=True)
         yield work
         os.replace(work, out)

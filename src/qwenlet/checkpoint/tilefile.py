@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from qwenlet.checkpoint.mapped import by_rows, copied_bytes, let_go, mapped_bytes
+from qwenlet.checkpoint.partial import partial_path, remove_left
 from qwenlet.linear import QuantEmbedding, QuantLinear, TiledLinear
 from qwenlet.ops.packing import TILE_ROWS, Tiles
 
@@ -44,12 +45,13 @@ class TileWriter:
 
     def __init__(self, path: Path, about: dict[str, Any]) -> None:
         self.path, self._about = path, about
-        self._work = path.with_name(f".{path.name}.partial-{os.getpid()}")
+        self._work = partial_path(path)
         self._modules: dict[str, dict[str, Any]] = {}
         self._spans: dict[str, tuple[str, list[int], int, int]] = {}
 
     def __enter__(self) -> TileWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        remove_left(self.path.parent)
         self._file = open(self._work, "wb")
         return self
 
