@@ -119,6 +119,21 @@ def test_float32_tiles_take_any_shape(shape: tuple[int, int]) -> None:
     assert isinstance(new_linear(TiledLinear, torch.randn(5, 24).bfloat16(), None), StreamedLinear)
 
 
+@needs_kernels
+@pytest.mark.parametrize("isa", cpu.available())
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("shape", [(1, 16), (5, 32), (17, 48), (16, 80), (1, 1), (5, 24), (17, 40), (33, 100)])
+def test_bfloat16_of_narrow_and_odd_shapes(
+    shape: tuple[int, int], rows: int, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QWENLET_ISA", isa)
+    weight, bias, x = (torch.randn(size).bfloat16() for size in (shape, (shape[0],), (rows, shape[1])))
+    made = new_linear(TiledLinear, weight, bias)
+    assert type(made) is (StreamedLinear if shape[1] % 16 else TiledLinear)
+    exact = F.linear(x.double(), weight.double(), bias.double())
+    torch.testing.assert_close(made(x).double(), exact, rtol=2**-7, atol=1e-3)
+
+
 def test_replace_linear_walks_the_dots() -> None:
     root = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
     new = nn.Identity()
