@@ -91,10 +91,10 @@ def test_the_page_names_nothing_elsewhere() -> None:
 # ---------------------------------------------------------------------------------------------------------- the door
 
 
-def held(current: str | None, *messages: tuple[str, str | None]) -> Any:
+def held(current: str | None, *messages: tuple[str, str | None], **extra: Any) -> Any:
     """What a page without history sends, of (id, parent) each."""
     talk = {"id": "c", "title": "", "model": "", "current": current, "created": 0.0, "updated": 0.0, "settings": {}}
-    said = {"role": "user", "content": "a", "created": 0.0, "extra": {}}
+    said = {"role": "user", "content": "a", "created": 0.0, "extra": extra}
     return {"conversations": [{"conversation": talk, "messages": [{"id": a, "parent": b} | said for a, b in messages]}]}
 
 
@@ -136,6 +136,10 @@ def test_a_conversation_lives(server: Server) -> None:
         ("render?form=markdown", held("1", ("1", "2"), ("2", "1"))),
         ("render?form=markdown", held("3", ("1", None))),
         ("render", held("1", ("1", None), ("1", None))),
+        ("render?form=markdown", held("1", ("1", None), tool_calls=1)),
+        ("conversations/conv_1/messages", {"role": "assistant", "content": "", "extra": {"tool_calls": [{"id": []}]}}),
+        ("messages/msg_1", {"content": "", "extra": {"tool_calls": {}}}),
+        ("read", b'[{"role": "user", "content": "a", "tool_call_id": "\\ud800"}, {"role": "\\ud800"}]'),
     ],
 )
 def test_what_is_no_conversation_is_refused(server: Server, path: str, body: Any) -> None:

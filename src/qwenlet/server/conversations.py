@@ -20,7 +20,7 @@ from qwenlet.server.errors import ApiError
 from qwenlet.server.page import API
 from qwenlet.server.responses import kept
 from qwenlet.server.service import Service
-from qwenlet.store import Conversation, Store, StoredMessage, Tree, interchange
+from qwenlet.store import TOLD, Conversation, Store, StoredMessage, Tree, interchange
 
 Body = TypeVar("Body", bound=Struct)
 _MOST_LISTED = 200
@@ -86,7 +86,8 @@ class HeldTree(Struct, kw_only=True):
     messages: list[HeldMessage]
 
     def tree(self) -> Tree:
-        """Raises ApiError 400 where the messages are no tree: what walks it would not come to an end."""
+        """Raises ApiError 400 where the messages are no tree, which could be walked without end, and RequestError for
+        one that no model could be told."""
         known: set[str | None] = {None}
         for number, one in enumerate(self.messages):
             if one.parent not in known or one.id in known:
@@ -98,7 +99,9 @@ class HeldTree(Struct, kw_only=True):
             raise ApiError(400, words, param="conversations")
         talk = Conversation(**msgspec.structs.asdict(self.conversation))
         messages = [StoredMessage(conversation=talk.id, **msgspec.structs.asdict(one)) for one in self.messages]
-        return Tree(talk, tuple(messages))
+        tree = Tree(talk, tuple(messages))
+        interchange.check(tree)
+        return tree
 
 
 class Held(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -165,11 +168,13 @@ def add(app: FastAPI, service: Service) -> None:
 
     async def added(request: Request) -> Response:
         id, body = request.path_params["id"], await _body(request, NewMessage)
+        _check(id, body.role, body.content, body.extra)
         made = await kept(service, lambda store: store.add(id, body.parent, body.role, body.content, body.extra))
         return _json(made)
 
     async def written(request: Request) -> Response:
         id, body = request.path_params["id"], await _body(request, Text)
+        _check(id, "assistant", body.content, body.extra)
         await kept(service, lambda store: store.update(id, body.content, body.extra))
         return _json({"updated": True})
 
@@ -205,6 +210,12 @@ def add(app: FastAPI, service: Service) -> None:
     # for a page whose server keeps nothing: files are made and read here, and stay with the page
     route("POST", "render", rendered, stored=False)
     route("POST", "read", parsed, stored=False)
+
+
+def _check(id: str, role: str, content: str, extra: dict[str, Any]) -> None:
+    """Raises RequestError for calls and results that no model could be told."""
+    if not set(TOLD).isdisjoint(extra):
+        interchange.check_message(StoredMessage("", id, None, role, content, 0.0, extra))
 
 
 async def _body(request: Request, kind: type[Body]) -> Body:

@@ -46,6 +46,8 @@ class ApiError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
+        # a message may quote half a surrogate pair, which no answer can hold
+        message = message.encode("utf-8", "backslashreplace").decode()
         super().__init__(message)
         self.status, self.message, self.kind = status, message, kind
         self.param, self.code = param, code

@@ -19,11 +19,12 @@ interchange     out as JSON and Markdown, in from these and from other programs'
 
 from qwenlet.store.conversations import Conversations, title_of
 from qwenlet.store.database import SCHEMA_VERSION, data_dir, is_off
-from qwenlet.store.records import Conversation, Found, StoredMessage, StoredResponse, Tree
+from qwenlet.store.records import TOLD, Conversation, Found, StoredMessage, StoredResponse, Tree
 from qwenlet.store.responses import Responses
 
 __all__ = [
     "SCHEMA_VERSION",
+    "TOLD",
     "Conversation",
     "Found",
     "Store",

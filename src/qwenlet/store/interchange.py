@@ -11,8 +11,9 @@ holds the branch that is shown. `foreign` knows ChatGPT's export, OpenAI's messa
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from qwenlet.errors import RequestError
 from qwenlet.store import foreign, markdown
@@ -66,7 +67,7 @@ def read(text: str, name: str = "the file") -> Imported:
         else:
             source, trees, notes = _read_json(text)
         for tree in trees:
-            _check(tree)
+            check(tree)
     except RequestError as problem:
         raise RequestError(f"{name}: {problem.message}", problem.hint) from None
     except RecursionError:
@@ -166,21 +167,30 @@ def _written(tree: Tree) -> dict[str, object]:
     return {**head, "messages": [{name: getattr(one, name) for name in _MESSAGE} for one in tree.messages]}
 
 
-def _check(tree: Tree) -> None:
-    """Refuses what no model could be told."""
+def check(tree: Tree) -> None:
+    """Raises RequestError for what no model could be told."""
     where = f"the conversation {tree.conversation.title!r:.80}"
     Parsed(tree.conversation.settings.get("system"), f"{where}: the system prompt").text("")
-    for kept in (tree.conversation.settings, *(message.extra for message in tree.messages)):
-        try:
-            json.dumps(dict(kept), ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise RequestError(f"{where} holds half a surrogate pair, which is no text") from None
+    _check_text(tree.conversation.settings, where)
     for message in tree.messages:
-        told = message.as_told()
-        for name, kind in (("tool_calls", list), ("tool_call_id", str), ("reasoning_content", str)):
-            if not isinstance(told.get(name, kind()), kind):
-                Parsed(told[name], f"{where}: {name}").refuse("a list" if kind is list else "text")
-        try:
-            ToolMessage.of(told)
-        except RequestError as problem:
-            raise RequestError(f"{where}: {problem.message}") from None
+        check_message(message, where)
+
+
+def check_message(message: StoredMessage, where: str = "the message") -> None:
+    """Raises RequestError for one that no model could be told."""
+    _check_text(message.extra, where)
+    told = message.as_told()
+    for name, kind in (("tool_calls", list), ("tool_call_id", str), ("reasoning_content", str)):
+        if not isinstance(told.get(name, kind()), kind):
+            Parsed(told[name], f"{where}: {name}").refuse("a list" if kind is list else "text")
+    try:
+        ToolMessage.of(told)
+    except RequestError as problem:
+        raise RequestError(f"{where}: {problem.message}") from None
+
+
+def _check_text(kept: Mapping[str, Any], where: str) -> None:
+    try:
+        json.dumps(dict(kept), ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise RequestError(f"{where} holds half a surrogate pair, which is no text") from None
