@@ -14,12 +14,10 @@ from qwenlet.cache import PAGE_TOKENS
 from qwenlet.config import ModelConfig, QuantConfig, config_from_gguf, qwen_1_8b
 from qwenlet.errors import ConfigError
 from qwenlet.gguf_header import read_header
-from qwenlet.linear import QuantEmbedding
 from qwenlet.model import Qwen
 from qwenlet.ops.packing import QuantTensor, to_tiles
 from qwenlet.plan import PAGE_TOKENS as PLANNED_PAGE_TOKENS
 from qwenlet.plan import (
-    ROWS_HELD,
     Bits,
     Setup,
     advice,
@@ -112,16 +110,14 @@ def test_a_mapped_embedding_takes_only_the_rows_in_use():
     assert resident(100) < resident(8192) < QWEN.vocab_size * 2048 * 2 == resident(1, mapped=False)
 
 
-def test_an_embedding_in_codes_holds_the_rows_of_one_step():
+def test_an_embedding_in_codes_stays_in_its_file():
     def resident(context, **options):
         return kinds(Setup(model=QWEN, context=context, dtype="fp32", **options))["embedding"].resident
 
-    assert ROWS_HELD == QuantEmbedding._ROWS_HELD
     int4 = QuantConfig.named("int4")
-    assert resident(256, quant=int4) < resident(512, quant=int4) == resident(8192, quant=int4)
-    assert resident(1, quant=int4) == resident(ROWS_HELD, quant=int4)
-    assert resident(512, codes=Bits(5.0, 8.5, 8.5)) == resident(8192, codes=Bits(5.0, 8.5, 8.5))
-    # in any other form nothing is let go
+    assert resident(1, quant=int4) == resident(8192, quant=int4) == 0
+    assert resident(8192, codes=Bits(5.0, 8.5, 8.5)) == 0
+    # in any other form its rows are mapped
     assert resident(512, codes=Bits(5.0, 8.5, 5.0)) < resident(8192, codes=Bits(5.0, 8.5, 5.0))
     halves = replace(int4, embedding_bits=None)
     assert resident(512, quant=halves, stored="fp16") < resident(8192, quant=halves, stored="fp16")

@@ -13,7 +13,7 @@ on two cores of a Zen 4: `F.linear` 12 GB/s, prepacked 16, streamed 20-28 (dev/L
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -239,31 +239,26 @@ class QuantEmbedding(nn.Module):
     Attributes:
         codes: [V, C] int8; scales: [V, C / group] float16. Both may be strided views of a mapped file, of which only
             the rows that are asked for are ever read.
-        let_go: called after some rows, to stop counting the file's pages as ours; None: nothing to let go.
+        rows: reads codes and scales of some rows [N] from their file, so that nothing of it is mapped; None: they are
+            taken from the tensors.
     """
-
-    _ROWS_HELD = 32  # each maps up to a quarter of a MB around it
 
     def __init__(
         self,
         codes: Tensor,
         scales: Tensor,
         dtype: torch.dtype = torch.float32,
-        let_go: Callable[[], None] | None = None,
+        rows: Callable[[Tensor], Sequence[Tensor]] | None = None,
     ) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim = codes.shape[0], codes.shape[1:].numel()
-        self.codes, self.scales, self.dtype, self.let_go = codes, scales, dtype, let_go
-        self._held = 0
+        self.codes, self.scales, self.dtype, self.rows = codes, scales, dtype, rows
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [N] int64 -> [N, C]."""
-        self._held += len(ids)
-        if self.let_go is not None and self._held > self._ROWS_HELD:
-            self.let_go()
-            self._held = len(ids)
-        groups = self.codes[ids].reshape(len(ids), self.scales.shape[1], -1).float()
-        return (groups * self.scales[ids].float()[..., None]).flatten(1).to(self.dtype)
+        codes, scales = (self.codes[ids], self.scales[ids]) if self.rows is None else self.rows(ids)
+        groups = codes.reshape(len(ids), self.scales.shape[1], -1).float()
+        return (groups * scales.float()[..., None]).flatten(1).to(self.dtype)
 
 
 class MappedEmbedding(nn.Module):

@@ -39,7 +39,6 @@ GPU_RUNTIME_BYTES = 200_000_000  # of a GPU: libraries' workspaces and recorded 
 QWEN_TOKEN_BYTES = 440  # each token of a vocabulary read from qwen.tiktoken
 TOKEN_BYTES = 680  # each token of one read from a GGUF header or tokenizer.json, which hold it in a second form
 FAULT_BYTES = 1 << 16  # of a mapped file, what Linux makes resident around the first byte that is read
-ROWS_HELD = 32  # of an embedding in codes, before pages of earlier rows are let go, as in linear.py
 SCALE_BITS = 16  # of each group of weights
 _RUNNABLE_BITS = {2: 4.5, 3: 5.0, 8: 8.5}  # GGML's Q4_0, Q4_1, Q8_0
 CACHE_SCALE_BYTES = 4  # float32, of each token and head, once for K and once for V
@@ -281,7 +280,7 @@ def _weights(setup: Setup) -> tuple[Weights, ...]:
     if setup.gpu or not setup.mapped or (tied and not setup.quantized):
         loaded = touched = embedding
     else:
-        loaded, touched = 0, _touched(embedding, _rows_held(setup))
+        loaded, touched = 0, 0 if _read_by_rows(setup) else _touched(embedding, setup.context * setup.batch)
     own = 0 if model.tie_word_embeddings else table
     made = 0 if setup.quantized and not setup.gpu else 1  # while loading, else mapped
     return (
@@ -297,12 +296,9 @@ def _linears(model: ModelConfig) -> tuple[tuple[int, int], ...]:
     return (model.qkv_size, hidden), (hidden, query), (inner, hidden), (inner, hidden), (hidden, inner)
 
 
-def _rows_held(setup: Setup) -> int:
-    """Rows of a mapped embedding whose pages count as ours: in codes of eight bits those of the latest step, else all
-    that were read."""
-    if setup.quantized and setup.bits.embedding == 8 + SCALE_BITS / EMBEDDING_GROUP_SIZE:
-        return max(ROWS_HELD, setup.step)
-    return setup.context * setup.batch
+def _read_by_rows(setup: Setup) -> bool:
+    """Whether an embedding stays in its file: in codes of eight bits its rows are read, in other forms mapped."""
+    return setup.quantized and setup.bits.embedding == 8 + SCALE_BITS / EMBEDDING_GROUP_SIZE
 
 
 def _touched(size: int, tokens: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from qwenlet.checkpoint.dtypes import DTYPES
 from qwenlet.checkpoint.gguf import PLAIN_TYPES, GGUFTensors, dequantize_rows
-from qwenlet.checkpoint.mapped import by_rows, mapped_bytes
+from qwenlet.checkpoint.mapped import by_rows, file_rows, mapped_bytes
 from qwenlet.checkpoint.names import Part, join, unpermute
 from qwenlet.config import read_json
 from qwenlet.errors import CheckpointError, ConfigError, FormatError
@@ -152,6 +152,12 @@ class SafetensorsFiles(Shards):
         _, offset, size = self._spans[name]
         raw = mapped_bytes(self.where[name], offset, size)
         return (raw.clone() if offset % dtype.itemsize else raw).view(dtype).view(shape)
+
+    def rows(self, *names: str) -> Callable[[Tensor], tuple[Tensor, ...]] | None:
+        """Reads rows [N] of these tensors, without mapping them; None where the system has no such way."""
+        return file_rows(
+            *((self.where[name], self._spans[name][1], self.shapes[name], self.stored_dtype(name)) for name in names)
+        )
 
     @contextmanager
     def _open(self, path: Path) -> Iterator[safe_open]:

@@ -10,13 +10,11 @@ Which is which the configuration decides, and the shapes have to agree with it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from qwenlet.checkpoint.files import SafetensorsFiles, Shards
-from qwenlet.checkpoint.mapped import by_rows, let_go
 from qwenlet.checkpoint.names import Part
 from qwenlet.config import QuantConfig
 from qwenlet.errors import FormatError
@@ -128,9 +126,8 @@ class GPTQFile:
         if stem not in self._embeddings:
             return self.files.read_embedding(name, dtype)
         codes, scales = self._stored(name, torch.int8), self._stored(f"{stem}.scales", torch.float16)
-        # only bytes that lie in the file may be let go; scales are few
-        mapped = isinstance(self.files, SafetensorsFiles)
-        return QuantEmbedding(by_rows(codes), scales, dtype, partial(let_go, codes) if mapped else None)
+        rows = self.files.rows(name, f"{stem}.scales") if isinstance(self.files, SafetensorsFiles) else None
+        return QuantEmbedding(codes, scales, dtype, rows)
 
     # ---------------------------------------------------------------------------------------------- inside
 

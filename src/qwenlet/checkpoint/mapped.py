@@ -7,8 +7,12 @@ slowly than it reads them (int4 rows by AVX-512 on a Xeon: 25 GB/s mapped, 30 co
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
+import os
 import sys
+import weakref
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -89,25 +93,9 @@ def _madvise() -> ctypes._NamedFuncPointer | None:
 def by_rows(mapped: Tensor) -> Tensor:
     """The tensor itself, of whose pages few will be looked at: a file that the system keeps in pieces of 2 MB is else
     mapped piece by piece, and a few hundred rows of an embedding make all of it count as ours."""
-    _advise(mapped, "MADV_NOHUGEPAGE")
-    return mapped
-
-
-def let_go(*mapped: Tensor) -> None:
-    """Stops counting mapped tensors' pages as ours; what is looked at next is mapped again, from the file's cache.
-
-    Around a page that is looked at the system maps fifteen more, so a few thousand rows of an embedding can make most
-    of it count. Nothing may have been written to the tensors: it would be lost.
-    """
-    for tensor in mapped:
-        _advise(tensor, "MADV_DONTNEED")
-
-
-def _advise(mapped: Tensor, advice: str) -> None:
-    """Tells Linux of the pages that lie in the tensor whole."""
-    call, number = _madvise(), getattr(mmap, advice, None)
-    if call is None or number is None:
-        return
+    call, advice = _madvise(), getattr(mmap, "MADV_NOHUGEPAGE", None)
+    if call is None or advice is None:
+        return mapped
     start = -(-mapped.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     # the span in memory: a strided view holds other columns between its own
     end = (
@@ -115,4 +103,46 @@ def _advise(mapped: Tensor, advice: str) -> None:
         + sum((n - 1) * s for n, s in zip(mapped.shape, mapped.stride(), strict=True)) * mapped.itemsize
     )
     if end > start:
-        call(start, end // mmap.PAGESIZE * mmap.PAGESIZE - start, number)
+        call(start, end // mmap.PAGESIZE * mmap.PAGESIZE - start, advice)
+    return mapped
+
+
+class FileRows:
+    """Rows of a table in a file, read when they are asked for.
+
+    A look at a mapped row maps what the system keeps around it in one piece, which may be 2 MB: after some hundred rows
+    all of an embedding counts as ours. Read, they are no more than they are.
+
+    Args:
+        offset: of the table in the file, in bytes; shape: [V, ...], its rows one after the other.
+    Raises:
+        OSError: the file can't be opened, or (on reading) ends early.
+    """
+
+    def __init__(self, path: Path, offset: int, shape: Sequence[int], dtype: torch.dtype) -> None:
+        self._path, self._offset, self._dtype = path, offset, dtype
+        self._rows, self._shape = shape[0], tuple(shape[1:])
+        self._width = math.prod(self._shape) * dtype.itemsize
+        self._file = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        weakref.finalize(self, os.close, self._file)
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """ids [N] int64 from 0 to V - 1 -> [N, ...]."""
+        out = torch.empty(len(ids), *self._shape, dtype=self._dtype)
+        room = memoryview(out.view(torch.uint8).numpy().reshape(-1).data)
+        for place, id in enumerate(ids.tolist()):
+            if not 0 <= id < self._rows:
+                raise IndexError(f"row {id} of a table of {self._rows}")
+            begin = self._offset + id * self._width
+            some = room[place * self._width : (place + 1) * self._width]
+            if os.preadv(self._file, [some], begin) != self._width:
+                raise OSError(f"{self._path} ends before byte {begin + self._width:,}, though it had row {id} before")
+        return out
+
+
+def file_rows(*tables: tuple[Path, int, Sequence[int], torch.dtype]) -> Callable[[Tensor], tuple[Tensor, ...]] | None:
+    """What reads the same rows of several tables; None where the system can't read at a place (Windows)."""
+    if not hasattr(os, "preadv"):
+        return None
+    found = [FileRows(*table) for table in tables]
+    return lambda ids: tuple(rows(ids) for rows in found)

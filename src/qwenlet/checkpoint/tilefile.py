@@ -12,7 +12,6 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwenlet.checkpoint.mapped import by_rows, copied_bytes, let_go, mapped_bytes
+from qwenlet.checkpoint.mapped import copied_bytes, file_rows, mapped_bytes
 from qwenlet.checkpoint.partial import partial_path, remove_left
 from qwenlet.linear import QuantEmbedding, QuantLinear, TiledLinear
 from qwenlet.ops.packing import TILE_ROWS, Tiles
@@ -91,7 +90,7 @@ def _held(module: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         said = {"bits": tiles.bits, "group_size": tiles.group_size, "rows": tiles.rows}
         parts = {leaf: getattr(tiles, leaf) for leaf in _TABLES} | {"bias": module.bias}
         return said, {leaf: part for leaf, part in parts.items() if part is not None and part.numel()}
-    if isinstance(module, QuantEmbedding) and module.let_go is None:
+    if isinstance(module, QuantEmbedding) and module.rows is None:
         return {"embedding": True}, {"codes": module.codes.flatten(1), "scales": module.scales}
     return None
 
@@ -138,7 +137,7 @@ class TileFile:
             memory, at = (mapped, 0) if copied is None or "embedding" in said else (copied, begin)
             parts = {leaf: self._tensor(memory, at, f"{name}.{leaf}") for leaf in (*_TABLES, "bias", "codes")}
             if "embedding" in said:
-                module = _embedding(floats.get(name), parts, dtype)
+                module = self._embedding(name, floats.get(name), parts, dtype)
             else:
                 module = _linear(floats.get(name), parts, said)
             if module is None:
@@ -164,14 +163,17 @@ class TileFile:
         dtype, shape, begin, end = self._spans[name]
         return memory[begin - at : end - at].view(_DTYPES[dtype]).view(shape)
 
-
-def _embedding(module: nn.Module | None, parts: dict[str, Tensor | None], dtype: torch.dtype) -> nn.Module | None:
-    codes, scales = parts["codes"], parts["scales"]
-    if not isinstance(module, nn.Embedding) or codes is None or scales is None:
-        return None
-    if codes.shape != module.weight.shape or codes.dtype != torch.int8 or len(scales) != len(codes):
-        return None
-    return QuantEmbedding(by_rows(codes), by_rows(scales), dtype, partial(let_go, codes, scales))
+    def _embedding(
+        self, name: str, module: nn.Module | None, parts: dict[str, Tensor | None], dtype: torch.dtype
+    ) -> nn.Module | None:
+        codes, scales = parts["codes"], parts["scales"]
+        if not isinstance(module, nn.Embedding) or codes is None or scales is None:
+            return None
+        if codes.shape != module.weight.shape or codes.dtype != torch.int8 or len(scales) != len(codes):
+            return None
+        tables = ((self._spans[f"{name}.{leaf}"][2], part) for leaf, part in (("codes", codes), ("scales", scales)))
+        rows = file_rows(*((self.path, begin, part.shape, part.dtype) for begin, part in tables))
+        return QuantEmbedding(codes, scales, dtype, rows)
 
 
 def _linear(module: nn.Module | None, parts: dict[str, Tensor | None], said: dict[str, Any]) -> nn.Module | None:
