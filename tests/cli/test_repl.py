@@ -57,6 +57,15 @@ def ended(child: pexpect.spawn) -> int:
     return child.exitstatus
 
 
+def end_input(child: pexpect.spawn) -> None:
+    """Ctrl-D until it is heard: a dumb terminal shows its prompt a moment before it listens to keys, and till then the
+    system takes Ctrl-D for the end of a line that nobody reads."""
+    for _ in range(60):
+        child.send(CTRL_D)
+        if child.expect([pexpect.EOF, pexpect.TIMEOUT], timeout=1) == 0:
+            return
+
+
 def test_a_conversation(chat, tmp_path):
     child = chat()
     child.expect_exact("fake: int4 on cpu, context of 64 tokens")
@@ -96,7 +105,7 @@ def test_a_conversation(chat, tmp_path):
     child.sendline(f"/save {file}")
     child.expect_exact("2 exchanges in the conversation")
     child.expect_exact(PROMPT)
-    child.send(CTRL_D)
+    end_input(child)
     assert ended(child) == 0
     assert '"finish_reason": "cancelled"' in file.read_text()
     assert "never sent" not in file.read_text()
@@ -168,7 +177,7 @@ def test_a_conversation_goes_on_another_day(chat, tmp_path):
     say(child, "/history", "1 you> hello there", "You said hello there (7)")
     say(child, "/branches 2", "2 exchanges")
     say(child, "again", "You said again")
-    child.send(CTRL_D)
+    end_input(child)
     assert ended(child) == 0
     listed = subprocess.run(
         [sys.executable, "-m", "qwenlet", "history", "list"], capture_output=True, text=True, check=True,
@@ -213,7 +222,7 @@ def test_calls_are_asked_about_on_the_terminal(chat, tmp_path):
         child.expect_exact(PROMPT)
     say(child, "clock {}", "call clock({})", "result: noon in UTC", "It is noon in UTC.")
     say(child, "/undo", "3 exchanges")
-    child.send(CTRL_D)
+    end_input(child)
     assert ended(child) == 0
 
 
