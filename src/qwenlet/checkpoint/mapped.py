@@ -1,5 +1,7 @@
 """Bytes of a file as a tensor, mapped: read when they are looked at, and no longer ours when the tensor is gone.
 
+Of a table few of whose rows are wanted, these alone are read (`FileRows`).
+
 Or copied into pages of 2 MB where the system gives them: a processor finds its way through 4 kB pages of a mapping more
 slowly than it reads them (int4 rows by AVX-512 on a Xeon: 25 GB/s mapped, 30 copied).
 """
