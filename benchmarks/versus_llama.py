@@ -17,6 +17,7 @@ document.
 from __future__ import annotations
 
 import argparse
+import compileall
 import json
 import math
 import platform
@@ -151,6 +152,7 @@ status = open("/proc/self/status").read()
 print(json.dumps({{"load_seconds": loaded, "speed": last.timings.decode_tokens / last.timings.decode_seconds,
     "peak_gb": int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9}}))
 """
+    compileall.compile_dir(Path(qwenlet.__file__).parent, quiet=1)  # as pip does; some environments switch it off
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qwenlet import sampling
 from qwenlet.config import GenerationDefaults, SamplingParams
 from qwenlet.errors import RequestError
 from qwenlet.ops import cpu
@@ -187,12 +188,15 @@ def test_the_native_draw_follows_the_definition(isa: str, seed: int, monkeypatch
         repetition_penalty=dice.choice([1.0, 1.1]),
         presence_penalty=dice.choice([0.0, 0.4]),
         frequency_penalty=dice.choice([0.0, 0.2]),
+        logit_bias=dice.choice([None, {dice.randrange(size): amount for amount in (-100.0, -0.5, 2.0)}]),
         seed=seed,
     )
     counts = TokenCounts(dice.choices(range(size), k=20))
     for token in dice.choices(range(size), k=40):
         counts.add(token)
     left = penalize(logits, counts, settings)
+    if bias := bias_of(settings, size):
+        left = bias.added_to(left)
     left = (left - left.max()) / (settings.temperature or 1.0)
     kept, ids = min_p(*top_p(*top_k(left, None, settings.top_k or 0), settings.top_p or 1.0), settings.min_p or 0.0)
     ids, order = (torch.arange(size), slice(None)) if ids is None else ids.sort()
@@ -265,6 +269,21 @@ def test_biases_and_banned_tokens() -> None:
     assert choose(logits, greedy, None, 0, 0, bias_of(greedy, 4, banned=(1, 99))) == 2
     assert logits.tolist() == [0.0, 1.0, 2.0, 3.0]
     assert SamplingParams(logit_bias='{"7": 1}').logit_bias == {7: 1}
+
+
+@pytest.mark.skipif(not cpu.available(), reason="built without a compiler: there are no kernels to test")
+@pytest.mark.parametrize("penalty", [1.0, 1.2])
+def test_a_biased_row_is_drawn_natively(penalty: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the functions a token of a whole vocabulary took up to 60 ms, for which all other requests waited."""
+    drawn = []
+    native = sampling.choose_all
+    monkeypatch.setattr(sampling, "choose_all", lambda rows: drawn.extend(rows) or native(rows))
+    logits = torch.randn(151_936, generator=torch.Generator().manual_seed(1))
+    before, counts = logits.clone(), TokenCounts([7, 8])
+    settings = params(temperature=1.0, top_p=0.8, repetition_penalty=penalty, logit_bias={42: 100.0})
+    assert choose(logits, settings, counts if penalty > 1.0 else None, 0, 0) == 42
+    assert len(drawn) == 1
+    assert torch.equal(logits, before)
 
 
 @pytest.mark.parametrize("bias", [{"x": 1}, {1: 101}, {-1: 1}, {1: "a"}, {1: float("nan")}, [1], "[]", {1: True}])

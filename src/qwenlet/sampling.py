@@ -198,12 +198,14 @@ def choose(
     """
     if bias is None and params.logit_bias:
         bias = bias_of(params, len(logits))
-    if draws_natively(logits) and bias is None:
+    if bias is not None:
+        if counts is not None:
+            logits, counts = penalize(logits, counts, params), None
+        logits = bias.added_to(logits)
+    if draws_natively(logits):
         return checked(choose_all([Row(logits, params, counts, choice, position)])[0], logits)
     if counts is not None:
         logits = penalize(logits, counts, params)
-    if bias is not None:
-        logits = bias.added_to(logits)
     peak = logits.max()
     if not math.isfinite(peak):  # max passes NaN on
         checked(-1, logits)
