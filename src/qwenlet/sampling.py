@@ -198,14 +198,13 @@ def choose(
     """
     if bias is None and params.logit_bias:
         bias = bias_of(params, len(logits))
+    native = draws_natively(logits)
+    if counts is not None and (bias is not None or not native):  # the native draw knows no bias
+        logits, counts = penalize(logits, counts, params), None
     if bias is not None:
-        if counts is not None:
-            logits, counts = penalize(logits, counts, params), None
         logits = bias.added_to(logits)
-    if draws_natively(logits):
+    if native:
         return checked(choose_all([Row(logits, params, counts, choice, position)])[0], logits)
-    if counts is not None:
-        logits = penalize(logits, counts, params)
     peak = logits.max()
     if not math.isfinite(peak):  # max passes NaN on
         checked(-1, logits)
