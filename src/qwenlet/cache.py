@@ -90,7 +90,7 @@ class PagePool:
     How many hold a page is counted once for all layers.
 
     Attributes:
-        k, v: per layer [pages, G, 64, D]. Tiled keys lie in the kernels' order within a page (ops/pages.py), and all
+        k, v: per layer [pages, G, 64, D]. Tiled ones lie in the kernels' order within a page (ops/pages.py), and all
             layers of a page side by side, so that it takes few large pages of memory.
         k_scales, v_scales: per layer [pages, G, 64] float32 for int8 pages, one scale per token and head; else None.
 

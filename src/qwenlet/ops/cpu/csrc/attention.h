@@ -1,5 +1,6 @@
 // Attention over pages: rotate and store, then answer. Keys lie in tiles of sixteen, a word of each in a 64-byte line, so
-// sixteen scores come out as lanes; values lie row by row, and a running softmax goes page by page.
+// sixteen scores come out as lanes. Int8 values lie so too, a word for four tokens, and others row by row. A running softmax
+// goes page by page; of each all heads' scores come first, then their weights, then the values: long stretches of memory.
 #pragma once
 
 #include <cmath>
@@ -65,65 +66,79 @@ void store(const Pages& p, float* k, const float* v, const float* cos, const flo
     turn(k, cos, sin, dim, 1.0f);
     // word w of the key lies in line w of its tile
     uint8_t* tile = p.k + part_at(p, page, head) + slot / 16 * 16 * dim * bytes + slot % 16 * 4;
-    uint8_t* row = p.v + part_at(p, page, head) + slot * dim * bytes;
+    uint8_t* values = p.v + part_at(p, page, head);
     alignas(64) uint8_t key[kMostDim * 4];
     if (p.kind == Cache::kInt8) {
         round_group(k, dim, reinterpret_cast<int8_t*>(key), p.k_scales + in_pool * kPage + slot, false);
         for (int64_t i = 0; i < dim; ++i) key[i] ^= 0x80;
-        round_group(v, dim, reinterpret_cast<int8_t*>(row), p.v_scales + in_pool * kPage + slot, false);
+        int8_t value[kMostDim];
+        round_group(v, dim, value, p.v_scales + in_pool * kPage + slot, false);
+        uint8_t* byte = values + slot / 4 * 64 + slot % 4;
+        for (int64_t i = 0; i < dim; ++i) byte[i / 16 * 16 * kPage + i % 16 * 4] = static_cast<uint8_t>(value[i]);
     } else {
         for (int64_t i = 0; i < dim; i += 16) {
             store_floats(p.kind, key, i, f_load(k + i));
-            store_floats(p.kind, row, i, f_load(v + i));
+            store_floats(p.kind, values + slot * dim * bytes, i, f_load(v + i));
         }
     }
     for (int64_t w = 0; w < dim * bytes / 4; ++w) std::memcpy(tile + w * 64, key + w * 4, 4);
 }
 
-// The keys and values that are read next, fetched while something else is computed. A processor reads ahead by itself, but
-// only to the end of 4 kB, and begins anew behind it: so both halves of both are fetched side by side, a head ahead.
+// Fetches lines some way ahead of those that are read, in a stretch of memory and on into the next one. A processor reads
+// ahead by itself, but only to the end of 4 kB. Into the second cache: the way into the first is taken by what is read.
 struct Ahead {
-    const uint8_t *k, *v;
-    int64_t lines;  // of both together
-    int64_t next = 0;
+    static constexpr int64_t kBytes = 8192;
+    const uint8_t *stretch, *next;  // `next` may be null
+    int64_t bytes;                  // of either
+    int64_t at = 0;
 
-    void fetch(int64_t count) {
-        for (; count > 0 && next < lines; --count, ++next) {
-            const int64_t line = (next & 1) * (lines / 4) + next / 4;
-            prefetch((next & 2 ? v : k) + line * 64);
-        }
+    void fetch(int64_t lines) {
+        const int64_t begin = at + kBytes;
+        at += lines * 64;
+        const uint8_t* from = begin < bytes ? stretch + begin : begin < 2 * bytes && next ? next + (begin - bytes) : nullptr;
+        if (from)
+            for (int64_t i = 0; i < lines; ++i) prefetch_far(from + i * 64);
     }
 };
 
-// scores[r][t] of R rows against the 64 keys of a page, one tile of keys a register. Queries have 15 bits, see kernels.h.
-template <int R>
-inline void scores_int8(const uint8_t* k, const float* k_scales, const int8_t* codes, const float* code_scales,
-                        int64_t q_stride, int64_t scales_stride, int64_t dim, float factor, F (*scores)[kKeyTiles],
-                        Ahead& ahead) {
-    for (int t = 0; t < kKeyTiles; ++t) {
-        // two sums of each kind, for a product takes some cycles; a tile after the other, as they lie in memory
-        I high[R][2], low[R][2];
-        for (int r = 0; r < R; ++r) {
-            // keys are stored 128 higher
-            low[r][0] = i_set(-128 * static_cast<int32_t>(code_scales[r * scales_stride + 1]));
-            low[r][1] = high[r][0] = high[r][1] = i_set(0);
-        }
-        const uint8_t* tile = k + t * 16 * dim;
-        for (int64_t w = 0; w < dim / 4; w += 2) {
-            ahead.fetch(1);
-            for (int i = 0; i < 2; ++i) {
-                const Line line = line_load(tile + (w + i) * 64);
+// Products of R rows with T tiles, which lie `words` lines apart; whether of signed bytes with codes that aren't negative,
+// or of bytes stored 128 higher with signed codes. A code is 128 a + b: its a at codes, its b `low` bytes behind.
+template <bool Signed, int R, int T>
+inline void products(const uint8_t* tiles, int64_t words, const int8_t* codes, int64_t stride, int64_t low, I (*sums)[T],
+                     Ahead& ahead) {
+    I above[R][T], below[R][T];
+    for (int r = 0; r < R; ++r)
+        for (int t = 0; t < T; ++t) above[r][t] = below[r][t] = i_set(0);
+    for (int64_t w = 0; w < words; w += 2) {
+        ahead.fetch(2 * T);
+        for (int64_t i = w; i < w + 2; ++i)
+            for (int t = 0; t < T; ++t) {
+                const Line line = line_load(tiles + (t * words + i) * 64);
                 for (int r = 0; r < R; ++r) {
-                    const int8_t* word = codes + r * q_stride + (w + i) * 4;
-                    high[r][i] = dot4<8>(high[r][i], line, word);
-                    low[r][i] = dot4<8>(low[r][i], line, word + dim);
+                    const int8_t* word = codes + r * stride + i * 4;
+                    above[r][t] = Signed ? dot4_signed(above[r][t], line, word) : dot4<8>(above[r][t], line, word);
+                    below[r][t] = Signed ? dot4_signed(below[r][t], line, word + low) : dot4<8>(below[r][t], line, word + low);
                 }
             }
-        }
+    }
+    for (int r = 0; r < R; ++r)
+        for (int t = 0; t < T; ++t) sums[r][t] = i_add(below[r][t], i_times128(above[r][t]));
+}
+
+// scores [R, 64] of R rows against the keys of a page. Queries have 15 bits, see kernels.h.
+template <int R>
+inline void scores_int8(const uint8_t* k, const float* k_scales, const int8_t* codes, const float* code_scales,
+                        int64_t q_stride, int64_t scales_stride, int64_t dim, float factor, float* scores, Ahead& ahead) {
+    constexpr int T = R == 1 ? kPageTiles : kPageTilesOfTwo;
+    for (int t = 0; t < kKeyTiles; t += T) {
+        I sums[R][T];
+        products<false, R, T>(k + t * 16 * dim, dim / 4, codes, q_stride, dim, sums, ahead);
         for (int r = 0; r < R; ++r) {
+            const I offset = i_set(-128 * static_cast<int32_t>(code_scales[r * scales_stride + 1]));
             const F scale = f_set(code_scales[r * scales_stride] * factor);
-            const I sum = i_add(i_add(low[r][0], low[r][1]), i_times128(i_add(high[r][0], high[r][1])));
-            scores[r][t] = f_mul(f_mul(f_from(sum), scale), f_load(k_scales + t * 16));
+            for (int i = 0; i < T; ++i)
+                f_store(scores + r * kPage + (t + i) * 16,
+                        f_mul(f_mul(f_from(i_add(sums[r][i], offset)), scale), f_load(k_scales + (t + i) * 16)));
         }
     }
 }
@@ -140,36 +155,31 @@ inline void line_floats(const uint8_t* line, F* numbers) {
 }
 
 template <int R, Cache Kind>
-inline void scores_float(const uint8_t* k, const float* q, int64_t q_stride, int64_t dim, float factor,
-                         F (*scores)[kKeyTiles], Ahead& ahead) {
+inline void scores_float(const uint8_t* k, const float* q, int64_t q_stride, int64_t dim, float factor, float* scores,
+                         Ahead& ahead) {
     constexpr int kEach = Kind == Cache::kFp32 ? 1 : 2;
+    F sums[R][kKeyTiles];
     for (int r = 0; r < R; ++r)
-        for (int t = 0; t < kKeyTiles; ++t) scores[r][t] = f_set(0.0f);
+        for (int t = 0; t < kKeyTiles; ++t) sums[r][t] = f_set(0.0f);
     for (int64_t w = 0; w < dim / kEach; ++w) {
-        ahead.fetch(kKeyTiles / 2);
+        ahead.fetch(kKeyTiles);
         for (int t = 0; t < kKeyTiles; ++t) {
             F numbers[kEach];
             line_floats<Kind>(k + (t * dim / kEach + w) * 64, numbers);
             for (int r = 0; r < R; ++r)
                 for (int i = 0; i < kEach; ++i)
-                    scores[r][t] = f_fma(numbers[i], f_set(q[r * q_stride + kEach * w + i]), scores[r][t]);
+                    sums[r][t] = f_fma(numbers[i], f_set(q[r * q_stride + kEach * w + i]), sums[r][t]);
         }
     }
     for (int r = 0; r < R; ++r)
-        for (int t = 0; t < kKeyTiles; ++t) scores[r][t] = f_mul(scores[r][t], f_set(factor));
+        for (int t = 0; t < kKeyTiles; ++t) f_store(scores + r * kPage + t * 16, f_mul(sums[r][t], f_set(factor)));
 }
 
 template <Cache Kind>
 inline F value_at(const void* v, int64_t i) {
     if constexpr (Kind == Cache::kFp32) return f_load(static_cast<const float*>(v) + i);
-    if constexpr (Kind == Cache::kInt8) return f_load_i8(static_cast<const int8_t*>(v) + i);
     if constexpr (Kind == Cache::kBf16) return f_load_bf16(static_cast<const uint16_t*>(v) + i);
     return f_load_half(static_cast<const uint16_t*>(v) + i);
-}
-
-inline F load_value(const Pages& p, const void* v, int64_t i) {
-    if (p.kind == Cache::kInt8) return value_at<Cache::kInt8>(v, i);
-    return p.kind == Cache::kBf16 ? value_at<Cache::kBf16>(v, i) : value_at<Cache::kFp16>(v, i);
 }
 
 // sums[r][d] = sums[r][d] * fade[r] + sum_j weights[r][j] v[j][d], keys in order
@@ -180,7 +190,7 @@ inline void mix_chunk(const void* v, int64_t dim, int64_t at, int keys, const fl
     for (int r = 0; r < R; ++r)
         for (int c = 0; c < Chunks; ++c) acc[r][c] = f_mul(f_load(sums + r * dim + at + c * 16), f_set(fade[r]));
     for (int j = 0; j < keys; ++j) {
-        ahead.fetch(Chunks * (Kind == Cache::kInt8 ? 1 : Kind == Cache::kFp32 ? 4 : 2) * 3 / 8);
+        ahead.fetch(Chunks / (Kind == Cache::kFp32 ? 1 : 2));
         for (int c = 0; c < Chunks; ++c) {
             const F value = value_at<Kind>(v, j * dim + at + c * 16);
             for (int r = 0; r < R; ++r) acc[r][c] = f_fma(f_set(weights[r * kPage + j]), value, acc[r][c]);
@@ -198,135 +208,216 @@ inline void mix(const void* v, int64_t dim, int keys, const float* weights, cons
     for (; at < dim; at += 16) mix_chunk<Kind, R, 1>(v, dim, at, keys, weights, fade, sums, ahead);
 }
 
-template <int R>
-inline void mix_stored(const Pages& p, const void* v, int keys, const float* weights, const float* fade, float* sums,
-                       Ahead& ahead) {
-    if (p.kind == Cache::kInt8) return mix<Cache::kInt8, R>(v, p.dim, keys, weights, fade, sums, ahead);
-    if (p.kind == Cache::kBf16) return mix<Cache::kBf16, R>(v, p.dim, keys, weights, fade, sums, ahead);
-    if (p.kind == Cache::kFp16) return mix<Cache::kFp16, R>(v, p.dim, keys, weights, fade, sums, ahead);
-    mix<Cache::kFp32, R>(v, p.dim, keys, weights, fade, sums, ahead);
+// Weights of a page's values as codes of 14 bits; the sums they give are times the scale.
+inline void round_weights(const float* x, int8_t* codes, float* scale) {
+    constexpr float kLevels = 127.0f * 128.0f + 127.0f;
+    const float top = largest_of(x, kPage);
+    if (codes_without(top, codes, 2 * kPage, scale)) return;
+    *scale = top * (1.0f / kLevels);
+    const F inverse = f_set(kLevels / top);
+    for (int i = 0; i < kPage; i += 16) {
+        const I code = i_round(f_mul(f_load(x + i), inverse)), above = i_over128(code);
+        i_store_i8(codes + i, above, false);
+        i_store_i8(codes + kPage + i, i_add(code, i_mul(above, i_set(-128))), false);
+    }
 }
 
-template <int R>
-inline void page_scores(const Pages& p, const uint8_t* k, const float* k_scales, const float* q, const int8_t* codes, const float* code_scales,
-                        int64_t q_stride, int64_t code_stride, F (*scores)[kKeyTiles], Ahead& ahead) {
-    const float factor = 1.0f / __builtin_sqrtf(static_cast<float>(p.dim));
-    if (p.kind == Cache::kInt8)
-        scores_int8<R>(k, k_scales, codes, code_scales, code_stride, 2 * p.heads, p.dim, factor, scores, ahead);
-    else if (p.kind == Cache::kBf16)
-        scores_float<R, Cache::kBf16>(k, q, q_stride, p.dim, factor, scores, ahead);
-    else if (p.kind == Cache::kFp16)
-        scores_float<R, Cache::kFp16>(k, q, q_stride, p.dim, factor, scores, ahead);
-    else
-        scores_float<R, Cache::kFp32>(k, q, q_stride, p.dim, factor, scores, ahead);
+template <int R, int T>
+inline void mix_tiles(const uint8_t* v, int64_t dim, int64_t at, const int8_t* codes, const float* scales, const float* fade,
+                      float* sums, Ahead& ahead) {
+    I found[R][T];
+    products<true, R, T>(v + at * kPage, kPage / 4, codes, 2 * kPage, kPage, found, ahead);
+    for (int r = 0; r < R; ++r)
+        for (int t = 0; t < T; ++t) {
+            float* sum = sums + r * dim + at + t * 16;
+            f_store(sum, f_fma(f_from(found[r][t]), f_set(scales[r]), f_mul(f_load(sum), f_set(fade[r]))));
+        }
 }
 
-// A running softmax of a head's rows: what it has seen, and the values mixed so far.
-struct Running {
-    float *top, *total, *fade, *sums;  // [rows], [rows], [rows], [rows, dim]
+// The same for int8 values, in whole numbers: codes [R, 2, 64] of the weights, and their scales. All keys of the page count:
+// those that a row doesn't see have the code 0.
+template <int R>
+inline void mix_int8(const uint8_t* v, int64_t dim, const int8_t* codes, const float* scales, const float* fade, float* sums,
+                     Ahead& ahead) {
+    constexpr int T = R == 1 ? kPageTiles : kPageTilesOfTwo;
+    int64_t at = 0;
+    for (; at + 16 * T <= dim; at += 16 * T) mix_tiles<R, T>(v, dim, at, codes, scales, fade, sums, ahead);
+    for (; at < dim; at += 16) mix_tiles<R, 1>(v, dim, at, codes, scales, fade, sums, ahead);
+}
+
+// One head's rows of a sequence, and what attention knows of them so far: a running softmax, and the values mixed.
+struct Rows {
+    int64_t kv_head, rows, from;  // rows before `from` see nothing of the page
+    const float* q;               // [rows, q_stride]
+    const int8_t* codes;
+    const float* code_scales;
+    float *scores;             // [rows, 64], then weights
+    int8_t* weights;           // [rows, 2, 64], codes of the weights of int8 values
+    float *top, *total, *fade, *scale, *sums;  // [rows], and [rows, dim]
 };
 
-// One head's part of a page joins its softmax.
-void attend_page(const Pages& p, int64_t kv_head, const float* q, const int8_t* codes, const float* code_scales, int64_t q_stride,
-                 int64_t code_stride, int64_t rows, int64_t position, int64_t first_key, int64_t page, Ahead ahead,
-                 const Running& run, float* weights, float* widened) {
-    const int64_t dim = p.dim, in_pool = page * p.kv_heads + kv_head;
-    const uint8_t *k = p.k + part_at(p, page, kv_head), *v = p.v + part_at(p, page, kv_head);
-    // rows before the page's first key see nothing of it
-    int64_t r0 = first_key > position ? first_key - position : 0;
-    const int64_t from = r0;
-    while (r0 < rows) {
-        F scores[4][kKeyTiles];
-        const int64_t block = p.kind == Cache::kInt8 ? 2 : 4, count = rows - r0 >= block ? block : 1;
-        const float* scale_at = code_scales ? code_scales + r0 * 2 * p.heads : nullptr;
-        const int8_t* codes_at = codes ? codes + r0 * code_stride : nullptr;
-        const float* q_at = q + r0 * q_stride;
-        if (count == 4)
-            page_scores<4>(p, k, p.k_scales + in_pool * kPage, q_at, codes_at, scale_at, q_stride, code_stride, scores, ahead);
-        else if (count == 2)
-            page_scores<2>(p, k, p.k_scales + in_pool * kPage, q_at, codes_at, scale_at, q_stride, code_stride, scores, ahead);
-        else
-            page_scores<1>(p, k, p.k_scales + in_pool * kPage, q_at, codes_at, scale_at, q_stride, code_stride, scores, ahead);
-        for (int64_t i = 0; i < count; ++i) {
-            const int64_t r = r0 + i, keys = position + r - first_key + 1;  // keys of this page that row r sees
-            F highest = f_set(-INFINITY);
-            for (int t = 0; t < kKeyTiles; ++t) {
-                scores[i][t] = f_first(scores[i][t], static_cast<int>(keys - t * 16), -INFINITY);
-                highest = f_max(highest, scores[i][t]);
+// What attention of some heads has beside their cache.
+struct Strides {
+    int64_t q, codes;
+};
+
+template <Cache Kind>
+inline void scores_of(const Pages& p, const Rows& x, Strides stride, const uint8_t* k, const float* k_scales, Ahead& ahead) {
+    const float factor = 1.0f / __builtin_sqrtf(static_cast<float>(p.dim));
+    for (int64_t r = x.from; r < x.rows;) {
+        float* scores = x.scores + r * kPage;
+        if constexpr (Kind == Cache::kInt8) {
+            const int8_t* codes = x.codes + r * stride.codes;
+            const float* scales = x.code_scales + r * 2 * p.heads;
+            if (x.rows - r >= 2) {
+                scores_int8<2>(k, k_scales, codes, scales, stride.codes, 2 * p.heads, p.dim, factor, scores, ahead);
+                r += 2;
+            } else {
+                scores_int8<1>(k, k_scales, codes, scales, stride.codes, 2 * p.heads, p.dim, factor, scores, ahead);
+                r += 1;
             }
-            const float before = run.top[r], now = max_lanes(highest), top = before > now ? before : now;
-            run.top[r] = top;
-            run.fade[r] = 0.0f;
-            if (before > -INFINITY) {
-                float lanes[16];
-                f_store(lanes, f_exp(f_set(before - top)));
-                run.fade[r] = lanes[0];
-            }
-            F sum = f_set(0.0f);
-            for (int t = 0; t < kKeyTiles; ++t) {
-                F weight = f_exp(f_sub(scores[i][t], f_set(top)));
-                weight = f_first(weight, static_cast<int>(keys - t * 16), 0.0f);
-                sum = f_add(sum, weight);
-                if (p.kind == Cache::kInt8) {  // the value's scale joins its weight; what was never stored is no number
-                    weight = f_mul(weight, f_load(p.v_scales + in_pool * kPage + t * 16));
-                    weight = f_first(weight, static_cast<int>(keys - t * 16), 0.0f);
-                }
-                f_store(weights + r * kPage + t * 16, weight);
-            }
-            run.total[r] = run.total[r] * run.fade[r] + sum_lanes(sum);
+        } else if (x.rows - r >= 4) {
+            scores_float<4, Kind>(k, x.q + r * stride.q, stride.q, p.dim, factor, scores, ahead);
+            r += 4;
+        } else {
+            scores_float<1, Kind>(k, x.q + r * stride.q, stride.q, p.dim, factor, scores, ahead);
+            r += 1;
         }
-        r0 += count;
-    }
-    const int64_t most = position + rows - first_key;
-    const int keys = static_cast<int>(most < kPage ? most : kPage);
-    if (rows - from >= 8) {  // many rows: values as floats once
-        const float* values = widened;
-        if (p.kind == Cache::kFp32)
-            values = reinterpret_cast<const float*>(v);
-        else
-            for (int64_t i = 0; i < keys * dim; i += 16) f_store(widened + i, load_value(p, v, i));
-        int64_t r = from;
-        for (; r + 2 <= rows; r += 2)
-            mix<Cache::kFp32, 2>(values, dim, keys, weights + r * kPage, run.fade + r, run.sums + r * dim, ahead);
-        for (; r < rows; ++r) mix<Cache::kFp32, 1>(values, dim, keys, weights + r * kPage, run.fade + r, run.sums + r * dim, ahead);
-    } else {
-        for (int64_t r = from; r < rows; ++r)
-            mix_stored<1>(p, v, keys, weights + r * kPage, run.fade + r, run.sums + r * dim, ahead);
     }
 }
 
-// Page by page, and of each page head by head, as they lie in memory: a processor reads long stretches ahead by itself.
+// Scores become weights, and join the running softmax. Row r sees keys up to `position` + r, the page begins with first_key.
+inline void weigh_page(const Rows& x, int64_t position, int64_t first_key, const float* v_scales) {
+    for (int64_t r = x.from; r < x.rows; ++r) {
+        const int64_t keys = position + r - first_key + 1;
+        float* weights = x.scores + r * kPage;
+        F scores[kKeyTiles], highest = f_set(-INFINITY);
+        for (int t = 0; t < kKeyTiles; ++t) {
+            scores[t] = f_first(f_load(weights + t * 16), static_cast<int>(keys - t * 16), -INFINITY);
+            highest = f_max(highest, scores[t]);
+        }
+        const float before = x.top[r], now = max_lanes(highest), top = before > now ? before : now;
+        x.top[r] = top;
+        x.fade[r] = 0.0f;
+        if (before > -INFINITY) {
+            float lanes[16];
+            f_store(lanes, f_exp(f_set(before - top)));
+            x.fade[r] = lanes[0];
+        }
+        F sum = f_set(0.0f);
+        for (int t = 0; t < kKeyTiles; ++t) {
+            F weight = f_exp(f_sub(scores[t], f_set(top)));
+            weight = f_first(weight, static_cast<int>(keys - t * 16), 0.0f);
+            sum = f_add(sum, weight);
+            if (v_scales) {  // the value's scale joins its weight; what was never stored is no number
+                weight = f_mul(weight, f_load(v_scales + t * 16));
+                weight = f_first(weight, static_cast<int>(keys - t * 16), 0.0f);
+            }
+            f_store(weights + t * 16, weight);
+        }
+        x.total[r] = x.total[r] * x.fade[r] + sum_lanes(sum);
+        if (v_scales) round_weights(weights, x.weights + r * 2 * kPage, x.scale + r);
+    }
+}
+
+template <Cache Kind>
+inline void mix_page(const Pages& p, const Rows& x, int64_t position, int64_t first_key, const uint8_t* v, float* widened,
+                     Ahead& ahead) {
+    const int64_t dim = p.dim, most = position + x.rows - first_key;
+    const int keys = static_cast<int>(most < kPage ? most : kPage);
+    int64_t r = x.from;
+    if constexpr (Kind == Cache::kInt8) {
+        for (; r + 2 <= x.rows; r += 2)
+            mix_int8<2>(v, dim, x.weights + r * 2 * kPage, x.scale + r, x.fade + r, x.sums + r * dim, ahead);
+        for (; r < x.rows; ++r)
+            mix_int8<1>(v, dim, x.weights + r * 2 * kPage, x.scale + r, x.fade + r, x.sums + r * dim, ahead);
+    } else if (x.rows - r >= 8) {  // many rows: values as floats once
+        const float* values = widened;
+        if constexpr (Kind == Cache::kFp32)
+            values = reinterpret_cast<const float*>(v);
+        else
+            for (int64_t i = 0; i < keys * dim; i += 16) f_store(widened + i, value_at<Kind>(v, i));
+        for (; r + 2 <= x.rows; r += 2)
+            mix<Cache::kFp32, 2>(values, dim, keys, x.scores + r * kPage, x.fade + r, x.sums + r * dim, ahead);
+        for (; r < x.rows; ++r)
+            mix<Cache::kFp32, 1>(values, dim, keys, x.scores + r * kPage, x.fade + r, x.sums + r * dim, ahead);
+    } else {
+        for (; r < x.rows; ++r) mix<Kind, 1>(v, dim, keys, x.scores + r * kPage, x.fade + r, x.sums + r * dim, ahead);
+    }
+}
+
+// Page by page, and of each page head by head, as they lie in memory.
+template <Cache Kind>
+void attend_pages(const Pages& p, Rows* heads, int64_t count, Strides stride, int64_t position, const int32_t* table,
+                  float* widened) {
+    const int64_t rows = heads[0].rows, part = part_bytes(p), first = heads[0].kv_head;
+    const int64_t bytes = (heads[count - 1].kv_head - first + 1) * part;
+    for (int64_t page = 0; page * kPage < position + rows; ++page) {
+        const int64_t first_key = page * kPage, at = part_at(p, table[page], first);
+        const int64_t scales_at = (table[page] * p.kv_heads + first) * kPage;
+        const float* k_scales = Kind == Cache::kInt8 ? p.k_scales + scales_at : nullptr;
+        const float* v_scales = Kind == Cache::kInt8 ? p.v_scales + scales_at : nullptr;
+        const bool last = (page + 1) * kPage >= position + rows;
+        const uint8_t *k = p.k + at, *v = p.v + at, *after = last ? nullptr : p.k + part_at(p, table[page + 1], first);
+        if (Kind == Cache::kInt8 && !last) {  // the next scales, in stretches of their own
+            const int64_t next = (table[page + 1] * p.kv_heads + first) * kPage;
+            for (int64_t i = 0; i < bytes / part * kPage; i += 16) {
+                prefetch_far(p.k_scales + next + i);
+                prefetch_far(p.v_scales + next + i);
+            }
+        }
+        Ahead keys{k, v, bytes}, values{v, after, bytes}, nothing{nullptr, nullptr, 0};
+        // heads that share keys need nothing new among themselves
+        const auto turns = [&](int64_t h) { return h == 0 || heads[h].kv_head != heads[h - 1].kv_head; };
+        for (int64_t h = 0; h < count; ++h) {
+            Rows& x = heads[h];
+            x.from = first_key > position ? first_key - position : 0;
+            const int64_t kv = x.kv_head - first;
+            scores_of<Kind>(p, x, stride, k + kv * part, k_scales + kv * kPage, turns(h) ? keys : nothing);
+        }
+        for (int64_t h = 0; h < count; ++h)
+            weigh_page(heads[h], position, first_key, v_scales ? v_scales + (heads[h].kv_head - first) * kPage : nullptr);
+        for (int64_t h = 0; h < count; ++h)
+            mix_page<Kind>(p, heads[h], position, first_key, v + (heads[h].kv_head - first) * part, widened,
+                           turns(h) ? values : nothing);
+    }
+}
+
 void attend(const Pages& p, int64_t head, int64_t heads, const float* q, const int8_t* codes, const float* code_scales,
             int64_t q_stride, int64_t code_stride, int64_t rows, int64_t position, const int32_t* table, float* out,
             int64_t out_stride, char* scratch) {
-    const int64_t dim = p.dim, shared = p.heads / p.kv_heads;
+    const int64_t dim = p.dim, all = heads * rows;
     float* sums = reinterpret_cast<float*>(scratch);  // [heads, rows, dim]
-    float* weights = sums + kQueryBlock * dim;        // [rows, 64]
-    float* widened = weights + kQueryBlock * kPage;   // [64, dim]
-    float top[kQueryBlock], total[kQueryBlock], fade[kQueryBlock];
-    for (int64_t r = 0; r < heads * rows; ++r) {
+    float* scores = sums + kQueryBlock * dim;         // [heads, rows, 64]
+    float* widened = scores + kQueryBlock * kPage;    // [64, dim]
+    int8_t* weights = reinterpret_cast<int8_t*>(widened + kPage * dim);  // [heads, rows, 2, 64]
+    float top[kQueryBlock], total[kQueryBlock], fade[kQueryBlock], scale[kQueryBlock];
+    for (int64_t r = 0; r < all; ++r) {
         top[r] = -INFINITY;
         total[r] = 0.0f;
     }
-    for (int64_t i = 0; i < heads * rows * dim; i += 16) f_store(sums + i, f_set(0.0f));
-    for (int64_t page = 0; page * kPage < position + rows; ++page)
-        for (int64_t h = 0; h < heads; ++h) {
-            // heads that share keys need nothing new among themselves
-            const int64_t kv_head = (head + h) / shared;
-            const bool turns = kv_head == (head + heads - 1) / shared, last = turns && (page + 1) * kPage >= position + rows;
-            const int64_t after = last ? 0 : part_at(p, table[turns ? page + 1 : page], turns ? head / shared : kv_head + 1);
-            const Ahead ahead{p.k + after, p.v + after, last ? 0 : part_bytes(p) / 32};
-            const Running run{top + h * rows, total + h * rows, fade + h * rows, sums + h * rows * dim};
-            attend_page(p, kv_head, q + h * dim, codes ? codes + 2 * h * dim : nullptr,
-                        code_scales ? code_scales + 2 * h : nullptr, q_stride, code_stride, rows, position, page * kPage,
-                        table[page], ahead, run, weights, widened);
-        }
-    for (int64_t h = 0; h < heads; ++h)
-        for (int64_t r = 0; r < rows; ++r) {
-            const F scale = f_set(1.0f / total[h * rows + r]);
-            for (int64_t i = 0; i < dim; i += 16)
-                f_store(out + h * dim + r * out_stride + i, f_mul(f_load(sums + (h * rows + r) * dim + i), scale));
-        }
+    for (int64_t i = 0; i < all * dim; i += 16) f_store(sums + i, f_set(0.0f));
+    Rows of[kQueryBlock];
+    for (int64_t h = 0; h < heads; ++h) {
+        const int64_t at = h * rows;
+        of[h] = {(head + h) / (p.heads / p.kv_heads), rows, 0, q + h * dim, codes ? codes + 2 * h * dim : nullptr,
+                 code_scales ? code_scales + 2 * h : nullptr, scores + at * kPage, weights + at * 2 * kPage,
+                 top + at, total + at, fade + at, scale + at, sums + at * dim};
+    }
+    const Strides stride{q_stride, code_stride};
+    if (p.kind == Cache::kInt8)
+        attend_pages<Cache::kInt8>(p, of, heads, stride, position, table, widened);
+    else if (p.kind == Cache::kBf16)
+        attend_pages<Cache::kBf16>(p, of, heads, stride, position, table, widened);
+    else if (p.kind == Cache::kFp16)
+        attend_pages<Cache::kFp16>(p, of, heads, stride, position, table, widened);
+    else
+        attend_pages<Cache::kFp32>(p, of, heads, stride, position, table, widened);
+    for (int64_t r = 0; r < all; ++r) {
+        const F inverse = f_set(1.0f / total[r]);
+        float* row = out + r / rows * dim + r % rows * out_stride;
+        for (int64_t i = 0; i < dim; i += 16) f_store(row + i, f_mul(f_load(sums + r * dim + i), inverse));
+    }
 }
 
 }  // namespace

@@ -59,7 +59,8 @@ enum class Cache : int { kInt8 = 0, kBf16 = 1, kFp16 = 2, kFp32 = 3 };
 
 // Keys and values of one layer, in pages of 64 tokens.
 //   k: [pages, kv_heads, 4, dim / q, 16, q] with q numbers of a key in four bytes, int8 keys stored 128 higher
-//   v: [pages, kv_heads, 64, dim]; scales of int8: [pages, kv_heads, 64] float32
+//   v: [pages, kv_heads, 64, dim], or [pages, kv_heads, dim / 16, 16, 16, 4] with four tokens in a word for int8;
+//   scales of int8: [pages, kv_heads, 64] float32
 // `stride` bytes lie from one page of k, or of v, to the next.
 struct Pages {
     Cache kind;

@@ -18,6 +18,7 @@ using Line = I;
 
 constexpr int kGemmRows = 3, kGemmRowsOfBytes = 2, kGemmTiles = 1, kGemvTiles = 1, kGemvSums = 2, kStreamTiles = 1;
 constexpr int kStreamHalves = 1;
+constexpr int kPageTiles = 2, kPageTilesOfTwo = 1;
 constexpr bool kCodesAhead = false;
 constexpr int kFp32Rows = 6, kFp32Tiles = 1;
 
@@ -30,10 +31,6 @@ inline void f_store(float* p, F v) {
 inline F f_load_half(const uint16_t* p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
             _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)))};
-}
-inline F f_load_i8(const int8_t* p) {
-    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))),
-            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8))))};
 }
 inline __m256 widen_bf16(const uint16_t* p) {
     return _mm256_castsi256_ps(
@@ -162,6 +159,18 @@ inline I dot4(I acc, Line line, const int8_t* x) {
     return {dot4_half<Bits>(acc.a, line.a, wide), dot4_half<Bits>(acc.b, line.b, wide)};
 }
 
+inline __m256i dot4_signed_half(__m256i acc, __m256i line, __m256i x) {
+    // 2 x 128 x 127 fits in 16 bits
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(x, line), _mm256_set1_epi16(1)));
+}
+
+inline I dot4_signed(I acc, Line line, const int8_t* x) {
+    int32_t word;
+    std::memcpy(&word, x, 4);
+    const __m256i wide = _mm256_set1_epi32(word);
+    return {dot4_signed_half(acc.a, line.a, wide), dot4_signed_half(acc.b, line.b, wide)};
+}
+
 inline void line_bf16(Line v, F& first, F& second) {
     const __m256i top = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
     first = {_mm256_castsi256_ps(_mm256_slli_epi32(v.a, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(v.b, 16))};
@@ -193,5 +202,6 @@ inline void line_half(Line v, F& first, F& second) {
 }
 
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+inline void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 }  // namespace

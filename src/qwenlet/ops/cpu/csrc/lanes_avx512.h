@@ -24,6 +24,8 @@ constexpr int kGemvTiles = 1, kGemvSums = 2;
 constexpr bool kCodesAhead = false;
 #endif
 constexpr int kStreamHalves = 2;
+// tiles of a cache page side by side, for one row and for two
+constexpr int kPageTiles = 4, kPageTilesOfTwo = 4;
 // rows and tiles of a block of float32
 constexpr int kFp32Rows = 6, kFp32Tiles = 4;
 
@@ -31,9 +33,6 @@ inline F f_set(float v) { return _mm512_set1_ps(v); }
 inline F f_load(const float* p) { return _mm512_loadu_ps(p); }
 inline void f_store(float* p, F v) { _mm512_storeu_ps(p, v); }
 inline F f_load_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
-inline F f_load_i8(const int8_t* p) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-}
 inline F f_load_bf16(const uint16_t* p) {
     return _mm512_castsi512_ps(
         _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
@@ -107,6 +106,14 @@ inline I dot4(I acc, Line line, const int8_t* x) {
     return acc;
 }
 
+// The same of signed bytes of the line and x[i] from 0 to 127.
+inline I dot4_signed(I acc, Line line, const int8_t* x) {
+    int32_t word;
+    std::memcpy(&word, x, 4);
+    asm("vpdpbusd %1, %2, %0" : "+v"(acc) : "v"(line), "v"(_mm512_set1_epi32(word)));
+    return acc;
+}
+
 // acc[lane] += line[2 lane] x[0] + line[2 lane + 1] x[1] in bfloat16
 inline F dot2(F acc, Line line, const uint16_t* x) {
     uint32_t word;
@@ -132,6 +139,7 @@ inline void line_half(Line v, F& first, F& second) {
 }
 
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+inline void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }  // into the second cache
 
 inline bool has_avx512() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&

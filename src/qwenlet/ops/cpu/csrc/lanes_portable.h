@@ -21,6 +21,7 @@ struct Line {
 
 constexpr int kGemmRows = 2, kGemmRowsOfBytes = 2, kGemmTiles = 1, kGemvTiles = 1, kGemvSums = 1, kStreamTiles = 1;
 constexpr int kStreamHalves = 1;
+constexpr int kPageTiles = 1, kPageTilesOfTwo = 1;
 constexpr bool kCodesAhead = false;
 constexpr int kFp32Rows = 1, kFp32Tiles = 2;  // more rows than one keep compilers from using registers
 
@@ -71,7 +72,6 @@ inline F f_set(float v) { return each([=](int) { return v; }); }
 inline F f_load(const float* p) { return each([=](int i) { return p[i]; }); }
 inline void f_store(float* p, F v) { std::memcpy(p, v.v, sizeof v.v); }
 inline F f_load_half(const uint16_t* p) { return each([=](int i) { return half_to_float(p[i]); }); }
-inline F f_load_i8(const int8_t* p) { return each([=](int i) { return static_cast<float>(p[i]); }); }
 inline F f_load_bf16(const uint16_t* p) { return each([=](int i) { return bf16_to_float(p[i]); }); }
 inline F f_add(const F& x, const F& y) { return each([&](int i) { return x.v[i] + y.v[i]; }); }
 inline F f_sub(const F& x, const F& y) { return each([&](int i) { return x.v[i] - y.v[i]; }); }
@@ -162,6 +162,14 @@ inline I dot4(I acc, const Line& line, const int8_t* x) {
     return acc;
 }
 
+inline I dot4_signed(I acc, const Line& line, const int8_t* x) {
+    int8_t bytes[64];
+    std::memcpy(bytes, line.v, 64);
+    for (int i = 0; i < 16; ++i)
+        acc.v[i] += bytes[4 * i] * x[0] + bytes[4 * i + 1] * x[1] + bytes[4 * i + 2] * x[2] + bytes[4 * i + 3] * x[3];
+    return acc;
+}
+
 template <class Convert>
 inline void line_pairs(const Line& line, F& first, F& second, Convert convert) {
     uint16_t words[32];
@@ -183,5 +191,6 @@ inline F dot2(F acc, const Line& line, const uint16_t* x) {
 }
 
 inline void prefetch(const void*) {}
+inline void prefetch_far(const void*) {}
 
 }  // namespace
