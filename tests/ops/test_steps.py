@@ -133,3 +133,63 @@ def test_rotation_pages_and_attention(isa: str, heads: int, kv_heads: int, dim: 
             assert (found - exact).abs().max() <= values.abs().max() * bound, (number, row)
             at += length
         starts = [start + length for start, length in zip(starts, lengths, strict=True)]
+
+
+def attended(isa: str, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, lengths: list[int]) -> Tensor:
+    """What 150 tokens of one row attend to, [150, heads * dim], given in calls of so many."""
+    pages, most = pages_of(3, kv_heads, dim, dtype), max(lengths)
+    program, nothing = Program(most), torch.empty(0, dtype=torch.long)
+    qkv, out = program.buffer(heads + 2 * kv_heads, dim), program.buffer(heads * dim)
+    codes, code_scales = program.buffer(heads, 2 * dim, dtype=torch.int8), program.buffer(heads, 2)
+    program.attention(heads, pages, qkv, codes, code_scales, out)
+    given, angles = seeded(150, heads + 2 * kv_heads, dim), seeded(150, dim // 2, seed=9) * 3
+    start, parts = 0, []
+    for length in lengths:
+        here = slice(start, start + length)
+        qkv[:length] = given[here]
+        cos, sin = angles[here].cos(), angles[here].sin()
+        program.run(isa, [length], [start], [[2, 0, 1]], cos, sin, None, nothing, torch.empty(0, 1))
+        parts.append(out[:length].clone())
+        start += length
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("dtype", list(KEPT), ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(3, 3, 128), (4, 2, 64), (2, 1, 32), (1, 1, 256), (2, 2, 16)])
+def test_a_row_attends_to_the_same_bits_in_any_company(
+    isa: str, heads: int, kv_heads: int, dim: int, dtype: torch.dtype
+) -> None:
+    """Blocks of one to sixteen rows have ways of their own through a page."""
+    whole = attended(isa, heads, kv_heads, dim, dtype, [150])
+    for lengths in ([1] * 150, [2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 31], [63, 2, 64, 21]):
+        assert torch.equal(attended(isa, heads, kv_heads, dim, dtype, lengths), whole), lengths
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_all_sets_attend_to_the_same_bits(dim: int) -> None:
+    """Plain C++ rounds twice where others round once."""
+    found = {name: attended(name, 2, 2, dim, torch.int8, [150]) for name in cpu.available()}
+    fused = [found[name] for name in found if name != "portable"]
+    assert all(torch.equal(fused[0], other) for other in fused[1:])
+    for other in fused[:1]:
+        torch.testing.assert_close(found["portable"], other, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("which", ["query", "key", "value"])
+def test_what_is_no_number_reaches_whoever_sees_it(isa: str, which: str, bad: float) -> None:
+    """One number of a token's first head, in the first page or the second: not those before it, nor the other head."""
+    pages, program = pages_of(2, 2, 128, torch.int8), Program(100)
+    qkv, out = program.buffer(6, 128), program.buffer(2 * 128)
+    program.attention(2, pages, qkv, program.buffer(2, 256, dtype=torch.int8), program.buffer(2, 2), out)
+    one, nothing = torch.ones(100, 64), torch.empty(0, dtype=torch.long)
+    for token in (40, 70):
+        qkv[:] = seeded(100, 6, 128)
+        qkv[token, {"query": 0, "key": 2, "value": 4}[which], 5] = bad
+        program.run(isa, [100], [0], [[0, 1]], one, one * 0, None, nothing, torch.empty(0, 1))
+        first, second = out.view(100, 2, 128).unbind(1)
+        hit = ~first.isfinite().all(-1)
+        assert hit[token]
+        assert not hit[:token].any()
+        assert hit[token + 1 :].all() == (which != "query")
+        assert second.isfinite().all()

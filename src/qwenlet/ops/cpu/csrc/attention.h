@@ -1,88 +1,12 @@
-// Attention over pages: rotate and store, then answer. Keys lie in tiles of sixteen, a word of each in a 64-byte line, so
-// sixteen scores come out as lanes. Int8 values lie so too, a word for four tokens, and others row by row. A running softmax
-// goes page by page; of each all heads' scores come first, then their weights, then the values: long stretches of memory.
+// Attention over pages. A running softmax goes page by page; of each all heads' scores come first, then their weights, then
+// the values: long stretches of memory.
 #pragma once
 
 #include <cmath>
 
-#include "kernels.h"
-#include "rows.h"
+#include "pages.h"
 
 namespace {
-
-using qwenlet::Cache;
-using qwenlet::kPage;
-using qwenlet::kQueryBlock;
-using qwenlet::Pages;
-
-constexpr int kKeyTiles = kPage / 16;
-
-inline int64_t item_bytes(const Pages& p) { return p.kind == Cache::kInt8 ? 1 : p.kind == Cache::kFp32 ? 4 : 2; }
-
-// One head's keys in a page, or its values.
-inline int64_t part_bytes(const Pages& p) { return kPage * p.dim * item_bytes(p); }
-inline int64_t part_at(const Pages& p, int64_t page, int64_t kv_head) { return page * p.stride + kv_head * part_bytes(p); }
-
-// x [dim] turned by cos, sin [dim / 2]: pairs are (i, i + dim / 2)
-inline void turn(float* x, const float* cos, const float* sin, int64_t dim, float scale) {
-    const int64_t half = dim / 2;
-    const F factor = f_set(scale);
-    int64_t i = 0;
-    for (; i + 16 <= half; i += 16) {
-        const F a = f_load(x + i), b = f_load(x + half + i), c = f_load(cos + i), s = f_load(sin + i);
-        f_store(x + i, f_mul(f_sub(f_mul(a, c), f_mul(b, s)), factor));
-        f_store(x + half + i, f_mul(f_add(f_mul(b, c), f_mul(a, s)), factor));
-    }
-    for (; i < half; ++i) {  // half of a head of 16 or 48
-        const float a = x[i], b = x[half + i];
-        x[i] = (a * cos[i] - b * sin[i]) * scale;
-        x[half + i] = (b * cos[i] + a * sin[i]) * scale;
-    }
-}
-
-void turn_query(const Pages& p, float* q, const float* cos, const float* sin, float scale, int8_t* codes,
-                float* code_scales, int64_t head) {
-    turn(q + head * p.dim, cos, sin, p.dim, scale);
-    if (p.kind != Cache::kInt8) return;
-    // the sum as a float beside the scale: it is below 2^24, so exact
-    float* scale_and_sum = code_scales + 2 * head;
-    scale_and_sum[1] =
-        static_cast<float>(round_group_fine(q + head * p.dim, p.dim, codes + 2 * head * p.dim, scale_and_sum));
-}
-
-constexpr int kMostDim = 256;
-
-// Numbers i to i + 15 of a row of floats.
-inline void store_floats(Cache kind, uint8_t* row, int64_t i, F values) {
-    if (kind == Cache::kFp32) return f_store(reinterpret_cast<float*>(row) + i, values);
-    auto* words = reinterpret_cast<uint16_t*>(row) + i;
-    if (kind == Cache::kBf16) return f_store_bf16(words, values);
-    f_store_half(words, values);
-}
-
-void store(const Pages& p, float* k, const float* v, const float* cos, const float* sin, int64_t page, int64_t slot,
-           int64_t head) {
-    const int64_t dim = p.dim, in_pool = page * p.kv_heads + head, bytes = item_bytes(p);
-    turn(k, cos, sin, dim, 1.0f);
-    // word w of the key lies in line w of its tile
-    uint8_t* tile = p.k + part_at(p, page, head) + slot / 16 * 16 * dim * bytes + slot % 16 * 4;
-    uint8_t* values = p.v + part_at(p, page, head);
-    alignas(64) uint8_t key[kMostDim * 4];
-    if (p.kind == Cache::kInt8) {
-        round_group(k, dim, reinterpret_cast<int8_t*>(key), p.k_scales + in_pool * kPage + slot, false);
-        for (int64_t i = 0; i < dim; ++i) key[i] ^= 0x80;
-        int8_t value[kMostDim];
-        round_group(v, dim, value, p.v_scales + in_pool * kPage + slot, false);
-        uint8_t* byte = values + slot / 4 * 64 + slot % 4;
-        for (int64_t i = 0; i < dim; ++i) byte[i / 16 * 16 * kPage + i % 16 * 4] = static_cast<uint8_t>(value[i]);
-    } else {
-        for (int64_t i = 0; i < dim; i += 16) {
-            store_floats(p.kind, key, i, f_load(k + i));
-            store_floats(p.kind, values + slot * dim * bytes, i, f_load(v + i));
-        }
-    }
-    for (int64_t w = 0; w < dim * bytes / 4; ++w) std::memcpy(tile + w * 64, key + w * 4, 4);
-}
 
 // Fetches lines some way ahead of those that are read, in a stretch of memory and on into the next one. A processor reads
 // ahead by itself, but only to the end of 4 kB. Into the second cache: the way into the first is taken by what is read.
@@ -125,6 +49,20 @@ inline void products(const uint8_t* tiles, int64_t words, const int8_t* codes, i
         for (int t = 0; t < T; ++t) sums[r][t] = i_add(below[r][t], i_times128(above[r][t]));
 }
 
+// Sums of products as `products` gives them, for rows that are many: rows [rows, 16 * count] from kLeast on, of words by the
+// kWords. This one has none.
+struct NoMany {
+    static constexpr int64_t kLeast = kQueryBlock + 1, kWords = 16;
+    template <bool Signed>
+    void products(const uint8_t*, int64_t, int64_t, const int8_t*, int64_t, int64_t, int64_t, int32_t*, Ahead&) {}
+};
+
+// Codes of queries and what stands for them: score = (sum + offset) * scale * the key's.
+inline F score_of(I sum, float code_scale, float code_sum, float factor, const float* k_scales) {
+    const I offset = i_set(-128 * static_cast<int32_t>(code_sum));  // keys are stored 128 higher
+    return f_mul(f_mul(f_from(i_add(sum, offset)), f_set(code_scale * factor)), f_load(k_scales));
+}
+
 // scores [R, 64] of R rows against the keys of a page. Queries have 15 bits, see kernels.h.
 template <int R>
 inline void scores_int8(const uint8_t* k, const float* k_scales, const int8_t* codes, const float* code_scales,
@@ -133,13 +71,12 @@ inline void scores_int8(const uint8_t* k, const float* k_scales, const int8_t* c
     for (int t = 0; t < kKeyTiles; t += T) {
         I sums[R][T];
         products<false, R, T>(k + t * 16 * dim, dim / 4, codes, q_stride, dim, sums, ahead);
-        for (int r = 0; r < R; ++r) {
-            const I offset = i_set(-128 * static_cast<int32_t>(code_scales[r * scales_stride + 1]));
-            const F scale = f_set(code_scales[r * scales_stride] * factor);
-            for (int i = 0; i < T; ++i)
+        for (int r = 0; r < R; ++r)
+            for (int i = 0; i < T; ++i) {
+                const float* scale = code_scales + r * scales_stride;
                 f_store(scores + r * kPage + (t + i) * 16,
-                        f_mul(f_mul(f_from(i_add(sums[r][i], offset)), scale), f_load(k_scales + (t + i) * 16)));
-        }
+                        score_of(sums[r][i], scale[0], scale[1], factor, k_scales + (t + i) * 16));
+            }
     }
 }
 
@@ -222,16 +159,18 @@ inline void round_weights(const float* x, int8_t* codes, float* scale) {
     }
 }
 
+// sums [16] = sums * fade + found * scale
+inline void mix_in(float* sums, I found, float scale, float fade) {
+    f_store(sums, f_fma(f_from(found), f_set(scale), f_mul(f_load(sums), f_set(fade))));
+}
+
 template <int R, int T>
 inline void mix_tiles(const uint8_t* v, int64_t dim, int64_t at, const int8_t* codes, const float* scales, const float* fade,
                       float* sums, Ahead& ahead) {
     I found[R][T];
     products<true, R, T>(v + at * kPage, kPage / 4, codes, 2 * kPage, kPage, found, ahead);
     for (int r = 0; r < R; ++r)
-        for (int t = 0; t < T; ++t) {
-            float* sum = sums + r * dim + at + t * 16;
-            f_store(sum, f_fma(f_from(found[r][t]), f_set(scales[r]), f_mul(f_load(sum), f_set(fade[r]))));
-        }
+        for (int t = 0; t < T; ++t) mix_in(sums + r * dim + at + t * 16, found[r][t], scales[r], fade[r]);
 }
 
 // The same for int8 values, in whole numbers: codes [R, 2, 64] of the weights, and their scales. All keys of the page count:
@@ -253,6 +192,7 @@ struct Rows {
     const float* code_scales;
     float *scores;             // [rows, 64], then weights
     int8_t* weights;           // [rows, 2, 64], codes of the weights of int8 values
+    int32_t* found;            // [rows, 64 or dim], sums of products
     float *top, *total, *fade, *scale, *sums;  // [rows], and [rows, dim]
 };
 
@@ -261,10 +201,23 @@ struct Strides {
     int64_t q, codes;
 };
 
-template <Cache Kind>
-inline void scores_of(const Pages& p, const Rows& x, Strides stride, const uint8_t* k, const float* k_scales, Ahead& ahead) {
+template <Cache Kind, class Many>
+inline void scores_of(const Pages& p, const Rows& x, Strides stride, const uint8_t* k, const float* k_scales, Many& many,
+                      Ahead& ahead) {
     const float factor = 1.0f / __builtin_sqrtf(static_cast<float>(p.dim));
-    for (int64_t r = x.from; r < x.rows;) {
+    int64_t r = x.from;
+    if (Kind == Cache::kInt8 && x.rows - r >= Many::kLeast && p.dim / 4 % Many::kWords == 0) {
+        const int64_t rows = x.rows - r;
+        many.template products<false>(k, kKeyTiles, p.dim / 4, x.codes + r * stride.codes, stride.codes, p.dim, rows,
+                                      x.found, ahead);
+        for (int64_t i = 0; i < rows * kKeyTiles; ++i) {
+            const float* scale = x.code_scales + (r + i / kKeyTiles) * 2 * p.heads;
+            f_store(x.scores + r * kPage + i * 16, score_of(i_load(x.found + i * 16), scale[0], scale[1], factor,
+                                                            k_scales + i % kKeyTiles * 16));
+        }
+        return;
+    }
+    while (r < x.rows) {
         float* scores = x.scores + r * kPage;
         if constexpr (Kind == Cache::kInt8) {
             const int8_t* codes = x.codes + r * stride.codes;
@@ -296,7 +249,7 @@ inline void weigh_page(const Rows& x, int64_t position, int64_t first_key, const
             scores[t] = f_first(f_load(weights + t * 16), static_cast<int>(keys - t * 16), -INFINITY);
             highest = f_max(highest, scores[t]);
         }
-        const float before = x.top[r], now = max_lanes(highest), top = before > now ? before : now;
+        const float before = x.top[r], now = f_highest(highest), top = before > now ? before : now;
         x.top[r] = top;
         x.fade[r] = 0.0f;
         if (before > -INFINITY) {
@@ -315,18 +268,25 @@ inline void weigh_page(const Rows& x, int64_t position, int64_t first_key, const
             }
             f_store(weights + t * 16, weight);
         }
-        x.total[r] = x.total[r] * x.fade[r] + sum_lanes(sum);
+        x.total[r] = x.total[r] * x.fade[r] + f_sum(sum);
         if (v_scales) round_weights(weights, x.weights + r * 2 * kPage, x.scale + r);
     }
 }
 
-template <Cache Kind>
+template <Cache Kind, class Many>
 inline void mix_page(const Pages& p, const Rows& x, int64_t position, int64_t first_key, const uint8_t* v, float* widened,
-                     Ahead& ahead) {
+                     Many& many, Ahead& ahead) {
     const int64_t dim = p.dim, most = position + x.rows - first_key;
     const int keys = static_cast<int>(most < kPage ? most : kPage);
     int64_t r = x.from;
     if constexpr (Kind == Cache::kInt8) {
+        if (x.rows - r >= Many::kLeast) {
+            const int64_t rows = x.rows - r, tiles = dim / 16;
+            many.template products<true>(v, tiles, kPage / 4, x.weights + r * 2 * kPage, 2 * kPage, kPage, rows, x.found, ahead);
+            for (int64_t i = 0; i < rows * tiles; ++i)
+                mix_in(x.sums + r * dim + i * 16, i_load(x.found + i * 16), x.scale[r + i / tiles], x.fade[r + i / tiles]);
+            return;
+        }
         for (; r + 2 <= x.rows; r += 2)
             mix_int8<2>(v, dim, x.weights + r * 2 * kPage, x.scale + r, x.fade + r, x.sums + r * dim, ahead);
         for (; r < x.rows; ++r)
@@ -347,9 +307,10 @@ inline void mix_page(const Pages& p, const Rows& x, int64_t position, int64_t fi
 }
 
 // Page by page, and of each page head by head, as they lie in memory.
-template <Cache Kind>
+template <Cache Kind, class Many>
 void attend_pages(const Pages& p, Rows* heads, int64_t count, Strides stride, int64_t position, const int32_t* table,
                   float* widened) {
+    Many many;
     const int64_t rows = heads[0].rows, part = part_bytes(p), first = heads[0].kv_head;
     const int64_t bytes = (heads[count - 1].kv_head - first + 1) * part;
     for (int64_t page = 0; page * kPage < position + rows; ++page) {
@@ -373,16 +334,17 @@ void attend_pages(const Pages& p, Rows* heads, int64_t count, Strides stride, in
             Rows& x = heads[h];
             x.from = first_key > position ? first_key - position : 0;
             const int64_t kv = x.kv_head - first;
-            scores_of<Kind>(p, x, stride, k + kv * part, k_scales + kv * kPage, turns(h) ? keys : nothing);
+            scores_of<Kind>(p, x, stride, k + kv * part, k_scales + kv * kPage, many, turns(h) ? keys : nothing);
         }
         for (int64_t h = 0; h < count; ++h)
             weigh_page(heads[h], position, first_key, v_scales ? v_scales + (heads[h].kv_head - first) * kPage : nullptr);
         for (int64_t h = 0; h < count; ++h)
-            mix_page<Kind>(p, heads[h], position, first_key, v + (heads[h].kv_head - first) * part, widened,
+            mix_page<Kind>(p, heads[h], position, first_key, v + (heads[h].kv_head - first) * part, widened, many,
                            turns(h) ? values : nothing);
     }
 }
 
+template <class Many>
 void attend(const Pages& p, int64_t head, int64_t heads, const float* q, const int8_t* codes, const float* code_scales,
             int64_t q_stride, int64_t code_stride, int64_t rows, int64_t position, const int32_t* table, float* out,
             int64_t out_stride, char* scratch) {
@@ -390,7 +352,8 @@ void attend(const Pages& p, int64_t head, int64_t heads, const float* q, const i
     float* sums = reinterpret_cast<float*>(scratch);  // [heads, rows, dim]
     float* scores = sums + kQueryBlock * dim;         // [heads, rows, 64]
     float* widened = scores + kQueryBlock * kPage;    // [64, dim]
-    int8_t* weights = reinterpret_cast<int8_t*>(widened + kPage * dim);  // [heads, rows, 2, 64]
+    int8_t* weights = reinterpret_cast<int8_t*>(widened + kPage * dim);               // [heads, rows, 2, 64]
+    int32_t* found = reinterpret_cast<int32_t*>(weights + kQueryBlock * 2 * kPage);  // [rows, 64 or dim]
     float top[kQueryBlock], total[kQueryBlock], fade[kQueryBlock], scale[kQueryBlock];
     for (int64_t r = 0; r < all; ++r) {
         top[r] = -INFINITY;
@@ -401,18 +364,18 @@ void attend(const Pages& p, int64_t head, int64_t heads, const float* q, const i
     for (int64_t h = 0; h < heads; ++h) {
         const int64_t at = h * rows;
         of[h] = {(head + h) / (p.heads / p.kv_heads), rows, 0, q + h * dim, codes ? codes + 2 * h * dim : nullptr,
-                 code_scales ? code_scales + 2 * h : nullptr, scores + at * kPage, weights + at * 2 * kPage,
+                 code_scales ? code_scales + 2 * h : nullptr, scores + at * kPage, weights + at * 2 * kPage, found,
                  top + at, total + at, fade + at, scale + at, sums + at * dim};
     }
     const Strides stride{q_stride, code_stride};
     if (p.kind == Cache::kInt8)
-        attend_pages<Cache::kInt8>(p, of, heads, stride, position, table, widened);
+        attend_pages<Cache::kInt8, Many>(p, of, heads, stride, position, table, widened);
     else if (p.kind == Cache::kBf16)
-        attend_pages<Cache::kBf16>(p, of, heads, stride, position, table, widened);
+        attend_pages<Cache::kBf16, NoMany>(p, of, heads, stride, position, table, widened);
     else if (p.kind == Cache::kFp16)
-        attend_pages<Cache::kFp16>(p, of, heads, stride, position, table, widened);
+        attend_pages<Cache::kFp16, NoMany>(p, of, heads, stride, position, table, widened);
     else
-        attend_pages<Cache::kFp32>(p, of, heads, stride, position, table, widened);
+        attend_pages<Cache::kFp32, NoMany>(p, of, heads, stride, position, table, widened);
     for (int64_t r = 0; r < all; ++r) {
         const F inverse = f_set(1.0f / total[r]);
         float* row = out + r / rows * dim + r % rows * out_stride;

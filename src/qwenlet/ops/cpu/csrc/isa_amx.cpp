@@ -5,7 +5,7 @@
 
 #include "lanes_avx512.h"
 
-#include "attention.h"
+#include "attention_amx.h"
 #include "back_amx.h"
 #include "columns.h"
 #include "drop.h"
@@ -34,5 +34,5 @@ bool supported() { return has_avx512() && __builtin_cpu_supports("avx512bf16") &
 }  // namespace
 
 namespace qwenlet {
-const Kernels kAmx = {"amx", supported, linear_bf16<Dot>, linear_tiles_amx, columns_of, back_amx, 1, drop, norm, swiglu, peak, weigh, split, round_inputs, turn_query, store, attend, train_forward, train_backward};
+const Kernels kAmx = {"amx", supported, linear_bf16<Dot>, linear_tiles_amx, columns_of, back_amx, 1, drop, norm, swiglu, peak, weigh, split, round_inputs, turn_query, store, attend<AmxRows>, train_forward, train_backward};
 }

@@ -49,5 +49,5 @@ bool supported() { return has_avx512(); }
 }  // namespace
 
 namespace qwenlet {
-const Kernels kAvx512 = {"avx512", supported, linear_bf16<Dot>, linear_tiles, columns_of, nullptr, 0, drop, norm, swiglu, peak, weigh, split, round_inputs, turn_query, store, attend, train_forward, train_backward};
+const Kernels kAvx512 = {"avx512", supported, linear_bf16<Dot>, linear_tiles, columns_of, nullptr, 0, drop, norm, swiglu, peak, weigh, split, round_inputs, turn_query, store, attend<NoMany>, train_forward, train_backward};
 }

@@ -18,5 +18,5 @@ bool supported() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); 
 }  // namespace
 
 namespace qwenlet {
-const Kernels kAvx512Bf16 = {"avx512_bf16", supported, linear_bf16<Dot>, linear_tiles, columns_of, back, qwenlet::kBackRows, drop, norm, swiglu, peak, weigh, split, round_inputs, turn_query, store, attend, train_forward, train_backward};
+const Kernels kAvx512Bf16 = {"avx512_bf16", supported, linear_bf16<Dot>, linear_tiles, columns_of, back, qwenlet::kBackRows, drop, norm, swiglu, peak, weigh, split, round_inputs, turn_query, store, attend<NoMany>, train_forward, train_backward};
 }

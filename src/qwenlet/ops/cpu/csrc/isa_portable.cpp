@@ -35,5 +35,5 @@ bool supported() { return true; }
 }  // namespace
 
 namespace qwenlet {
-const Kernels kPortable = {"portable", supported, linear_bf16<Dot>, linear_tiles, columns_of, nullptr, 0, drop, norm, swiglu, peak, weigh, split, round_inputs, turn_query, store, attend, train_forward, train_backward};
+const Kernels kPortable = {"portable", supported, linear_bf16<Dot>, linear_tiles, columns_of, nullptr, 0, drop, norm, swiglu, peak, weigh, split, round_inputs, turn_query, store, attend<NoMany>, train_forward, train_backward};
 }

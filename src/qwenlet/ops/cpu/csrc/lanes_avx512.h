@@ -47,9 +47,29 @@ inline F f_min(F a, F b) { return _mm512_min_ps(a, b); }
 inline F f_abs(F a) { return _mm512_abs_ps(a); }
 // of magnitudes, whose bits are in their order: infinity above numbers, what is no number above infinity
 inline F f_larger(F a, F b) { return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b))); }
+inline float f_largest(F a) {  // lanes together as f_larger does
+    const __m256i eight = _mm256_max_epi32(_mm256_castps_si256(_mm512_castps512_ps256(a)),
+                                           _mm512_extracti64x4_epi64(_mm512_castps_si512(a), 1));
+    const __m128i four = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+    const __m128i two = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    return _mm_cvtss_f32(_mm_castsi128_ps(_mm_max_epi32(two, _mm_shuffle_epi32(two, 0xb1))));
+}
 inline F f_round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline F f_pow2(F whole) { return _mm512_scalef_ps(f_set(1.0f), whole); }
 inline F f_from(I v) { return _mm512_cvtepi32_ps(v); }
+// Sixteen lanes added, and the largest of them: halves together again and again, an order that all instruction sets have.
+inline float f_sum(F v) {
+    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1)));
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+inline float f_highest(F v) {
+    const __m256 eight = _mm256_max_ps(_mm512_castps512_ps256(v), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1)));
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
 // lanes below `count` as they are, the others `other`
 inline F f_first(F a, int count, float other) {
     const auto mask = static_cast<__mmask16>(count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1);
@@ -82,6 +102,7 @@ inline I i_add(I a, I b) { return _mm512_add_epi32(a, b); }
 inline I i_mul(I a, I b) { return _mm512_mullo_epi32(a, b); }
 inline I i_times128(I v) { return _mm512_slli_epi32(v, 7); }
 inline I i_over128(I v) { return _mm512_srai_epi32(v, 7); }  // rounded down
+inline I i_load(const int32_t* p) { return _mm512_loadu_si512(p); }
 inline I i_load_u8(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 inline I i_round(F v) { return _mm512_cvtps_epi32(v); }
 inline int32_t i_sum(I v) { return _mm512_reduce_add_epi32(v); }

@@ -80,10 +80,30 @@ inline F f_div(const F& x, const F& y) { return each([&](int i) { return x.v[i] 
 inline F f_fma(const F& x, const F& y, const F& z) { return each([&](int i) { return x.v[i] * y.v[i] + z.v[i]; }); }
 inline F f_max(const F& x, const F& y) { return each([&](int i) { return x.v[i] > y.v[i] ? x.v[i] : y.v[i]; }); }
 inline F f_min(const F& x, const F& y) { return each([&](int i) { return x.v[i] < y.v[i] ? x.v[i] : y.v[i]; }); }
+// Sixteen lanes added, and the largest of them: halves together again and again, an order that all instruction sets have.
+inline float f_sum(F v) {
+    for (int half = 8; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) v.v[i] += v.v[i + half];
+    return v.v[0];
+}
+inline float f_highest(F v) {
+    for (int half = 8; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) v.v[i] = v.v[i] > v.v[i + half] ? v.v[i] : v.v[i + half];
+    return v.v[0];
+}
 inline F f_abs(const F& x) { return each([&](int i) { return std::fabs(x.v[i]); }); }
 // of magnitudes: infinity above numbers, what is no number above infinity
 inline F f_larger(const F& x, const F& y) {
     return each([&](int i) { return x.v[i] >= y.v[i] || std::isnan(x.v[i]) ? x.v[i] : y.v[i]; });
+}
+inline float f_largest(const F& x) {  // lanes together as f_larger does
+    int32_t lanes[16];
+    std::memcpy(lanes, x.v, sizeof(lanes));
+    for (int half = 8; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
+    float top;
+    std::memcpy(&top, lanes, sizeof(top));
+    return top;
 }
 inline F f_round(const F& x) { return each([&](int i) { return std::nearbyintf(x.v[i]); }); }
 inline F f_pow2(const F& whole) {
@@ -124,6 +144,11 @@ inline I i_add(const I& x, const I& y) { return each_int([&](int i) { return x.v
 inline I i_mul(const I& x, const I& y) { return each_int([&](int i) { return x.v[i] * y.v[i]; }); }
 inline I i_times128(const I& x) { return i_mul(x, i_set(128)); }
 inline I i_over128(const I& x) { return each_int([&](int i) { return x.v[i] >> 7; }); }  // rounded down
+inline I i_load(const int32_t* p) {
+    I out;
+    std::memcpy(out.v, p, sizeof(out.v));
+    return out;
+}
 inline I i_load_u8(const uint8_t* p) { return each_int([=](int i) { return static_cast<int32_t>(p[i]); }); }
 inline I i_round(const F& x) { return each_int([&](int i) { return static_cast<int32_t>(std::nearbyintf(x.v[i])); }); }
 inline int32_t i_sum(const I& x) {

@@ -18,6 +18,8 @@ constexpr int64_t kLeastBytes = 32 * 1024;
 struct Block {
     int64_t first, rows, position;
     const int32_t* table;
+    // more rows than two heads could have together, see Kernels::attend
+    bool tall() const { return rows > kQueryBlock / 2; }
 };
 
 // Where a token stands.
@@ -81,9 +83,14 @@ class Run {
             group.outputs = output - group.first_output;
             groups_.push_back(group);
         }
-        // the longest first, so that none is left for the end
-        std::stable_sort(blocks_.begin(), blocks_.end(),
-                         [](const Block& x, const Block& y) { return x.position + x.rows > y.position + y.rows; });
+        // Those that don't take several heads together come first, one sequence's side by side; then, as among these, the
+        // longest first, so that none is left for the end.
+        std::stable_sort(blocks_.begin(), blocks_.end(), [](const Block& x, const Block& y) {
+            if (x.tall() != y.tall()) return x.tall();
+            if (x.tall() && x.table != y.table) return x.table < y.table;
+            return x.position + x.rows > y.position + y.rows;
+        });
+        for (const Block& block : blocks_) tall_ += block.tall();
     }
 
     int64_t count(const Step& step) const {
@@ -242,11 +249,13 @@ class Run {
                        place.table[place.position / kPage], place.position % kPage, kv_head);
     }
 
-    // Heads of one block, as many from `i` on as are taken together; returns the first that is not among them.
+    // Heads of one block, as many from `i` on as are taken together; returns the first that is not among them. Tall blocks go
+    // head by head, so that a head's keys and values stay in a cache from one block to the next.
     int64_t attend(const Step& step, int64_t i, int64_t end, char* scratch) const {
         const Pages& p = of(step);
-        const Block& block = blocks_[static_cast<size_t>(i / p.heads)];
-        const int64_t head = i % p.heads, width = p.heads * p.dim;
+        const bool tall = i < tall_ * p.heads;
+        const Block& block = blocks_[static_cast<size_t>(tall ? i % tall_ : i / p.heads)];
+        const int64_t head = tall ? i / tall_ : i % p.heads, width = p.heads * p.dim;
         const int64_t heads = std::min({end - i, p.heads - head, std::max<int64_t>(kQueryBlock / block.rows, 1)});
         // queries lie at the front of qkv, their codes in rows of their own
         const float* q = step.out + block.first * step.stride + head * p.dim;
@@ -267,6 +276,7 @@ class Run {
     std::vector<Block> blocks_;
     std::vector<Group> groups_;
     int64_t adapted_ = 0;  // the first row with an adapter
+    int64_t tall_ = 0;     // blocks that are tall
 };
 
 // A thread's scratch lives as long as the thread.

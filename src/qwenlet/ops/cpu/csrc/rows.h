@@ -8,26 +8,9 @@
 
 namespace {
 
-// Sixteen lanes added in an order that does not depend on the instruction set.
-inline float sum_lanes(F v) {
-    float lanes[16];
-    f_store(lanes, v);
-    for (int half = 8; half > 0; half /= 2)
-        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-    return lanes[0];
-}
-
-inline float max_lanes(F v) {
-    float lanes[16];
-    f_store(lanes, v);
-    for (int half = 8; half > 0; half /= 2)
-        for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
-    return lanes[0];
-}
-
 // e^x for x <= 88, to about 2 units in the last place: 2^n e^r with |r| <= ln 2 / 2, e^r by its series to r^7.
 inline F f_exp(F x) {
-    x = f_max(x, f_set(-87.0f));  // below that the result counts for nothing beside 1
+    x = f_max(f_set(-87.0f), x);  // below that the result counts for nothing beside 1; in this order a NaN stays one
     const F n = f_round(f_mul(x, f_set(1.44269504088896341f)));
     F r = f_fma(n, f_set(-0.693145751953125f), x);  // ln 2 in two parts, the first exact in few bits
     r = f_fma(n, f_set(-1.42860682030941723e-6f), r);
@@ -43,7 +26,7 @@ void norm(const float* x, const float* weight, float eps, int64_t count, float* 
         const F v = f_load(x + i);
         squares = f_fma(v, v, squares);
     }
-    const F scale = f_set(1.0f / __builtin_sqrtf(sum_lanes(squares) / static_cast<float>(count) + eps));
+    const F scale = f_set(1.0f / __builtin_sqrtf(f_sum(squares) / static_cast<float>(count) + eps));
     for (int64_t i = 0; i < count; i += 16) f_store(out + i, f_mul(f_mul(f_load(x + i), scale), f_load(weight + i)));
 }
 
@@ -63,7 +46,7 @@ float peak(const float* x, int64_t count) {
         highest = f_max(highest, v);
         check = f_fma(v, f_set(0.0f), check);
     }
-    return max_lanes(highest) + sum_lanes(check);
+    return f_highest(highest) + f_sum(check);
 }
 
 double weigh(const float* x, float peak, float temperature, int64_t count, float* out, double* above) {
@@ -84,8 +67,8 @@ double weigh(const float* x, float peak, float temperature, int64_t count, float
             for (int b = 0; b < qwenlet::kBands; ++b)
                 sums[b] = f_add(sums[b], f_from_least(weight, f_set(qwenlet::kBandLeast[b])));
         }
-        total += sum_lanes(sum);
-        for (int b = 0; b < qwenlet::kBands; ++b) above[b] += sum_lanes(sums[b]);
+        total += f_sum(sum);
+        for (int b = 0; b < qwenlet::kBands; ++b) above[b] += f_sum(sums[b]);
     }
     return total;
 }
@@ -101,7 +84,7 @@ int64_t split(const float* weights, float low, float high, int64_t count, double
             sum = f_add(sum, f_from_least(weight, top));
             to += f_places_between(weight, least, top, static_cast<int32_t>(i), to);
         }
-        *masses++ = sum_lanes(sum);
+        *masses++ = f_sum(sum);
     }
     return to - places;
 }
@@ -110,14 +93,7 @@ int64_t split(const float* weights, float low, float high, int64_t count, double
 inline float largest_of(const float* x, int64_t count) {
     F largest = f_set(0.0f);
     for (int64_t i = 0; i < count; i += 16) largest = f_larger(largest, f_abs(f_load(x + i)));
-    int32_t lanes[16];
-    static_assert(sizeof(lanes) == sizeof(float) * 16);
-    f_store(reinterpret_cast<float*>(lanes), largest);
-    for (int half = 8; half > 0; half /= 2)
-        for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
-    float top;
-    std::memcpy(&top, lanes, sizeof(top));
-    return top;
+    return f_largest(largest);
 }
 
 // Where the largest magnitude is none that numbers can be measured by, their codes are 0: with a scale of 0, or, for an

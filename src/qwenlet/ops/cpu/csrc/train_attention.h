@@ -87,7 +87,7 @@ inline float train_softmax(float* scores, int64_t keys, float* factor) {
     int64_t i = 0;
     for (; i + 16 <= keys; i += 16) highest = f_max(highest, f_load(scores + i));
     if (i < keys) highest = f_max(highest, f_first(f_load(scores + i), static_cast<int>(keys - i), -INFINITY));
-    const float top = max_lanes(highest);
+    const float top = f_highest(highest);
     F sum = f_set(0.0f);
     for (i = 0; i < keys; i += 16) {
         F weight = f_exp(f_sub(f_load(scores + i), f_set(top)));
@@ -95,7 +95,7 @@ inline float train_softmax(float* scores, int64_t keys, float* factor) {
         sum = f_add(sum, weight);
         f_store(scores + i, weight);
     }
-    const float total = sum_lanes(sum);
+    const float total = f_sum(sum);
     *factor = 1.0f / total;
     return top + std::log(total);
 }
@@ -184,7 +184,7 @@ void train_backward(const TrainAttention& p, int64_t first, int64_t length, int6
             F sum = f_set(0.0f);
             for (int64_t i = 0; i < dim; i += 16)
                 sum = f_fma(f_load(grads + r * dim + i), train_load(p.bits, p.out, at + r * out_stride + i), sum);
-            means[r] = sum_lanes(sum);
+            means[r] = f_sum(sum);
         }
         for (int64_t k = 0; k < length; k += kTrainKeys) {
             const int64_t here = std::min(kTrainKeys, length - k);

@@ -1,0 +1,60 @@
+// Many rows against a page by AMX. Lines of keys, and of values, are rows of its registers as they are.
+#pragma once
+
+#include "attention.h"
+#include "linear_amx.h"
+
+namespace {
+
+// register S += X W: bytes from 0 to 127 of X and signed ones of W
+template <int S, int X, int W>
+inline void amx_product_signed() {
+    asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(S), "i"(X), "i"(W));
+}
+
+class AmxRows {
+  public:
+    static constexpr int64_t kLeast = 4, kWords = 16;
+
+    template <bool Signed>
+    void products(const uint8_t* tiles, int64_t count, int64_t words, const int8_t* codes, int64_t stride, int64_t low,
+                  int64_t rows, int32_t* sums, Ahead& ahead) {
+        shape_.fit(static_cast<int>(rows), static_cast<int>(rows));
+        for (int64_t t = 0; t < count; t += 2) {
+            const uint8_t* tile = tiles + t * words * 64;
+            amx_zero<0>(), amx_zero<1>(), amx_zero<2>(), amx_zero<3>();
+            for (int64_t w = 0; w < words; w += kWords) {
+                ahead.fetch(2 * kWords);
+                amx_load<4>(codes + w * 4, stride);
+                amx_load<5>(codes + low + w * 4, stride);
+                amx_load<6>(tile + w * 64, 64);
+                if constexpr (Signed)
+                    amx_product_signed<0, 4, 6>(), amx_product_signed<1, 5, 6>();
+                else
+                    amx_product<8, 0, 4, 6>(), amx_product<8, 1, 5, 6>();
+                if (t + 1 == count) continue;
+                amx_load<7>(tile + (words + w) * 64, 64);
+                if constexpr (Signed)
+                    amx_product_signed<2, 4, 7>(), amx_product_signed<3, 5, 7>();
+                else
+                    amx_product<8, 2, 4, 7>(), amx_product<8, 3, 5, 7>();
+            }
+            amx_store<0>(parts_.of[0], 64), amx_store<1>(parts_.of[1], 64);
+            put(sums + t * 16, count * 16, parts_.of[0], parts_.of[1], rows);
+            if (t + 1 == count) continue;
+            amx_store<2>(parts_.of[2], 64), amx_store<3>(parts_.of[3], 64);
+            put(sums + (t + 1) * 16, count * 16, parts_.of[2], parts_.of[3], rows);
+        }
+    }
+
+  private:
+    static void put(int32_t* sums, int64_t stride, const int32_t (*above)[kTile], const int32_t (*below)[kTile], int64_t rows) {
+        for (int64_t r = 0; r < rows; ++r)
+            line_store(sums + r * stride, i_add(line_load(below[r]), i_times128(line_load(above[r]))));
+    }
+
+    AmxShape shape_{64};
+    AmxSums parts_;
+};
+
+}  // namespace
