@@ -49,13 +49,20 @@ inline void products(const uint8_t* tiles, int64_t words, const int8_t* codes, i
         for (int t = 0; t < T; ++t) sums[r][t] = i_add(below[r][t], i_times128(above[r][t]));
 }
 
-// Sums of products as `products` gives them, for rows that are many: rows [rows, 16 * count] from kLeast on, of words by the
-// kWords. This one has none.
+// Products as `products` has them for many rows, at least kLeast, and a multiple of kWords words: sums [count, kTileSums]. This
+// one has none.
 struct NoMany {
     static constexpr int64_t kLeast = kQueryBlock + 1, kWords = 16;
     template <bool Signed>
     void products(const uint8_t*, int64_t, int64_t, const int8_t*, int64_t, int64_t, int64_t, int32_t*, Ahead&) {}
 };
+
+// Sums of a tile and many rows, [2, rows, 16]: of the codes' a, and of their b.
+constexpr int64_t kTileSums = 2 * kQueryBlock * 16;
+inline I sum_of(const int32_t* sums, int64_t tile, int64_t row) {
+    const int32_t* above = sums + tile * kTileSums + row * 16;
+    return i_add(i_load(above + kTileSums / 2), i_times128(i_load(above)));
+}
 
 // Codes of queries and what stands for them: score = (sum + offset) * scale * the key's.
 inline F score_of(I sum, float code_scale, float code_sum, float factor, const float* k_scales) {
@@ -66,11 +73,11 @@ inline F score_of(I sum, float code_scale, float code_sum, float factor, const f
 // scores [R, 64] of R rows against the keys of a page. Queries have 15 bits, see kernels.h.
 template <int R>
 inline void scores_int8(const uint8_t* k, const float* k_scales, const int8_t* codes, const float* code_scales,
-                        int64_t q_stride, int64_t scales_stride, int64_t dim, float factor, float* scores, Ahead& ahead) {
+                        int64_t scales_stride, int64_t dim, float factor, float* scores, Ahead& ahead) {
     constexpr int T = R == 1 ? kPageTiles : kPageTilesOfTwo;
     for (int t = 0; t < kKeyTiles; t += T) {
         I sums[R][T];
-        products<false, R, T>(k + t * 16 * dim, dim / 4, codes, q_stride, dim, sums, ahead);
+        products<false, R, T>(k + t * 16 * dim, dim / 4, codes, 2 * dim, dim, sums, ahead);
         for (int r = 0; r < R; ++r)
             for (int i = 0; i < T; ++i) {
                 const float* scale = code_scales + r * scales_stride;
@@ -188,52 +195,48 @@ inline void mix_int8(const uint8_t* v, int64_t dim, const int8_t* codes, const f
 struct Rows {
     int64_t kv_head, rows, from;  // rows before `from` see nothing of the page
     const float* q;               // [rows, q_stride]
-    const int8_t* codes;
+    const int8_t* codes;          // [rows, 2, dim]
     const float* code_scales;
     float *scores;             // [rows, 64], then weights
     int8_t* weights;           // [rows, 2, 64], codes of the weights of int8 values
-    int32_t* found;            // [rows, 64 or dim], sums of products
+    int32_t* found;            // [4 or dim / 16, kTileSums]
     float *top, *total, *fade, *scale, *sums;  // [rows], and [rows, dim]
 };
 
-// What attention of some heads has beside their cache.
-struct Strides {
-    int64_t q, codes;
-};
-
 template <Cache Kind, class Many>
-inline void scores_of(const Pages& p, const Rows& x, Strides stride, const uint8_t* k, const float* k_scales, Many& many,
+inline void scores_of(const Pages& p, const Rows& x, int64_t q_stride, const uint8_t* k, const float* k_scales, Many& many,
                       Ahead& ahead) {
     const float factor = 1.0f / __builtin_sqrtf(static_cast<float>(p.dim));
     int64_t r = x.from;
     if (Kind == Cache::kInt8 && x.rows - r >= Many::kLeast && p.dim / 4 % Many::kWords == 0) {
         const int64_t rows = x.rows - r;
-        many.template products<false>(k, kKeyTiles, p.dim / 4, x.codes + r * stride.codes, stride.codes, p.dim, rows,
+        many.template products<false>(k, kKeyTiles, p.dim / 4, x.codes + r * 2 * p.dim, 2 * p.dim, p.dim, rows,
                                       x.found, ahead);
-        for (int64_t i = 0; i < rows * kKeyTiles; ++i) {
-            const float* scale = x.code_scales + (r + i / kKeyTiles) * 2 * p.heads;
-            f_store(x.scores + r * kPage + i * 16, score_of(i_load(x.found + i * 16), scale[0], scale[1], factor,
-                                                            k_scales + i % kKeyTiles * 16));
+        for (int64_t i = 0; i < rows; ++i) {
+            const float* scale = x.code_scales + (r + i) * 2 * p.heads;
+            for (int64_t t = 0; t < kKeyTiles; ++t)
+                f_store(x.scores + (r + i) * kPage + t * 16,
+                        score_of(sum_of(x.found, t, i), scale[0], scale[1], factor, k_scales + t * 16));
         }
         return;
     }
     while (r < x.rows) {
         float* scores = x.scores + r * kPage;
         if constexpr (Kind == Cache::kInt8) {
-            const int8_t* codes = x.codes + r * stride.codes;
+            const int8_t* codes = x.codes + r * 2 * p.dim;
             const float* scales = x.code_scales + r * 2 * p.heads;
             if (x.rows - r >= 2) {
-                scores_int8<2>(k, k_scales, codes, scales, stride.codes, 2 * p.heads, p.dim, factor, scores, ahead);
+                scores_int8<2>(k, k_scales, codes, scales, 2 * p.heads, p.dim, factor, scores, ahead);
                 r += 2;
             } else {
-                scores_int8<1>(k, k_scales, codes, scales, stride.codes, 2 * p.heads, p.dim, factor, scores, ahead);
+                scores_int8<1>(k, k_scales, codes, scales, 2 * p.heads, p.dim, factor, scores, ahead);
                 r += 1;
             }
         } else if (x.rows - r >= 4) {
-            scores_float<4, Kind>(k, x.q + r * stride.q, stride.q, p.dim, factor, scores, ahead);
+            scores_float<4, Kind>(k, x.q + r * q_stride, q_stride, p.dim, factor, scores, ahead);
             r += 4;
         } else {
-            scores_float<1, Kind>(k, x.q + r * stride.q, stride.q, p.dim, factor, scores, ahead);
+            scores_float<1, Kind>(k, x.q + r * q_stride, q_stride, p.dim, factor, scores, ahead);
             r += 1;
         }
     }
@@ -245,8 +248,10 @@ inline void weigh_page(const Rows& x, int64_t position, int64_t first_key, const
         const int64_t keys = position + r - first_key + 1;
         float* weights = x.scores + r * kPage;
         F scores[kKeyTiles], highest = f_set(-INFINITY);
+        const bool all = keys >= kPage;
         for (int t = 0; t < kKeyTiles; ++t) {
-            scores[t] = f_first(f_load(weights + t * 16), static_cast<int>(keys - t * 16), -INFINITY);
+            scores[t] = f_load(weights + t * 16);
+            if (!all) scores[t] = f_first(scores[t], static_cast<int>(keys - t * 16), -INFINITY);
             highest = f_max(highest, scores[t]);
         }
         const float before = x.top[r], now = f_highest(highest), top = before > now ? before : now;
@@ -260,11 +265,11 @@ inline void weigh_page(const Rows& x, int64_t position, int64_t first_key, const
         F sum = f_set(0.0f);
         for (int t = 0; t < kKeyTiles; ++t) {
             F weight = f_exp(f_sub(scores[t], f_set(top)));
-            weight = f_first(weight, static_cast<int>(keys - t * 16), 0.0f);
+            if (!all) weight = f_first(weight, static_cast<int>(keys - t * 16), 0.0f);
             sum = f_add(sum, weight);
             if (v_scales) {  // the value's scale joins its weight; what was never stored is no number
                 weight = f_mul(weight, f_load(v_scales + t * 16));
-                weight = f_first(weight, static_cast<int>(keys - t * 16), 0.0f);
+                if (!all) weight = f_first(weight, static_cast<int>(keys - t * 16), 0.0f);
             }
             f_store(weights + t * 16, weight);
         }
@@ -283,8 +288,9 @@ inline void mix_page(const Pages& p, const Rows& x, int64_t position, int64_t fi
         if (x.rows - r >= Many::kLeast) {
             const int64_t rows = x.rows - r, tiles = dim / 16;
             many.template products<true>(v, tiles, kPage / 4, x.weights + r * 2 * kPage, 2 * kPage, kPage, rows, x.found, ahead);
-            for (int64_t i = 0; i < rows * tiles; ++i)
-                mix_in(x.sums + r * dim + i * 16, i_load(x.found + i * 16), x.scale[r + i / tiles], x.fade[r + i / tiles]);
+            for (int64_t i = 0; i < rows; ++i)
+                for (int64_t t = 0; t < tiles; ++t)
+                    mix_in(x.sums + (r + i) * dim + t * 16, sum_of(x.found, t, i), x.scale[r + i], x.fade[r + i]);
             return;
         }
         for (; r + 2 <= x.rows; r += 2)
@@ -308,7 +314,7 @@ inline void mix_page(const Pages& p, const Rows& x, int64_t position, int64_t fi
 
 // Page by page, and of each page head by head, as they lie in memory.
 template <Cache Kind, class Many>
-void attend_pages(const Pages& p, Rows* heads, int64_t count, Strides stride, int64_t position, const int32_t* table,
+void attend_pages(const Pages& p, Rows* heads, int64_t count, int64_t q_stride, int64_t position, const int32_t* table,
                   float* widened) {
     Many many;
     const int64_t rows = heads[0].rows, part = part_bytes(p), first = heads[0].kv_head;
@@ -334,7 +340,7 @@ void attend_pages(const Pages& p, Rows* heads, int64_t count, Strides stride, in
             Rows& x = heads[h];
             x.from = first_key > position ? first_key - position : 0;
             const int64_t kv = x.kv_head - first;
-            scores_of<Kind>(p, x, stride, k + kv * part, k_scales + kv * kPage, many, turns(h) ? keys : nothing);
+            scores_of<Kind>(p, x, q_stride, k + kv * part, k_scales + kv * kPage, many, turns(h) ? keys : nothing);
         }
         for (int64_t h = 0; h < count; ++h)
             weigh_page(heads[h], position, first_key, v_scales ? v_scales + (heads[h].kv_head - first) * kPage : nullptr);
@@ -353,7 +359,8 @@ void attend(const Pages& p, int64_t head, int64_t heads, const float* q, const i
     float* scores = sums + kQueryBlock * dim;         // [heads, rows, 64]
     float* widened = scores + kQueryBlock * kPage;    // [64, dim]
     int8_t* weights = reinterpret_cast<int8_t*>(widened + kPage * dim);               // [heads, rows, 2, 64]
-    int32_t* found = reinterpret_cast<int32_t*>(weights + kQueryBlock * 2 * kPage);  // [rows, 64 or dim]
+    int32_t* found = reinterpret_cast<int32_t*>(weights + kQueryBlock * 2 * kPage);  // [4 or dim / 16, kTileSums]
+    int8_t* queries = reinterpret_cast<int8_t*>(found + kTileSums * kMostDim / 16);     // [heads, rows, 2, dim]
     float top[kQueryBlock], total[kQueryBlock], fade[kQueryBlock], scale[kQueryBlock];
     for (int64_t r = 0; r < all; ++r) {
         top[r] = -INFINITY;
@@ -363,19 +370,21 @@ void attend(const Pages& p, int64_t head, int64_t heads, const float* q, const i
     Rows of[kQueryBlock];
     for (int64_t h = 0; h < heads; ++h) {
         const int64_t at = h * rows;
-        of[h] = {(head + h) / (p.heads / p.kv_heads), rows, 0, q + h * dim, codes ? codes + 2 * h * dim : nullptr,
+        // side by side: where they come from they may all be 4 kB apart, and then push each other out of the first cache
+        for (int64_t r = 0; codes && r < rows; ++r)
+            std::memcpy(queries + (at + r) * 2 * dim, codes + r * code_stride + 2 * h * dim, static_cast<size_t>(2 * dim));
+        of[h] = {(head + h) / (p.heads / p.kv_heads), rows, 0, q + h * dim, codes ? queries + at * 2 * dim : nullptr,
                  code_scales ? code_scales + 2 * h : nullptr, scores + at * kPage, weights + at * 2 * kPage, found,
                  top + at, total + at, fade + at, scale + at, sums + at * dim};
     }
-    const Strides stride{q_stride, code_stride};
     if (p.kind == Cache::kInt8)
-        attend_pages<Cache::kInt8, Many>(p, of, heads, stride, position, table, widened);
+        attend_pages<Cache::kInt8, Many>(p, of, heads, q_stride, position, table, widened);
     else if (p.kind == Cache::kBf16)
-        attend_pages<Cache::kBf16, NoMany>(p, of, heads, stride, position, table, widened);
+        attend_pages<Cache::kBf16, NoMany>(p, of, heads, q_stride, position, table, widened);
     else if (p.kind == Cache::kFp16)
-        attend_pages<Cache::kFp16, NoMany>(p, of, heads, stride, position, table, widened);
+        attend_pages<Cache::kFp16, NoMany>(p, of, heads, q_stride, position, table, widened);
     else
-        attend_pages<Cache::kFp32, NoMany>(p, of, heads, stride, position, table, widened);
+        attend_pages<Cache::kFp32, NoMany>(p, of, heads, q_stride, position, table, widened);
     for (int64_t r = 0; r < all; ++r) {
         const F inverse = f_set(1.0f / total[r]);
         float* row = out + r / rows * dim + r % rows * out_stride;

@@ -39,22 +39,15 @@ class AmxRows {
                 else
                     amx_product<8, 2, 4, 7>(), amx_product<8, 3, 5, 7>();
             }
-            amx_store<0>(parts_.of[0], 64), amx_store<1>(parts_.of[1], 64);
-            put(sums + t * 16, count * 16, parts_.of[0], parts_.of[1], rows);
+            int32_t* to = sums + t * kTileSums;
+            amx_store<0>(to, 64), amx_store<1>(to + kTileSums / 2, 64);
             if (t + 1 == count) continue;
-            amx_store<2>(parts_.of[2], 64), amx_store<3>(parts_.of[3], 64);
-            put(sums + (t + 1) * 16, count * 16, parts_.of[2], parts_.of[3], rows);
+            amx_store<2>(to + kTileSums, 64), amx_store<3>(to + kTileSums * 3 / 2, 64);
         }
     }
 
   private:
-    static void put(int32_t* sums, int64_t stride, const int32_t (*above)[kTile], const int32_t (*below)[kTile], int64_t rows) {
-        for (int64_t r = 0; r < rows; ++r)
-            line_store(sums + r * stride, i_add(line_load(below[r]), i_times128(line_load(above[r]))));
-    }
-
     AmxShape shape_{64};
-    AmxSums parts_;
 };
 
 }  // namespace
