@@ -11,13 +11,12 @@ namespace {
 // Fetches lines some way ahead of those that are read, in a stretch of memory and on into the next one. A processor reads
 // ahead by itself, but only to the end of 4 kB. Into the second cache: the way into the first is taken by what is read.
 struct Ahead {
-    static constexpr int64_t kBytes = 8192;
     const uint8_t *stretch, *next;  // `next` may be null
     int64_t bytes;                  // of either
     int64_t at = 0;
 
     void fetch(int64_t lines) {
-        const int64_t begin = at + kBytes;
+        const int64_t begin = at + kPageAhead;
         at += lines * 64;
         const uint8_t* from = begin < bytes ? stretch + begin : begin < 2 * bytes && next ? next + (begin - bytes) : nullptr;
         if (from)
@@ -342,8 +341,10 @@ void attend_pages(const Pages& p, Rows* heads, int64_t count, int64_t q_stride, 
             const int64_t kv = x.kv_head - first;
             scores_of<Kind>(p, x, q_stride, k + kv * part, k_scales + kv * kPage, many, turns(h) ? keys : nothing);
         }
-        for (int64_t h = 0; h < count; ++h)
+        for (int64_t h = 0; h < count; ++h) {
+            if (turns(h)) values.fetch(kWeighLines);  // else memory would stand still meanwhile
             weigh_page(heads[h], position, first_key, v_scales ? v_scales + (heads[h].kv_head - first) * kPage : nullptr);
+        }
         for (int64_t h = 0; h < count; ++h)
             mix_page<Kind>(p, heads[h], position, first_key, v + (heads[h].kv_head - first) * part, widened, many,
                            turns(h) ? values : nothing);

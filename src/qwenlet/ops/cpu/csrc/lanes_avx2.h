@@ -19,6 +19,7 @@ using Line = I;
 constexpr int kGemmRows = 3, kGemmRowsOfBytes = 2, kGemmTiles = 1, kGemvTiles = 1, kGemvSums = 2, kStreamTiles = 1;
 constexpr int kStreamHalves = 1;
 constexpr int kPageTiles = 2, kPageTilesOfTwo = 1;
+constexpr int64_t kPageAhead = 8192, kWeighLines = 0;
 constexpr bool kCodesAhead = false;
 constexpr int kFp32Rows = 6, kFp32Tiles = 1;
 

@@ -24,8 +24,16 @@ constexpr int kGemvTiles = 1, kGemvSums = 2;
 constexpr bool kCodesAhead = false;
 #endif
 constexpr int kStreamHalves = 2;
-// tiles of a cache page side by side, for one row and for two
-constexpr int kPageTiles = 4, kPageTilesOfTwo = 4;
+// tiles of a cache page side by side, for one row and for two; bytes fetched ahead of those read, and lines for each head
+// while its weights are made
+#if defined(__AMX_TILE__)
+constexpr int kPageTiles = 4;
+constexpr int64_t kPageAhead = 8192, kWeighLines = 0;
+#else
+constexpr int kPageTiles = 1;
+constexpr int64_t kPageAhead = 6144, kWeighLines = 24;
+#endif
+constexpr int kPageTilesOfTwo = 4;
 // rows and tiles of a block of float32
 constexpr int kFp32Rows = 6, kFp32Tiles = 4;
 

@@ -22,6 +22,7 @@ struct Line {
 constexpr int kGemmRows = 2, kGemmRowsOfBytes = 2, kGemmTiles = 1, kGemvTiles = 1, kGemvSums = 1, kStreamTiles = 1;
 constexpr int kStreamHalves = 1;
 constexpr int kPageTiles = 1, kPageTilesOfTwo = 1;
+constexpr int64_t kPageAhead = 8192, kWeighLines = 0;
 constexpr bool kCodesAhead = false;
 constexpr int kFp32Rows = 1, kFp32Tiles = 2;  // more rows than one keep compilers from using registers
 

@@ -21,8 +21,8 @@ struct Step {
     const float* weight = nullptr;
     float eps = 0.0f;
     int64_t count = 0, stride = 0;
-    std::vector<int> to;
-    std::vector<int> to_adapted;  // the same, of rows with an adapter alone
+    std::vector<int> to = {};
+    std::vector<int> to_adapted = {};  // the same, of rows with an adapter alone
 
     // linear: y (null: the run's output) = weights[linear] inputs[from]
     int linear = 0, from = 0;
