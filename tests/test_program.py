@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from qwenlet.cache import PagedPast, PagePool, Rows, pages_for
 from qwenlet.checkpoint import Checkpoint, load_model
 from qwenlet.linear import QuantLinear, TiledLinear, replace_linear
-from qwenlet.model import Qwen
+from qwenlet.model import Qwen, Rotation
 from qwenlet.ops import cpu
 from qwenlet.ops.packing import to_tiles
 from qwenlet.ops.pages import untile, untile_values
 from qwenlet.ops.rounding import round_to_nearest
-from qwenlet.program import QwenProgram, obstacle
+from qwenlet.program import Angles, QwenProgram, obstacle
 from random_qwen import random_qwen
 
 CPU = torch.device("cpu")
@@ -173,6 +173,36 @@ def test_threads_do_not_change_a_bit(bits: int, dtype: torch.dtype) -> None:
             torch.set_num_threads(before)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("head_dim", [16, 32, 128])
+def test_angles_are_those_of_the_modules_at_every_position(head_dim: int) -> None:
+    config = random_model(head_dim=head_dim, hidden_size=4 * head_dim, seq_length=300, use_logn_attn=True).config
+    kept = Angles(config)
+    # from within the first block, across two ends of one, past the trained length, and back
+    for starts, lengths, alphas, logn in [
+        ([5], (1,), (1.0,), None),
+        ([250, 0], (20, 3), (1.0, 3.0), None),
+        ([511, 290, 299], (2, 20, 1), (3.0, 1.0, 1.0), (True, False, True)),
+        ([32_760], (7,), (7.0,), None),
+        ([4], (2,), (7.0,), None),
+    ]:
+        positions = torch.cat([torch.arange(a, a + n) for a, n in zip(starts, lengths, strict=True)])
+        rows = Rows(positions, lengths, alphas, logn)
+        cos, sin, factor = kept.of(rows, starts)
+        defined = Rotation(config, rows, extend=True)
+        # the last bit of a cosine may differ between a vector's lanes and what is left beside them
+        torch.testing.assert_close(cos, defined.cos[:, 0], rtol=0, atol=1.2e-7)
+        torch.testing.assert_close(sin, defined.sin[:, 0], rtol=0, atol=1.2e-7)
+        assert (factor is None) == (defined.logn is None)
+        if factor is not None:
+            assert torch.equal(factor, defined.logn.flatten())
+        alone = Angles(config)
+        for at, (start, length, alpha) in enumerate(zip(starts, lengths, alphas, strict=True)):
+            begin = sum(lengths[:at])
+            for i in range(length):
+                one, _, _ = alone.of(Rows.single(start + i, 1, alpha), [start + i])
+                assert torch.equal(one[0], cos[begin + i])
 
 
 def test_keys_come_back_out_of_their_tiles() -> None:

@@ -257,7 +257,7 @@ class QuantEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """ids [N] int64 -> [N, C]."""
         codes, scales = (self.codes[ids], self.scales[ids]) if self.rows is None else self.rows(ids)
-        groups = codes.reshape(len(ids), self.scales.shape[1], -1).float()
+        groups = codes.reshape(len(ids), self.scales.shape[1], -1)
         return (groups * scales.float()[..., None]).flatten(1).to(self.dtype)
 
 

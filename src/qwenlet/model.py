@@ -76,8 +76,8 @@ class Rotation:
                 [inverse_frequencies(config.rope_theta, config.head_dim, alpha, device) for alpha in alphas]
             )
             frequency = of_row.repeat_interleave(torch.tensor(rows.lengths, device=device), dim=0)
-        angle = rows.positions.float()[:, None] * frequency
-        self.cos, self.sin = angle.cos()[:, None], angle.sin()[:, None]
+        cos, sin = angles(rows.positions, frequency)
+        self.cos, self.sin = cos[:, None], sin[:, None]
         self.logn: Tensor | None = None
         if extend and config.use_logn_attn and bool((rows.positions >= config.seq_length).any()):
             factor = logn_table(config.seq_length, device)[rows.positions]
@@ -91,6 +91,12 @@ class Rotation:
         first, second = x.float().chunk(2, dim=-1)
         turned = torch.cat((first * self.cos - second * self.sin, second * self.cos + first * self.sin), dim=-1)
         return turned.type_as(x)
+
+
+def angles(positions: Tensor, frequency: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin [N, D/2] float32 of positions [N], for frequencies [D/2] of all or [N, D/2] of each."""
+    angle = positions.float()[:, None] * frequency
+    return angle.cos(), angle.sin()
 
 
 @lru_cache(maxsize=64)

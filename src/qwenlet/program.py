@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from qwenlet.cache import PagePool, Rows
 from qwenlet.config import ModelConfig
 from qwenlet.linear import QuantLinear, TiledLinear
-from qwenlet.model import Block, Qwen, Rotation
+from qwenlet.model import Block, Qwen, angles, inverse_frequencies, logn_table
 from qwenlet.ops import cpu
 from qwenlet.ops.cpu.program import Form, Program
 from qwenlet.ops.packing import Tiles
@@ -86,6 +86,7 @@ class QwenProgram:
         self.native = Program(min(capacity, cpu.kernels().MAX_BATCH))
         self.capacity = self.native.capacity
         self._x = self.native.buffer(config.hidden_size)
+        self._angles = Angles(config)
         self._record(model, pool, config, _Recorder(self.native, adapters))
 
     def _record(self, model: Qwen, pool: PagePool, config: ModelConfig, sides: _Recorder) -> None:
@@ -158,12 +159,10 @@ class QwenProgram:
                 in this order.
         """
         self._x[: len(ids)] = self._model.transformer.wte(ids)
-        rotation = Rotation(self._model.config, rows, extend=True)
-        scale = None if rotation.logn is None else rotation.logn.float().contiguous()
+        cos, sin, scale = self._angles.of(rows, starts)
         logits = torch.empty(len(logits_at), self._model.config.vocab_size)
         isa = cpu.status().isa
         assert isa is not None
-        cos, sin = rotation.cos.contiguous(), rotation.sin.contiguous()
         self.native.run(isa, rows.lengths, starts, tables, cos, sin, scale, logits_at, logits, seconds, adapted)
         return logits
 
@@ -171,6 +170,49 @@ class QwenProgram:
         """Last hidden states, normed, of the first `count` tokens of the latest `forward`: float32 [count, C]."""
         normed: Tensor = self._model.transformer.ln_f(self._x[:count])
         return normed.float()
+
+
+class Angles:
+    """cos, sin and log-n factors by position, as `Rotation` has them: made some positions at a time and kept, so that a
+    decoded token costs a look, and a position's are the same bits in any company."""
+
+    _BLOCK = 256  # positions that are made at once
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._config = config
+        self._tables: dict[float, tuple[Tensor, Tensor]] = {}  # by dynamic NTK factor: [positions, D/2]
+
+    def of(self, rows: Rows, starts: Sequence[int]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """cos and sin [N, D/2], and the factor [N] where a row is long enough to have one; all float32."""
+        ends = [start + length for start, length in zip(starts, rows.lengths, strict=True)]
+        tables = [self._table(alpha, end) for alpha, end in zip(rows.alphas, ends, strict=True)]
+        cos = _joined([table[0][start:end] for table, start, end in zip(tables, starts, ends, strict=True)])
+        sin = _joined([table[1][start:end] for table, start, end in zip(tables, starts, ends, strict=True)])
+        trained = self._config.seq_length
+        if not self._config.use_logn_attn or max(ends, default=0) <= trained:
+            return cos, sin, None
+        factors, acts = logn_table(trained, torch.device("cpu")), rows.logn or (True,) * len(ends)
+        parts = [
+            factors[start:end] if on else torch.ones(end - start)
+            for start, end, on in zip(starts, ends, acts, strict=True)
+        ]
+        return cos, sin, _joined(parts)
+
+    def _table(self, alpha: float, end: int) -> tuple[Tensor, Tensor]:
+        half = self._config.head_dim // 2
+        cos, sin = self._tables.get(alpha, (torch.empty(0, half), torch.empty(0, half)))
+        if len(cos) < end:
+            frequency = inverse_frequencies(self._config.rope_theta, 2 * half, alpha, torch.device("cpu"))
+            starts = range(len(cos), end, self._BLOCK)
+            more = [angles(torch.arange(first, first + self._BLOCK), frequency) for first in starts]
+            cos = torch.cat([cos, *(one for one, _ in more)])
+            sin = torch.cat([sin, *(one for _, one in more)])
+            self._tables[alpha] = cos, sin
+        return cos, sin
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 class _Recorder:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qwenlet.config import SamplingParams
+from qwenlet.engine.request import Request
 from qwenlet.engine.stop import StopTexts, StopTokens
 
 letters = st.text("ab\n", max_size=30)
@@ -64,3 +68,20 @@ def test_tokens_and_sequences() -> None:
     assert stops.hit([1, 2, 3])
     assert not stops.hit([2, 3])
     assert not stops.hit([1, 2, 3, 4])
+
+
+@pytest.mark.parametrize(("ids", "sequences", "longest"), [([9], [[1, 2, 3], [4]], 3), ([9], [], 1), ([], [[7, 7]], 2)])
+def test_the_last_tokens_of_a_reply_are_enough(ids: list[int], sequences: list[list[int]], longest: int) -> None:
+    stops = StopTokens(ids, sequences)
+    assert stops.longest == longest
+    for reply in itertools.product([1, 2, 3, 4, 7, 9], repeat=4):
+        assert stops.hit(reply) == stops.hit(reply[-longest:]), reply
+
+
+def test_a_prompt_is_not_part_of_a_stop() -> None:
+    request = Request((1, 2), SamplingParams(max_new_tokens=9, seed=0), 1.0, StopTokens([], [[1, 2, 3]]), StopTexts(()))
+    request.known += [3]
+    assert request.reply_end(3) == [3]
+    request.known += [1, 2, 3]
+    assert request.reply_end(3) == [1, 2, 3]
+    assert request.stop_tokens.hit(request.reply_end(request.stop_tokens.longest))

@@ -130,16 +130,19 @@ class FileRows:
 
     def __call__(self, ids: Tensor) -> Tensor:
         """ids [N] int64 from 0 to V - 1 -> [N, ...]."""
-        out = torch.empty(len(ids), *self._shape, dtype=self._dtype)
-        room = memoryview(out.view(torch.uint8).numpy().reshape(-1).data)
-        for place, id in enumerate(ids.tolist()):
+        wanted = ids.tolist()
+        if not wanted:
+            return torch.empty(0, *self._shape, dtype=self._dtype)
+        held = bytearray(len(wanted) * self._width)
+        room = memoryview(held)
+        for place, id in enumerate(wanted):
             if not 0 <= id < self._rows:
                 raise IndexError(f"row {id} of a table of {self._rows}")
             begin = self._offset + id * self._width
             some = room[place * self._width : (place + 1) * self._width]
             if os.preadv(self._file, [some], begin) != self._width:
                 raise OSError(f"{self._path} ends before byte {begin + self._width:,}, though it had row {id} before")
-        return out
+        return torch.frombuffer(held, dtype=self._dtype).view(len(wanted), *self._shape)
 
 
 def file_rows(*tables: tuple[Path, int, Sequence[int], torch.dtype]) -> Callable[[Tensor], tuple[Tensor, ...]] | None:

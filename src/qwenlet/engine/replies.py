@@ -136,7 +136,7 @@ class Replies:
             request.counts.add(token)
         if request.lookup is not None:
             request.lookup.add(token)
-        if request.stop_tokens.hit(request.reply):
+        if request.stop_tokens.hit(request.reply_end(request.stop_tokens.longest)):
             self.finish(request, "stop", token, logprob)
             return
         if request.matcher is not None:

@@ -111,6 +111,10 @@ class Request:
     def reply(self) -> Sequence[int]:
         return self.known[len(self.prompt) :]
 
+    def reply_end(self, count: int) -> Sequence[int]:
+        """The reply's last tokens, at most `count`."""
+        return self.known[max(len(self.prompt), len(self.known) - count) :]
+
     @property
     def reply_length(self) -> int:
         return len(self.known) - len(self.prompt)

@@ -3,6 +3,8 @@ of replies go to the decode program, which draws the next ones too."""
 
 from __future__ import annotations
 
+import itertools
+from array import array
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -95,10 +97,9 @@ class Runner:
         lengths = [len(one.tokens) for one in ordered]
         starts = [one.request.stored for one in ordered]
         spans = zip(starts, lengths, strict=True)
-        positions = torch.tensor([at for start, count in spans for at in range(start, start + count)]).to(self.device)
+        positions = [at for start, count in spans for at in range(start, start + count)]
         alphas, logn = tuple(one.request.alpha for one in ordered), tuple(one.request.logn for one in ordered)
-        rows = Rows(positions, tuple(lengths), alphas, logn)
-        ids = torch.tensor([token for one in ordered for token in one.tokens], device=self.device)
+        ids = [token for one in ordered for token in one.tokens]
         wanted: list[int] = []
         end = 0
         for one, count in zip(ordered, lengths, strict=True):
@@ -107,9 +108,15 @@ class Runner:
         adapters = [one.request.adapter for one in ordered]
         tokens, outputs = _groups(adapters, lengths), _groups(adapters, [one.wanted for one in ordered])
         self._take_adapters(tokens)
+        # of one array: for a decoded token to make a tensor of a list takes as long as all the rest here
+        numbers = torch.frombuffer(array("q", [*ids, *positions, *wanted]), dtype=torch.long).to(self.device)
+        count = len(ids)
+        rows = Rows(numbers[count : 2 * count], tuple(lengths), alphas, logn)
         with self._rows.rows(tokens, outputs):
-            logits, hidden = self._forward(ids, rows, [one.request.pages for one in ordered], starts, wanted, tokens)
-        found = list(logits.split([one.wanted for one in ordered]))
+            tables = [one.request.pages for one in ordered]
+            logits, hidden = self._forward(numbers[:count], rows, tables, starts, numbers[2 * count :], tokens)
+        ends = list(itertools.accumulate(one.wanted for one in ordered))
+        found = [logits[end - one.wanted : end] for one, end in zip(ordered, ends, strict=True)]
         if any(one.request.reads_hidden for one in ordered):
             states = hidden().split(lengths)
             found = [states[at] if one.request.reads_hidden else found[at] for at, one in enumerate(ordered)]
@@ -117,21 +124,20 @@ class Runner:
         return [each[at] for at in range(len(work))]
 
     def _forward(
-        self, ids: Tensor, rows: Rows, tables: Sequence[Sequence[int]], starts: Sequence[int], wanted: Sequence[int],
+        self, ids: Tensor, rows: Rows, tables: Sequence[Sequence[int]], starts: Sequence[int], wanted: Tensor,
         groups: Sequence[Group],
     ) -> tuple[Tensor, Callable[[], Tensor]]:  # fmt: skip
         """Logits, and what gives the hidden states of all tokens."""
-        at = torch.tensor(wanted, dtype=torch.long, device=self.device)
         if (program := self.program) is not None:
             adapted = [(self._recorded.index(group.adapter), group.last - group.first) for group in groups]
-            return program.forward(ids, rows, tables, starts, at, adapted=adapted), lambda: program.hidden(len(ids))
+            return program.forward(ids, rows, tables, starts, wanted, adapted=adapted), lambda: program.hidden(len(ids))
         past = PagedPast(self.pool, rows, tables, starts)
         with attention_backend(self.attention):
             hidden = self.model.hidden(ids, rows, past)
             if not len(wanted):
                 logits = torch.empty(0, self.model.config.vocab_size, device=self.device)
             else:
-                logits = self.model.lm_head(hidden[at]).float()
+                logits = self.model.lm_head(hidden[wanted]).float()
         return logits, lambda: hidden
 
 

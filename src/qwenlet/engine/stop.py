@@ -49,14 +49,18 @@ class StopTexts:
 
 
 class StopTokens:
-    """End tokens, and sequences of tokens that end a reply."""
+    """End tokens, and sequences of tokens that end a reply.
+
+    Attributes: longest: tokens of the longest of them.
+    """
 
     def __init__(self, ids: Collection[int], sequences: Sequence[Sequence[int]] = ()) -> None:
         self.ids = frozenset(ids)
         self.sequences = tuple(tuple(sequence) for sequence in sequences if sequence)
+        self.longest = max(map(len, self.sequences), default=1)
 
     def hit(self, reply: Sequence[int]) -> bool:
-        """Whether the reply's last token completes a stop."""
+        """Whether the reply's last token completes a stop. Of a longer reply its last `longest` tokens will do."""
         if reply[-1] in self.ids:
             return True
         return any(tuple(reply[-len(sequence) :]) == sequence for sequence in self.sequences)

@@ -8,6 +8,8 @@ portable, or torch (no kernels).
 from __future__ import annotations
 
 import os
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import ModuleType
@@ -250,21 +252,22 @@ def drop(x: Tensor, seed: int, share: float, onto: Tensor | None = None) -> Tens
     return out
 
 
-def draw(numbers: Tensor, settings: Tensor) -> Tensor:
-    """A token [R] int64 of each row, -1 where its largest logit is not finite.
+def draw(numbers: Sequence[int], settings: Sequence[float]) -> list[int]:
+    """A token of each of R rows, -1 where its largest logit is not finite.
 
     Args:
-        numbers: [R, 9] int64: address of the row's float32 logits, how many; address of its seen ids (int64), of how
-            often each stands in the reply (float32), how many; top_k; what the draw depends on: seed (its 64 bits),
-            choice, position.
-        settings: [R, 6] float64: penalties (repetition, presence, frequency), temperature, top_p, min_p.
+        numbers: nine of each row, one row after the other: address of its float32 logits, how many; address of its seen
+            ids (int64), of how often each stands in the reply (float32), how many; top_k; what the draw depends on: its
+            seed (64 bits), choice, position.
+        settings: six of each row: penalties (repetition, presence, frequency), temperature, top_p, min_p.
     """
     isa = status().isa
     assert isa is not None, "no kernels run here"
-    tokens = torch.empty(len(numbers), dtype=torch.int64)
-    addresses = (numbers.data_ptr(), settings.data_ptr(), tokens.data_ptr())
-    kernels().draw(isa, torch.get_num_threads(), len(numbers), *addresses)
-    return tokens
+    rows = len(numbers) // 9
+    # arrays, as these are made for every token
+    parts = array("q", numbers), array("d", settings), array("q", bytes(8 * rows))
+    kernels().draw(isa, torch.get_num_threads(), rows, *(part.buffer_info()[0] for part in parts))
+    return list(parts[2])
 
 
 def words_to_lines(words: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ Dimension letters: N tokens of all sequences, H query heads, G key/value heads, 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -223,15 +224,19 @@ class Program:
             assert len(table) * 64 >= start + length, f"{len(table)} pages for {start + length} tokens"
             flat += table
             offsets.append(len(flat))
-        numbers = torch.tensor([*lengths, *starts, *offsets])
-        pages = torch.tensor(flat, dtype=torch.int32)
-        groups = torch.tensor(adapted, dtype=torch.int64)
+        # arrays: a tensor of a few numbers takes several times as long to make, for every token
+        numbers, pages = array("q", [*lengths, *starts, *offsets]), array("i", flat)
+        groups = array("q", [number for group in adapted for number in group])
         count, size = len(lengths), numbers.itemsize
-        at = numbers.data_ptr()
+        at = _address(numbers)
         self._native.program_run(
             self._program, isa, torch.get_num_threads(), 0 if seconds is None else seconds.data_ptr(),
-            tokens, count, at, at + count * size, pages.data_ptr(), at + 2 * count * size,
+            tokens, count, at, at + count * size, _address(pages), at + 2 * count * size,
             cos.data_ptr(), sin.data_ptr(), 0 if query_scale is None else query_scale.data_ptr(),
             len(output_rows), output_rows.data_ptr(), output.data_ptr(), output.stride(0),
-            len(adapted), groups.data_ptr(),
+            len(adapted), _address(groups),
         )  # fmt: skip
+
+
+def _address(numbers: array[int]) -> int:
+    return numbers.buffer_info()[0]
