@@ -18,7 +18,6 @@ from torch import Tensor
 from qwenlet.chat import CHAT_TEMPLATE
 from qwenlet.checkpoint.dtypes import dtype_by_name, dtype_name
 from qwenlet.checkpoint.files import WeightFile, read_parts
-from qwenlet.checkpoint.gguf_out import FILE_TYPES, GGUFOut
 from qwenlet.checkpoint.load import QWEN_CHAT_DEFAULTS, Checkpoint, Progress, plan_reading
 from qwenlet.checkpoint.names import Layout, Part, split
 from qwenlet.checkpoint.save import (
@@ -246,6 +245,8 @@ def _target_config(config: ModelConfig, to: str, architecture: str | None) -> Mo
 
 def _gguf_type(dtype: str) -> str:
     """Raises ConfigError for a type we don't write."""
+    from qwenlet.checkpoint.gguf_out import FILE_TYPES  # gguf takes 0.16 s to import: only those who write one wait
+
     key = dtype.lower()
     if key in FILE_TYPES:
         return key
@@ -369,6 +370,8 @@ def _write_gguf(
             "model": "gpt2", "pre": "qwen2", "tokens": [f"<{id}>" for id in range(config.vocab_size)],
             "token_type": [1] * config.vocab_size, "merges": ["a b"], "add_bos_token": False,
         }  # fmt: skip
+    from qwenlet.checkpoint.gguf_out import GGUFOut
+
     total = sum(_elements(shape) for shape in shapes.values())
     done = 0
     with new_file(out) as path:
