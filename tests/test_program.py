@@ -205,6 +205,12 @@ def test_angles_are_those_of_the_modules_at_every_position(head_dim: int) -> Non
                 assert torch.equal(one[0], cos[begin + i])
 
 
+def test_a_position_beyond_the_published_table_is_an_error_and_not_read_behind_it() -> None:
+    kept = Angles(random_model(seq_length=300, use_logn_attn=True).config)
+    with pytest.raises(IndexError):
+        kept.of(Rows.single(32_760, 8, 1.0), [32_760])
+
+
 def test_keys_come_back_out_of_their_tiles() -> None:
     model, ids = swapped(16), tokens(70)
     pool = PagePool(model.config, 2, torch.int8, CPU, tiled=True)

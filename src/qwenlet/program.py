@@ -193,7 +193,8 @@ class Angles:
             return cos, sin, None
         factors, acts = logn_table(trained, torch.device("cpu")), rows.logn or (True,) * len(ends)
         parts = [
-            factors[start:end] if on else torch.ones(end - start)
+            # looked up, since a slice beyond the table's end would be short, and kernels read on behind it
+            factors[torch.arange(start, end)] if on else torch.ones(end - start)
             for start, end, on in zip(starts, ends, acts, strict=True)
         ]
         return cos, sin, _joined(parts)
