@@ -17,7 +17,6 @@ from qwenlet.linear import QuantLinear, TiledLinear, replace_linear
 from qwenlet.model import Qwen, Rotation
 from qwenlet.ops import cpu
 from qwenlet.ops.packing import to_tiles
-from qwenlet.ops.pages import untile, untile_values
 from qwenlet.ops.rounding import round_to_nearest
 from qwenlet.program import Angles, QwenProgram, obstacle
 from random_qwen import random_qwen
@@ -211,6 +210,24 @@ def test_a_position_beyond_the_published_table_is_an_error_and_not_read_behind_i
         kept.of(Rows.single(32_760, 8, 1.0), [32_760])
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32], ids=str)
+def test_how_heads_are_grouped_changes_nothing(isa: str, dtype: torch.dtype) -> None:
+    """Groups are for threads: with one, heads lie all together, with four each alone."""
+    model, rows, pieces = swapped(8), [tokens(150), tokens(70, 1)], [100, 30, 1, 1, 18]
+    threads = torch.get_num_threads()
+    found, groups = [], []
+    try:
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            groups.append(PagePool(model.config, 1, dtype, CPU, tiled=True).tiles[0].memory.shape[1])
+            found.append(native(model, dtype, rows, pieces))
+    finally:
+        torch.set_num_threads(threads)
+    assert groups == [1, 2, 4]
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
 def test_keys_come_back_out_of_their_tiles() -> None:
     model, ids = swapped(16), tokens(70)
     pool = PagePool(model.config, 2, torch.int8, CPU, tiled=True)
@@ -221,11 +238,10 @@ def test_keys_come_back_out_of_their_tiles() -> None:
     with torch.inference_mode():
         past = PagedPast(plain, Rows.single(0, 70, 1.0), [[0, 1]], [0])
         model(torch.tensor(ids), Rows.single(0, 70, 1.0), past)
+    found = pool.tiles[0].plain()
     for page, slots in ((0, 64), (1, 6)):
-        found, expected = untile(pool.k[0])[page, :, :slots], plain.k[0][page, :, :slots]
-        assert (found.int() - expected.int()).abs().max() <= 1
-        values = untile_values(pool.v[0])[page, :, :slots]
-        assert (values.int() - plain.v[0][page, :, :slots].int()).abs().max() <= 1
+        for ours, expected in ((found.k, plain.k[0]), (found.v, plain.v[0])):
+            assert (ours[page, :, :slots].int() - expected[page, :, :slots].int()).abs().max() <= 1
 
 
 def test_float32_keys_and_values_are_the_modules() -> None:
@@ -236,11 +252,10 @@ def test_float32_keys_and_values_are_the_modules() -> None:
     with torch.inference_mode():
         QwenProgram(swapped(32), tiled, 128).forward(torch.tensor(ids), rows, [[0, 1]], [0], torch.tensor([69]))
         random_model()(torch.tensor(ids), rows, PagedPast(pages, rows, [[0, 1]], [0]))
+    found = tiled.tiles[0].plain()
     for page, slots in ((0, 64), (1, 6)):
-        torch.testing.assert_close(
-            untile(tiled.k[0])[page, :, :slots], pages.k[0][page, :, :slots], rtol=1e-6, atol=1e-6
-        )
-        torch.testing.assert_close(tiled.v[0][page, :, :slots], pages.v[0][page, :, :slots], rtol=1e-6, atol=1e-6)
+        for ours, expected in ((found.k, pages.k[0]), (found.v, pages.v[0])):
+            torch.testing.assert_close(ours[page, :, :slots], expected[page, :, :slots], rtol=1e-6, atol=1e-6)
 
 
 def test_what_can_not_be_a_program_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

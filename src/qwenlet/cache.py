@@ -3,13 +3,13 @@
     NoPast      rows without a past: training, scoring, one-shot logits
     PagedPast   rows whose keys and values live in pages: generation
 
-One cache type from the start: 64 tokens a page, per layer [page, kv_head, 64, head_dim] for K and for V, and a table of
-page numbers per row. Keys are stored rotated, so a row's NTK factor must not change while its pages live.
+One cache type from the start: 64 tokens a page, per layer [page, kv_head, 64, head_dim] for K and for V (or in the
+kernels' order, ops/pages.py), and a table of page numbers per row. Keys are stored rotated, so a row's NTK factor must
+not change while its pages live.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,11 +20,9 @@ from torch import Tensor
 from qwenlet.config import ModelConfig
 from qwenlet.ops import training_attention
 from qwenlet.ops.attention import causal_attention, causal_attention_batch, causal_attention_pages
-from qwenlet.ops.memory import large_pages
-from qwenlet.ops.pages import CachePages
+from qwenlet.ops.pages import PAGE_TOKENS as PAGE_TOKENS
+from qwenlet.ops.pages import RUN_PAGES, CachePages, TiledPages, tiled_layers
 from qwenlet.ops.reference import quantize_rows
-
-PAGE_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -90,9 +88,9 @@ class PagePool:
     How many hold a page is counted once for all layers.
 
     Attributes:
-        k, v: per layer [pages, G, 64, D]. Tiled ones lie in the kernels' order within a page (ops/pages.py), and all
-            layers of a page side by side, so that it takes few large pages of memory.
+        k, v: per layer [pages, G, 64, D].
         k_scales, v_scales: per layer [pages, G, 64] float32 for int8 pages, one scale per token and head; else None.
+        tiles: per layer the kernels' pages, in the place of all these.
 
     Args:
         dtype: a float dtype, or int8.
@@ -103,24 +101,22 @@ class PagePool:
         self, config: ModelConfig, pages: int, dtype: torch.dtype, device: torch.device, *, tiled: bool = False
     ) -> None:
         shape = (pages, config.num_key_value_heads, PAGE_TOKENS, config.head_dim)
-        layers = range(config.num_hidden_layers)
-        if tiled:
-            whole = (pages, len(layers), 2, *shape[1:])
-            both = large_pages(math.prod(whole) * dtype.itemsize).view(dtype).view(whole).unbind(1)
-            self.k, self.v = [layer[:, 0] for layer in both], [layer[:, 1] for layer in both]
-        else:
-            self.k = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
-            self.v = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
+        layers = range(0 if tiled else config.num_hidden_layers)
+        self.k = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
+        self.v = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
         self.k_scales: list[Tensor] | None = None
         self.v_scales: list[Tensor] | None = None
         if dtype == torch.int8:
             self.k_scales = [torch.empty(shape[:3], device=device) for _ in layers]
             self.v_scales = [torch.empty(shape[:3], device=device) for _ in layers]
+        self.tiles: list[TiledPages] = []
+        if tiled:
+            self.tiles = tiled_layers(config.num_hidden_layers, pages, shape[1], config.head_dim, dtype)
         self.dtype, self.tiled = dtype, tiled
         self.pages = pages
         self._free = list(range(pages - 1, -1, -1))  # taken from its end, so that used pages come before untouched ones
         self._holders = [0] * pages
-        self.touched = 0  # pages that were ever taken, and so stand in memory
+        self.touched = 0  # pages that stand in memory, since they or one of their run were ever taken
 
     def layer(self, index: int) -> CachePages:
         scales = (None, None) if self.k_scales is None else (self.k_scales[index], self.v_scales[index])  # type: ignore[index]
@@ -141,7 +137,8 @@ class PagePool:
         pages = [self._free.pop() for _ in range(count)]
         for page in pages:
             self._holders[page] = 1
-        self.touched = max(self.touched, max(pages, default=-1) + 1)
+        run = RUN_PAGES if self.tiled else 1
+        self.touched = max(self.touched, min((max(pages, default=-1) // run + 1) * run, self.pages))
         return pages
 
     def share(self, pages: Sequence[int]) -> None:
@@ -166,6 +163,8 @@ class PagePool:
         for tables in (self.k, self.v, self.k_scales or (), self.v_scales or ()):
             for table in tables:
                 table[target].copy_(table[source])
+        for layer in self.tiles:
+            layer.copy(source, target)
 
 
 def pages_for(tokens: int) -> int:

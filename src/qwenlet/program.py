@@ -107,7 +107,7 @@ class QwenProgram:
             side.down()
             p.linear("c_attn", c_attn.tiles, c_attn.bias, source, qkv.flatten(1))
             side.up()
-            p.attention(heads, pool.layer(i), qkv, codes, code_scales, answer)
+            p.attention(heads, pool.tiles[i], qkv, codes, code_scales, answer)
             source = p.inputs("answer", _form(c_proj))
             side = sides.of("answer", (f"{layer}.attn.c_proj", x))
             p.round(answer, [source], side.inputs)

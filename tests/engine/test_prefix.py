@@ -152,6 +152,31 @@ def test_a_copy_holds_the_same_in_all_layers() -> None:
         assert not torch.equal(table[0], table[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16], ids=str)
+def test_a_copy_of_a_page_of_the_kernels(dtype: torch.dtype) -> None:
+    p = PagePool(CONFIG, 12, dtype, CPU, tiled=True)
+    for layer in p.tiles:
+        layer.memory.random_(0, 256)
+    p.copy(1, 10)  # into another run
+    for layer in p.tiles:
+        pages = layer.plain()
+        parts = [x.view(torch.uint8) for x in (pages.k, pages.v, pages.k_scales, pages.v_scales) if x is not None]
+        for part in parts:
+            assert torch.equal(part[1], part[10])
+            assert not torch.equal(part[1], part[2])
+            assert not torch.equal(part[1], part[9])
+
+
+def test_memory_of_the_kernels_comes_in_runs_of_pages() -> None:
+    p = PagePool(CONFIG, 20, torch.int8, CPU, tiled=True)
+    p.take(1)
+    assert (p.touched, p.free_touched) == (8, 7)
+    p.take(8)
+    assert (p.touched, p.free_touched) == (16, 7)
+    p.take(11)
+    assert (p.touched, p.free_touched) == (20, 0)
+
+
 def test_no_page_is_lost_where_an_idle_page_goes_before_one_in_use() -> None:
     """Two computed the same beginning; the first has ended, the second goes on behind the first one's page."""
     p = pool(4)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qwenlet.ops.cpu import kernels, weight_numbers
 from qwenlet.ops.packing import Tiles
-from qwenlet.ops.pages import CachePages
+from qwenlet.ops.pages import RUN_PAGES, TiledPages
 
 _NORM, _SWIGLU, _ROUND, _STORE, _ATTEND = 0, 1, 2, 4, 5
 _CACHE_KINDS = {torch.int8: 0, torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
@@ -162,21 +162,19 @@ class Program:
         self._native.program_adapter(self._program, *(number for slot in slots for number in slot))
 
     def attention(
-        self, heads: int, pages: CachePages, qkv: Tensor, codes: Tensor, code_scales: Tensor, out: Tensor
+        self, heads: int, pages: TiledPages, qkv: Tensor, codes: Tensor, code_scales: Tensor, out: Tensor
     ) -> None:
         """Turns queries and keys of qkv [N, H + 2G, D] in place, stores keys and values, answers into out [N, H * D].
 
         Args:
             codes: [N, H, 2 D] int8 and code_scales: [N, H, 2]: room for the queries of an int8 cache in 15 bits.
         """
-        kind, kv_heads, dim = _CACHE_KINDS[pages.v.dtype], pages.v.shape[1], pages.v.shape[3]
-        assert pages.k[0].is_contiguous(), "a page is in one piece"
-        assert pages.v.stride() == pages.k.stride(), "keys and values are as far apart"
-        stride = pages.k.stride(0) * pages.k.itemsize
-        self._held += [pages.k, pages.v]
-        parts = [pages.k.data_ptr(), pages.v.data_ptr()]
-        parts += [self._address(t) for t in (pages.k_scales, pages.v_scales)]
-        number = self._native.program_pages(self._program, kind, heads, kv_heads, dim, stride, *parts)
+        memory = pages.memory
+        self._held.append(memory)
+        number = self._native.program_pages(
+            self._program, _CACHE_KINDS[pages.dtype], heads, pages.kv_heads, pages.head_dim, pages.group, RUN_PAGES,
+            memory.stride(0), memory.stride(1), memory.data_ptr(),
+        )  # fmt: skip
         addresses = [self._address(t) for t in (codes, code_scales, out)]
         stride = qkv.shape[1] * qkv.shape[2]
         for name, step in (("store", _STORE), ("attend", _ATTEND)):

@@ -8,19 +8,19 @@
 
 namespace {
 
-// Fetches lines some way ahead of those that are read, in a stretch of memory and on into the next one. A processor reads
-// ahead by itself, but only to the end of 4 kB. Into the second cache: the way into the first is taken by what is read.
-struct Ahead {
+// Fetches lines ahead of those that are read, in a stretch of memory and on into the next one. Into the second cache: the way
+// into the first is taken by what is read.
+struct Fetch {
     const uint8_t *stretch, *next;  // `next` may be null
     int64_t bytes;                  // of either
     int64_t at = 0;
 
-    void fetch(int64_t lines) {
-        const int64_t begin = at + kPageAhead;
+    void pass(int64_t lines) {
+        const int64_t begin = at + kPagesAhead.bytes;
         at += lines * 64;
         const uint8_t* from = begin < bytes ? stretch + begin : begin < 2 * bytes && next ? next + (begin - bytes) : nullptr;
         if (from)
-            for (int64_t i = 0; i < lines; ++i) prefetch_far(from + i * 64);
+            for (int64_t i = 0; i < lines; i += kPagesAhead.every) prefetch_far(from + i * 64);
     }
 };
 
@@ -28,12 +28,12 @@ struct Ahead {
 // or of bytes stored 128 higher with signed codes. A code is 128 a + b: its a at codes, its b `low` bytes behind.
 template <bool Signed, int R, int T>
 inline void products(const uint8_t* tiles, int64_t words, const int8_t* codes, int64_t stride, int64_t low, I (*sums)[T],
-                     Ahead& ahead) {
+                     Fetch& ahead) {
     I above[R][T], below[R][T];
     for (int r = 0; r < R; ++r)
         for (int t = 0; t < T; ++t) above[r][t] = below[r][t] = i_set(0);
     for (int64_t w = 0; w < words; w += 2) {
-        ahead.fetch(2 * T);
+        ahead.pass(2 * T);
         for (int64_t i = w; i < w + 2; ++i)
             for (int t = 0; t < T; ++t) {
                 const Line line = line_load(tiles + (t * words + i) * 64);
@@ -53,7 +53,7 @@ inline void products(const uint8_t* tiles, int64_t words, const int8_t* codes, i
 struct NoMany {
     static constexpr int64_t kLeast = kQueryBlock + 1, kWords = 16;
     template <bool Signed>
-    void products(const uint8_t*, int64_t, int64_t, const int8_t*, int64_t, int64_t, int64_t, int32_t*, Ahead&) {}
+    void products(const uint8_t*, int64_t, int64_t, const int8_t*, int64_t, int64_t, int64_t, int32_t*, Fetch&) {}
 };
 
 // Sums of a tile and many rows, [2, rows, 16]: of the codes' a, and of their b.
@@ -72,7 +72,7 @@ inline F score_of(I sum, float code_scale, float code_sum, float factor, const f
 // scores [R, 64] of R rows against the keys of a page. Queries have 15 bits, see kernels.h.
 template <int R>
 inline void scores_int8(const uint8_t* k, const float* k_scales, const int8_t* codes, const float* code_scales,
-                        int64_t scales_stride, int64_t dim, float factor, float* scores, Ahead& ahead) {
+                        int64_t scales_stride, int64_t dim, float factor, float* scores, Fetch& ahead) {
     constexpr int T = R == 1 ? kPageTiles : kPageTilesOfTwo;
     for (int t = 0; t < kKeyTiles; t += T) {
         I sums[R][T];
@@ -99,13 +99,13 @@ inline void line_floats(const uint8_t* line, F* numbers) {
 
 template <int R, Cache Kind>
 inline void scores_float(const uint8_t* k, const float* q, int64_t q_stride, int64_t dim, float factor, float* scores,
-                         Ahead& ahead) {
+                         Fetch& ahead) {
     constexpr int kEach = Kind == Cache::kFp32 ? 1 : 2;
     F sums[R][kKeyTiles];
     for (int r = 0; r < R; ++r)
         for (int t = 0; t < kKeyTiles; ++t) sums[r][t] = f_set(0.0f);
     for (int64_t w = 0; w < dim / kEach; ++w) {
-        ahead.fetch(kKeyTiles);
+        ahead.pass(kKeyTiles);
         for (int t = 0; t < kKeyTiles; ++t) {
             F numbers[kEach];
             line_floats<Kind>(k + (t * dim / kEach + w) * 64, numbers);
@@ -128,12 +128,12 @@ inline F value_at(const void* v, int64_t i) {
 // sums[r][d] = sums[r][d] * fade[r] + sum_j weights[r][j] v[j][d], keys in order
 template <Cache Kind, int R, int Chunks>
 inline void mix_chunk(const void* v, int64_t dim, int64_t at, int keys, const float* weights, const float* fade, float* sums,
-                      Ahead& ahead) {
+                      Fetch& ahead) {
     F acc[R][Chunks];
     for (int r = 0; r < R; ++r)
         for (int c = 0; c < Chunks; ++c) acc[r][c] = f_mul(f_load(sums + r * dim + at + c * 16), f_set(fade[r]));
     for (int j = 0; j < keys; ++j) {
-        ahead.fetch(Chunks / (Kind == Cache::kFp32 ? 1 : 2));
+        ahead.pass(Chunks / (Kind == Cache::kFp32 ? 1 : 2));
         for (int c = 0; c < Chunks; ++c) {
             const F value = value_at<Kind>(v, j * dim + at + c * 16);
             for (int r = 0; r < R; ++r) acc[r][c] = f_fma(f_set(weights[r * kPage + j]), value, acc[r][c]);
@@ -144,7 +144,7 @@ inline void mix_chunk(const void* v, int64_t dim, int64_t at, int keys, const fl
 }
 
 template <Cache Kind, int R>
-inline void mix(const void* v, int64_t dim, int keys, const float* weights, const float* fade, float* sums, Ahead& ahead) {
+inline void mix(const void* v, int64_t dim, int keys, const float* weights, const float* fade, float* sums, Fetch& ahead) {
     int64_t at = 0;
     for (; at + 128 <= dim; at += 128) mix_chunk<Kind, R, 8>(v, dim, at, keys, weights, fade, sums, ahead);
     for (; at + 64 <= dim; at += 64) mix_chunk<Kind, R, 4>(v, dim, at, keys, weights, fade, sums, ahead);
@@ -172,7 +172,7 @@ inline void mix_in(float* sums, I found, float scale, float fade) {
 
 template <int R, int T>
 inline void mix_tiles(const uint8_t* v, int64_t dim, int64_t at, const int8_t* codes, const float* scales, const float* fade,
-                      float* sums, Ahead& ahead) {
+                      float* sums, Fetch& ahead) {
     I found[R][T];
     products<true, R, T>(v + at * kPage, kPage / 4, codes, 2 * kPage, kPage, found, ahead);
     for (int r = 0; r < R; ++r)
@@ -183,7 +183,7 @@ inline void mix_tiles(const uint8_t* v, int64_t dim, int64_t at, const int8_t* c
 // those that a row doesn't see have the code 0.
 template <int R>
 inline void mix_int8(const uint8_t* v, int64_t dim, const int8_t* codes, const float* scales, const float* fade, float* sums,
-                     Ahead& ahead) {
+                     Fetch& ahead) {
     constexpr int T = R == 1 ? kPageTiles : kPageTilesOfTwo;
     int64_t at = 0;
     for (; at + 16 * T <= dim; at += 16 * T) mix_tiles<R, T>(v, dim, at, codes, scales, fade, sums, ahead);
@@ -204,7 +204,7 @@ struct Rows {
 
 template <Cache Kind, class Many>
 inline void scores_of(const Pages& p, const Rows& x, int64_t q_stride, const uint8_t* k, const float* k_scales, Many& many,
-                      Ahead& ahead) {
+                      Fetch& ahead) {
     const float factor = 1.0f / __builtin_sqrtf(static_cast<float>(p.dim));
     int64_t r = x.from;
     if (Kind == Cache::kInt8 && x.rows - r >= Many::kLeast && p.dim / 4 % Many::kWords == 0) {
@@ -279,7 +279,7 @@ inline void weigh_page(const Rows& x, int64_t position, int64_t first_key, const
 
 template <Cache Kind, class Many>
 inline void mix_page(const Pages& p, const Rows& x, int64_t position, int64_t first_key, const uint8_t* v, float* widened,
-                     Many& many, Ahead& ahead) {
+                     Many& many, Fetch& ahead) {
     const int64_t dim = p.dim, most = position + x.rows - first_key;
     const int keys = static_cast<int>(most < kPage ? most : kPage);
     int64_t r = x.from;
@@ -316,23 +316,21 @@ template <Cache Kind, class Many>
 void attend_pages(const Pages& p, Rows* heads, int64_t count, int64_t q_stride, int64_t position, const int32_t* table,
                   float* widened) {
     Many many;
-    const int64_t rows = heads[0].rows, part = part_bytes(p), first = heads[0].kv_head;
-    const int64_t bytes = (heads[count - 1].kv_head - first + 1) * part;
+    const int64_t rows = heads[0].rows, part = part_bytes(p), first = heads[0].kv_head, among = first % p.group;
+    const int64_t kv_heads = heads[count - 1].kv_head - first + 1, bytes = kv_heads * part;
     for (int64_t page = 0; page * kPage < position + rows; ++page) {
-        const int64_t first_key = page * kPage, at = part_at(p, table[page], first);
-        const int64_t scales_at = (table[page] * p.kv_heads + first) * kPage;
-        const float* k_scales = Kind == Cache::kInt8 ? p.k_scales + scales_at : nullptr;
-        const float* v_scales = Kind == Cache::kInt8 ? p.v_scales + scales_at : nullptr;
+        const int64_t first_key = page * kPage;
         const bool last = (page + 1) * kPage >= position + rows;
-        const uint8_t *k = p.k + at, *v = p.v + at, *after = last ? nullptr : p.k + part_at(p, table[page + 1], first);
-        if (Kind == Cache::kInt8 && !last) {  // the next scales, in stretches of their own
-            const int64_t next = (table[page + 1] * p.kv_heads + first) * kPage;
-            for (int64_t i = 0; i < bytes / part * kPage; i += 16) {
-                prefetch_far(p.k_scales + next + i);
-                prefetch_far(p.v_scales + next + i);
+        const GroupPage here = group_page(p, table[page], first), next = group_page(p, table[last ? page : page + 1], first);
+        const uint8_t *k = here.k + among * part, *v = here.v + among * part;
+        const float* k_scales = Kind == Cache::kInt8 ? here.k_scales + among * kPage : nullptr;
+        const float* v_scales = Kind == Cache::kInt8 ? here.v_scales + among * kPage : nullptr;
+        if (Kind == Cache::kInt8 && !last)
+            for (int64_t i = among * kPage; i < (among + kv_heads) * kPage; i += 16) {
+                prefetch_far(next.k_scales + i);
+                prefetch_far(next.v_scales + i);
             }
-        }
-        Ahead keys{k, v, bytes}, values{v, after, bytes}, nothing{nullptr, nullptr, 0};
+        Fetch keys{k, v, bytes}, values{v, last ? nullptr : next.k + among * part, bytes}, nothing{nullptr, nullptr, 0};
         // heads that share keys need nothing new among themselves
         const auto turns = [&](int64_t h) { return h == 0 || heads[h].kv_head != heads[h - 1].kv_head; };
         for (int64_t h = 0; h < count; ++h) {
@@ -341,10 +339,8 @@ void attend_pages(const Pages& p, Rows* heads, int64_t count, int64_t q_stride, 
             const int64_t kv = x.kv_head - first;
             scores_of<Kind>(p, x, q_stride, k + kv * part, k_scales + kv * kPage, many, turns(h) ? keys : nothing);
         }
-        for (int64_t h = 0; h < count; ++h) {
-            if (turns(h)) values.fetch(kWeighLines);  // else memory would stand still meanwhile
+        for (int64_t h = 0; h < count; ++h)
             weigh_page(heads[h], position, first_key, v_scales ? v_scales + (heads[h].kv_head - first) * kPage : nullptr);
-        }
         for (int64_t h = 0; h < count; ++h)
             mix_page<Kind>(p, heads[h], position, first_key, v + (heads[h].kv_head - first) * part, widened, many,
                            turns(h) ? values : nothing);

@@ -18,13 +18,13 @@ class AmxRows {
 
     template <bool Signed>
     void products(const uint8_t* tiles, int64_t count, int64_t words, const int8_t* codes, int64_t stride, int64_t low,
-                  int64_t rows, int32_t* sums, Ahead& ahead) {
+                  int64_t rows, int32_t* sums, Fetch& ahead) {
         shape_.fit(static_cast<int>(rows), static_cast<int>(rows));
         for (int64_t t = 0; t < count; t += 2) {
             const uint8_t* tile = tiles + t * words * 64;
             amx_zero<0>(), amx_zero<1>(), amx_zero<2>(), amx_zero<3>();
             for (int64_t w = 0; w < words; w += kWords) {
-                ahead.fetch(2 * kWords);
+                ahead.pass(2 * kWords);
                 amx_load<4>(codes + w * 4, stride);
                 amx_load<5>(codes + low + w * 4, stride);
                 amx_load<6>(tile + w * 64, 64);

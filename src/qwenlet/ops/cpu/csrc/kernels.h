@@ -57,18 +57,14 @@ struct TileWeight {
 
 enum class Cache : int { kInt8 = 0, kBf16 = 1, kFp16 = 2, kFp32 = 3 };
 
-// Keys and values of one layer, in pages of 64 tokens.
-//   k: [pages, kv_heads, 4, dim / q, 16, q] with q numbers of a key in four bytes, int8 keys stored 128 higher
-//   v: [pages, kv_heads, 64, dim], or [pages, kv_heads, dim / 16, 16, 16, 4] with four tokens in a word for int8;
-//   scales of int8: [pages, kv_heads, 64] float32
-// `stride` bytes lie from one page of k, or of v, to the next.
+// Keys and values of one layer, in pages of 64 tokens, as ops/pages.py lays them out: `run` pages of a group of heads side by
+// side, the next group `group_stride` bytes away, the next pages `run_stride`.
 struct Pages {
     Cache kind;
-    int64_t heads, kv_heads, dim, stride;
-    uint8_t* k;
-    uint8_t* v;
-    float* k_scales;
-    float* v_scales;
+    int64_t heads, kv_heads, dim;
+    int64_t group;  // kv heads
+    int64_t run, run_stride, group_stride;
+    uint8_t* memory;
 };
 
 // Keys and queries of a block of training's attention: a block of keys is at most half of a first cache, queries are a

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "ahead.h"
+
 namespace {
 
 using F = __m512;
@@ -13,26 +15,17 @@ using I = __m512i;
 using Line = __m512i;
 
 // rows (of eight-bit weights, which keep two sums) and tiles of a block in registers; tiles streamed side by side for one
-// row, sums for each, and tiles for a few rows; whether codes are fetched ahead. Processors with AMX want more streams and
-// fetching ahead, which others (Zen 4) do without (measured).
+// row, sums for each, and tiles for a few rows; tiles of a cache page side by side, for one row and for two. Processors with
+// AMX want more streams and every line fetched; others (Zen 4) one stream, and less of it (measured).
 constexpr int kGemmRows = 6, kGemmRowsOfBytes = 4, kGemmTiles = 2, kStreamTiles = 2;
 #if defined(__AMX_TILE__)
-constexpr int kGemvTiles = 4, kGemvSums = 1;
-constexpr bool kCodesAhead = true;
+constexpr int kGemvTiles = 4, kGemvSums = 1, kPageTiles = 4;
+constexpr Ahead kCodesAhead{2048, 1, true}, kFloatsAhead{2048, 1, true}, kPagesAhead{8192, 1, false};
 #else
-constexpr int kGemvTiles = 1, kGemvSums = 2;
-constexpr bool kCodesAhead = false;
+constexpr int kGemvTiles = 1, kGemvSums = 2, kPageTiles = 1;
+constexpr Ahead kCodesAhead{8192, 2, false}, kFloatsAhead{8192, 4, false}, kPagesAhead{6144, 2, false};
 #endif
 constexpr int kStreamHalves = 2;
-// tiles of a cache page side by side, for one row and for two; bytes fetched ahead of those read, and lines for each head
-// while its weights are made
-#if defined(__AMX_TILE__)
-constexpr int kPageTiles = 4;
-constexpr int64_t kPageAhead = 8192, kWeighLines = 0;
-#else
-constexpr int kPageTiles = 1;
-constexpr int64_t kPageAhead = 6144, kWeighLines = 24;
-#endif
 constexpr int kPageTilesOfTwo = 4;
 // rows and tiles of a block of float32
 constexpr int kFp32Rows = 6, kFp32Tiles = 4;

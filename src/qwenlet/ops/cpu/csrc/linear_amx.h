@@ -100,7 +100,7 @@ inline void amx_group(const int8_t* codes, int64_t stride, const uint8_t* lines,
         if constexpr (Bits == 8) {
             if (ahead)
                 for (int c = 0; c < C; ++c)
-                    for (int64_t l = 0; l < deep / 4; ++l) prefetch(lines + c * apart + k * 16 + l * 64 + kAheadBytes);
+                    for (int64_t l = 0; l < deep / 4; ++l) prefetch(lines + c * apart + k * 16 + l * 64 + kCodesAhead.bytes);
             amx_load<5>(codes + group + k, stride);
             amx_load<6>(lines + k * 16, 64);
             amx_product<8, 0, 4, 6>();
@@ -266,7 +266,7 @@ void amx_bf16_tiles(const TileWeight& w, const Inputs& x, int64_t rows, int64_t 
         for (int64_t k = 0; k < w.k; k += 32) {
             if (rows <= 16)
                 for (int c = 0; c < C; ++c)
-                    for (int l = 0; l < 16; ++l) prefetch(lines + c * span + k * 32 + l * 64 + kAheadBytes);
+                    for (int l = 0; l < 16; ++l) prefetch(lines + c * span + k * 32 + l * 64 + kCodesAhead.bytes);
             const uint16_t* inputs = x.bf16 + row * x.k + k;
             amx_load<4>(inputs, x.k * 2);
             amx_load<6>(lines + k * 32, 64);

@@ -69,7 +69,9 @@ struct Sums {
     }
 };
 
-constexpr int64_t kAheadBytes = 2048;
+inline void fetch_ahead(const Ahead& how, const uint8_t* line, int64_t number) {
+    if (how.bytes && number % how.every == 0) how.near ? prefetch(line + how.bytes) : prefetch_far(line + how.bytes);
+}
 
 // R rows, C tiles, weights streamed. Neighbouring lines go to U sums of their own, so that products needn't wait for each
 // other: whole numbers add up the same in any order.
@@ -94,7 +96,8 @@ void stream_quant(const TileWeight& w, const Inputs& x, int64_t row, int64_t til
         for (int64_t l = 0; l < lines; l += U)
             for (int c = 0; c < C; ++c)
                 for (int u = 0; u < U; ++u) {
-                    if (kCodesAhead) prefetch(at[c] + (l + u) * 64 + kAheadBytes);
+                    // several rows compute more than they wait
+                    if (R == 1 || kCodesAhead.near) fetch_ahead(kCodesAhead, at[c] + (l + u) * 64, l + u);
                     const Line line = line_load(at[c] + (l + u) * 64);
                     const Line first = Bits == 4 ? line_low(line) : line, second = Bits == 4 ? line_high(line) : line;
                     for (int r = 0; r < R; ++r) dot[r][c].add(u, first, second, codes[r] + (l + u) * kLineCodes<Bits>, w.group);
@@ -124,7 +127,7 @@ void stream_bf16(const TileWeight& w, const Inputs& x, int64_t row, int64_t tile
     for (int64_t l = 0; l < lines; ++l)
         for (int c = 0; c < C; ++c) {
             const uint8_t* at = w.weight + ((tile + c) * lines + l) * 64;
-            prefetch(at + kAheadBytes);
+            fetch_ahead(kFloatsAhead, at, l);
             const Line line = line_load(at);
             for (int r = 0; r < R; ++r) acc[r][c] = dot2(acc[r][c], line, x.bf16 + (row + r) * x.k + 2 * l);
         }

@@ -41,15 +41,14 @@ PyObject* program_weight(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     return program == nullptr ? nullptr : add_to(program->weights, weight_from(v));
 }
 
-// program_pages(program, kind, heads, kv_heads, dim, stride, k, v, k_scales, v_scales) -> its number
+// program_pages(program, kind, heads, kv_heads, dim, group, run, run_stride, group_stride, memory) -> its number
 PyObject* program_pages(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     int64_t v[9];
     if (!read_all("program_pages", args, nargs, 1, 9, v)) return nullptr;
     Program* program = program_of(args[0]);
     if (program == nullptr) return nullptr;
-    return add_to(program->pages, Pages{static_cast<Cache>(v[0]), v[1], v[2], v[3], v[4],
-                                        address<uint8_t>(v[5]), address<uint8_t>(v[6]), address<float>(v[7]),
-                                        address<float>(v[8])});
+    return add_to(program->pages,
+                  Pages{static_cast<Cache>(v[0]), v[1], v[2], v[3], v[4], v[5], v[6], v[7], address<uint8_t>(v[8])});
 }
 
 PyObject* add_step(PyObject* capsule, const Step& step) {

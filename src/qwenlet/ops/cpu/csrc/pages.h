@@ -18,7 +18,21 @@ inline int64_t item_bytes(const Pages& p) { return p.kind == Cache::kInt8 ? 1 : 
 
 // One head's keys in a page, or its values.
 inline int64_t part_bytes(const Pages& p) { return kPage * p.dim * item_bytes(p); }
-inline int64_t part_at(const Pages& p, int64_t page, int64_t kv_head) { return page * p.stride + kv_head * part_bytes(p); }
+
+// A group's heads in one page: its keys and its values, and their scales, of int8 ones.
+struct GroupPage {
+    float *k_scales, *v_scales;
+    uint8_t *k, *v;
+};
+
+inline GroupPage group_page(const Pages& p, int64_t page, int64_t kv_head) {
+    const int64_t scales = p.kind == Cache::kInt8 ? p.group * kPage : 0, part = p.group * part_bytes(p);
+    const int64_t bytes = 2 * (scales * static_cast<int64_t>(sizeof(float)) + part);
+    uint8_t* at = p.memory + page / p.run * p.run_stride + kv_head / p.group * p.group_stride + page % p.run * bytes;
+    float* k_scales = reinterpret_cast<float*>(at);
+    uint8_t* k = at + bytes - 2 * part;
+    return {k_scales, k_scales + scales, k, k + part};
+}
 
 // x [dim] turned by cos, sin [dim / 2]: pairs are (i, i + dim / 2)
 inline void turn(float* x, const float* cos, const float* sin, int64_t dim, float scale) {
@@ -59,17 +73,18 @@ inline void store_floats(Cache kind, uint8_t* row, int64_t i, F values) {
 
 void store(const Pages& p, float* k, const float* v, const float* cos, const float* sin, int64_t page, int64_t slot,
            int64_t head) {
-    const int64_t dim = p.dim, in_pool = page * p.kv_heads + head, bytes = item_bytes(p);
+    const int64_t dim = p.dim, bytes = item_bytes(p), among = head % p.group;
+    const GroupPage to = group_page(p, page, head);
     turn(k, cos, sin, dim, 1.0f);
     // word w of the key lies in line w of its tile
-    uint8_t* tile = p.k + part_at(p, page, head) + slot / 16 * 16 * dim * bytes + slot % 16 * 4;
-    uint8_t* values = p.v + part_at(p, page, head);
+    uint8_t* tile = to.k + among * part_bytes(p) + slot / 16 * 16 * dim * bytes + slot % 16 * 4;
+    uint8_t* values = to.v + among * part_bytes(p);
     alignas(64) uint8_t key[kMostDim * 4];
     if (p.kind == Cache::kInt8) {
-        round_group(k, dim, reinterpret_cast<int8_t*>(key), p.k_scales + in_pool * kPage + slot, false);
+        round_group(k, dim, reinterpret_cast<int8_t*>(key), to.k_scales + among * kPage + slot, false);
         for (int64_t i = 0; i < dim; ++i) key[i] ^= 0x80;
         int8_t value[kMostDim];
-        round_group(v, dim, value, p.v_scales + in_pool * kPage + slot, false);
+        round_group(v, dim, value, to.v_scales + among * kPage + slot, false);
         uint8_t* byte = values + slot / 4 * 64 + slot % 4;
         for (int64_t i = 0; i < dim; ++i) byte[i / 16 * 16 * kPage + i % 16 * 4] = static_cast<uint8_t>(value[i]);
     } else {

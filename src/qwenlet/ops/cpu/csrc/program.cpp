@@ -153,7 +153,10 @@ class Run {
     // A large piece of what is left.
     int64_t large(const Step& step, int64_t left, int threads) const {
         if (step.kind == Step::kLinear) return left / (2 * threads);
-        return step.kind == Step::kAttend ? std::min(left / threads, of(step).heads) : 0;
+        if (step.kind != Step::kAttend) return 0;
+        // for single rows, which only read, a group and no less: what is side by side
+        const int64_t least = batch_.tokens == static_cast<int64_t>(blocks_.size()) ? (of(step).heads + threads - 1) / threads : 0;
+        return std::max(std::min(left / threads, of(step).heads), least);
     }
 
     bool idle(const Step& step) const { return step.slot >= 0 && count(step) == 0; }
@@ -249,14 +252,15 @@ class Run {
                        place.table[place.position / kPage], place.position % kPage, kv_head);
     }
 
-    // Heads of one block, as many from `i` on as are taken together; returns the first that is not among them. Tall blocks go
+    // Heads of one block and group, as many from `i` on as are taken together; returns the first that is not among them. Tall blocks go
     // head by head, so that a head's keys and values stay in a cache from one block to the next.
     int64_t attend(const Step& step, int64_t i, int64_t end, char* scratch) const {
         const Pages& p = of(step);
         const bool tall = i < tall_ * p.heads;
         const Block& block = blocks_[static_cast<size_t>(tall ? i % tall_ : i / p.heads)];
         const int64_t head = tall ? i / tall_ : i % p.heads, width = p.heads * p.dim;
-        const int64_t heads = std::min({end - i, p.heads - head, std::max<int64_t>(kQueryBlock / block.rows, 1)});
+        const int64_t group = p.heads / p.kv_heads * p.group;
+        const int64_t heads = std::min({end - i, group - head % group, std::max<int64_t>(kQueryBlock / block.rows, 1)});
         // queries lie at the front of qkv, their codes in rows of their own
         const float* q = step.out + block.first * step.stride + head * p.dim;
         float* out = step.y + block.first * width + head * p.dim;
