@@ -34,7 +34,7 @@ import qwenlet
 from qwenlet.cache import Rows
 from qwenlet.checkpoint.gguf import row_bytes
 from qwenlet.gguf_header import read_header
-from qwenlet.profiling.ceilings import read_speed
+from qwenlet.profiling.ceilings import fastest_reader, read_speed
 
 VARIANTS: dict[str, list[str]] = {
     "plain": ["-fa", "0"],
@@ -102,8 +102,14 @@ class Ours:
         program = self.llm.engine.runner.program
         return 0 if program is None else sum(program.native.bytes)
 
-    def operators(self, past: int, repeats: int = 20) -> dict[str, dict[str, float]]:
-        """Time and bytes of each kind of step of one decoded token with `past` tokens behind it: medians."""
+    def operators(
+        self, past: int, repeats: int = 20, between: Callable[[], None] | None = None
+    ) -> dict[str, dict[str, float]]:
+        """Time and bytes of each kind of step of one decoded token with `past` tokens behind it: medians.
+
+        Args:
+            between: called before each.
+        """
         engine = self.llm.engine
         program, config = engine.runner.program, self.llm.config
         assert program is not None, "operators are timed in the native program"
@@ -113,6 +119,8 @@ class Ours:
         seconds = torch.zeros(len(program.native.names), dtype=torch.float64)
         with torch.inference_mode():
             for _ in range(repeats):
+                if between is not None:
+                    between()
                 program.forward(
                     torch.tensor([5]), Rows.single(past, 1, 1.0), [pages], [past], torch.tensor([0]), seconds
                 )
@@ -197,11 +205,16 @@ def compare(args: argparse.Namespace, kind: str) -> list[dict[str, Any]]:
 
 def operators(kind: str, ours: Ours, past: int) -> dict[str, Any]:
     """Where a decoded token's time goes. The pages of `past` tokens must have been written: what never was is one page
-    of zeros to the system, and quick to read."""
-    speed, how = read_speed(torch.device("cpu"))
-    speed /= 1e9
-    print(f"read speed {speed:.1f} GB/s ({how}); of one decoded token behind {past}:")
-    steps = ours.operators(past)
+    of zeros to the system, and quick to read. Memory is read once before each token, since on a shared machine it may
+    be twice as quick a second later."""
+    reader = fastest_reader(torch.device("cpu"))
+    reads: list[float] = []
+    steps = ours.operators(past, 40, lambda: reads.append(reader.now() / 1e9))
+    speed = statistics.median(reads)
+    print(
+        f"read speed {speed:.1f} GB/s in the median ({min(reads):.1f}-{max(reads):.1f}; {reader.how}); "
+        f"of one decoded token behind {past}, in turn with it:"
+    )
     steps["all"] = {what: sum(step[what] for step in steps.values()) for what in ("seconds", "bytes")}
     for name, step in steps.items():
         rate = step["bytes"] / step["seconds"] / 1e9
