@@ -313,7 +313,7 @@ def choose_linear(asked: str, device: torch.device, dtype: torch.dtype) -> tuple
         raise ConfigError(
             f"linear={asked!r} is for {names} on a CPU, not {dtype} on {device}", hint="use linear='auto'"
         )
-    kernels, (packs, packs_why) = cpu.status(), prepack_works()
+    kernels = cpu.status()
     if asked == "auto" and dtype == torch.float32 and kernels.isa in (None, "portable"):
         why = kernels.reason if kernels.isa is None else "prefill by plain C++ takes two to three times as long"
         return None, why
@@ -322,6 +322,7 @@ def choose_linear(asked: str, device: torch.device, dtype: torch.dtype) -> tuple
         return kind, f"{kernels.isa} kernels, {kernels.reason}"
     if asked in ("tiled", "streamed"):
         raise ConfigError(f"linear={asked!r} has no kernels here: {kernels.reason}", hint="use linear='auto'")
+    packs, packs_why = prepack_works()  # takes 0.2 s, a third of some loads
     if packs:
         return PrepackedLinear, packs_why
     if asked == "prepacked":
