@@ -260,12 +260,26 @@ void block_tiles(const TileWeight& w, const Inputs& x, int64_t rows, int64_t til
             apart = columns * 16;
         }
         constexpr int kRows = Bits == 8 ? kGemmRowsOfBytes : kGemmRows;
-        int64_t row = 0;
-        for (; row + kRows <= rows; row += kRows)
+        // the tiles' next stretch comes while this one is multiplied, some lines of it with each block of rows
+        const int64_t left = w.k - column - columns, bytes = (left < stretch ? left : stretch) * Bits * 2;
+        const int64_t each = (bytes / 64 * kRows + rows - 1) / rows * 64;
+        const uint8_t* next = w.weight + tile * span + (column + columns) * Bits * 2;
+        int64_t row = 0, fetched = 0;
+        const auto fetch = [&] {
+            const int64_t end = fetched + each < bytes ? fetched + each : bytes;
+            for (int c = 0; c < C; ++c)
+                for (int64_t i = fetched; i < end; i += 64) prefetch_far(next + c * span + i);
+            fetched = end;
+        };
+        for (; row + kRows <= rows; row += kRows) {
+            fetch();
             block<Bits, Z, kRows, C>(w, x, row, tile, column, columns, lines, apart, sums + row * C * kTile);
-        if (row < rows)
+        }
+        if (row < rows) {
+            fetch();
             block_rest<Bits, Z, kRows, C>(rows - row, w, x, row, tile, column, columns, lines, apart,
                                           sums + row * C * kTile);
+        }
     }
     for (int64_t r = 0; r < rows; ++r)
         for (int c = 0; c < C; ++c) put(w, tile + c, f_load(sums + (r * C + c) * kTile), y + r * stride, add);
