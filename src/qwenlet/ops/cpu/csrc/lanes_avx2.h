@@ -21,7 +21,7 @@ using Line = I;
 constexpr int kGemmRows = 3, kGemmRowsOfBytes = 2, kGemmTiles = 1, kGemvTiles = 1, kGemvSums = 2, kStreamTiles = 1;
 constexpr int kStreamHalves = 1;
 constexpr int kPageTiles = 2, kPageTilesOfTwo = 1;
-constexpr Ahead kCodesAhead{0, 1, true}, kFloatsAhead{2048, 1, true}, kPagesAhead{8192, 1, false};
+constexpr Ahead kCodesAhead{0, 1, true}, kCodesOfRowsAhead = kCodesAhead, kFloatsAhead{2048, 1, true}, kPagesAhead{8192, 1, false};
 constexpr int kFp32Rows = 6, kFp32Tiles = 1;
 
 inline F f_set(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }

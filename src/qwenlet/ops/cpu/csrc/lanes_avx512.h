@@ -20,10 +20,10 @@ using Line = __m512i;
 constexpr int kGemmRows = 6, kGemmRowsOfBytes = 4, kGemmTiles = 2, kStreamTiles = 2;
 #if defined(__AMX_TILE__)
 constexpr int kGemvTiles = 4, kGemvSums = 1, kPageTiles = 4;
-constexpr Ahead kCodesAhead{2048, 1, true}, kFloatsAhead{2048, 1, true}, kPagesAhead{8192, 1, false};
+constexpr Ahead kCodesAhead{2048, 1, true}, kCodesOfRowsAhead = kCodesAhead, kFloatsAhead{2048, 1, true}, kPagesAhead{8192, 1, false};
 #else
 constexpr int kGemvTiles = 1, kGemvSums = 2, kPageTiles = 1;
-constexpr Ahead kCodesAhead{8192, 2, false}, kFloatsAhead{8192, 4, false}, kPagesAhead{6144, 2, false};
+constexpr Ahead kCodesAhead{8192, 2, false}, kCodesOfRowsAhead{0, 1, true}, kFloatsAhead{8192, 4, false}, kPagesAhead{6144, 2, false};
 #endif
 constexpr int kStreamHalves = 2;
 constexpr int kPageTilesOfTwo = 4;

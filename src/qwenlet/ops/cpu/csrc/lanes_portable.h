@@ -24,7 +24,7 @@ struct Line {
 constexpr int kGemmRows = 2, kGemmRowsOfBytes = 2, kGemmTiles = 1, kGemvTiles = 1, kGemvSums = 1, kStreamTiles = 1;
 constexpr int kStreamHalves = 1;
 constexpr int kPageTiles = 1, kPageTilesOfTwo = 1;
-constexpr Ahead kCodesAhead{0, 1, true}, kFloatsAhead{2048, 1, true}, kPagesAhead{8192, 1, false};
+constexpr Ahead kCodesAhead{0, 1, true}, kCodesOfRowsAhead = kCodesAhead, kFloatsAhead{2048, 1, true}, kPagesAhead{8192, 1, false};
 constexpr int kFp32Rows = 1, kFp32Tiles = 2;  // more rows than one keep compilers from using registers
 
 template <class Each>

@@ -97,7 +97,7 @@ void stream_quant(const TileWeight& w, const Inputs& x, int64_t row, int64_t til
             for (int c = 0; c < C; ++c)
                 for (int u = 0; u < U; ++u) {
                     // several rows compute more than they wait
-                    if (R == 1 || kCodesAhead.near) fetch_ahead(kCodesAhead, at[c] + (l + u) * 64, l + u);
+                    fetch_ahead(R == 1 ? kCodesAhead : kCodesOfRowsAhead, at[c] + (l + u) * 64, l + u);
                     const Line line = line_load(at[c] + (l + u) * 64);
                     const Line first = Bits == 4 ? line_low(line) : line, second = Bits == 4 ? line_high(line) : line;
                     for (int r = 0; r < R; ++r) dot[r][c].add(u, first, second, codes[r] + (l + u) * kLineCodes<Bits>, w.group);
