@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qwenlet.ops.cpu import kernels, weight_numbers
 from qwenlet.ops.packing import Tiles
-from qwenlet.ops.pages import RUN_PAGES, TiledPages
+from qwenlet.ops.pages import TiledPages
 
 _NORM, _SWIGLU, _ROUND, _STORE, _ATTEND = 0, 1, 2, 4, 5
 _CACHE_KINDS = {torch.int8: 0, torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
@@ -172,8 +172,8 @@ class Program:
         memory = pages.memory
         self._held.append(memory)
         number = self._native.program_pages(
-            self._program, _CACHE_KINDS[pages.dtype], heads, pages.kv_heads, pages.head_dim, pages.group, RUN_PAGES,
-            memory.stride(0), memory.stride(1), memory.data_ptr(),
+            self._program, _CACHE_KINDS[pages.dtype], heads, pages.kv_heads, pages.head_dim, pages.group,
+            memory.shape[2], memory.stride(0), memory.stride(1), memory.data_ptr(),
         )  # fmt: skip
         addresses = [self._address(t) for t in (codes, code_scales, out)]
         stride = qkv.shape[1] * qkv.shape[2]
