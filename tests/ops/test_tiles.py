@@ -11,7 +11,7 @@ from torch import Tensor
 from qwenlet.ops import cpu, reference
 from qwenlet.ops.packing import QuantTensor, Tiles, float_to_tiles, to_tiles
 
-ROWS = (1, 2, 3, 5, 8, 16, 17, 64, 512)
+ROWS = (1, 2, 3, 5, 7, 8, 9, 16, 17, 33, 64, 512)
 WIDTHS = (64, 640, 2048, 5504)
 needs_kernels = pytest.mark.skipif(not cpu.available(), reason="built without a compiler: there are no kernels to test")
 

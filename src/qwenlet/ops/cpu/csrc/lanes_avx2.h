@@ -19,9 +19,11 @@ struct I {
 using Line = I;
 
 constexpr int kGemmRows = 3, kGemmRowsOfBytes = 2, kGemmTiles = 1, kGemvTiles = 1, kGemvSums = 2, kStreamTiles = 1;
-constexpr int kStreamHalves = 1;
+constexpr int kStreamRows = 4, kStreamHalves = 1;
+constexpr int64_t kStreamedRows = 8, kStreamedRowsOfOthers = 8;
 constexpr int kPageTiles = 2, kPageTilesOfTwo = 1;
-constexpr Ahead kCodesAhead{0, 1, true}, kCodesOfRowsAhead = kCodesAhead, kFloatsAhead{2048, 1, true}, kPagesAhead{8192, 1, false};
+constexpr Ahead kCodesAhead{0, 1, true}, kCodesOfRowsAhead = kCodesAhead;
+constexpr Ahead kFloatsAhead{2048, 1, true}, kFloatsOfRowsAhead = kFloatsAhead, kPagesAhead{8192, 1, false};
 constexpr int kFp32Rows = 6, kFp32Tiles = 1;
 
 inline F f_set(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
@@ -126,6 +128,8 @@ inline void f_store_half(uint16_t* p, F v) {
 inline I i_set(int32_t v) { return {_mm256_set1_epi32(v), _mm256_set1_epi32(v)}; }
 inline I i_add(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
 inline I i_mul(I x, I y) { return {_mm256_mullo_epi32(x.a, y.a), _mm256_mullo_epi32(x.b, y.b)}; }
+inline I i_sub(I x, I y) { return {_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)}; }
+inline I i_times8(I v) { return {_mm256_slli_epi32(v.a, 3), _mm256_slli_epi32(v.b, 3)}; }
 inline I i_times128(I v) { return {_mm256_slli_epi32(v.a, 7), _mm256_slli_epi32(v.b, 7)}; }
 inline I i_over128(I v) { return {_mm256_srai_epi32(v.a, 7), _mm256_srai_epi32(v.b, 7)}; }  // rounded down
 inline I i_load(const int32_t* p) {

@@ -15,17 +15,22 @@ using I = __m512i;
 using Line = __m512i;
 
 // rows (of eight-bit weights, which keep two sums) and tiles of a block in registers; tiles streamed side by side for one
-// row, sums for each, and tiles for a few rows; tiles of a cache page side by side, for one row and for two. Processors with
-// AMX want more streams and every line fetched; others (Zen 4) one stream, and less of it (measured).
-constexpr int kGemmRows = 6, kGemmRowsOfBytes = 4, kGemmTiles = 2, kStreamTiles = 2;
+// row, and sums of each; rows and tiles of a pass that streams for several, and sums of each; rows up to which passes are
+// quicker than blocks, of four-bit weights and of others; tiles of a cache page side by side, for one row and for two.
+// Processors with AMX want more streams and leave many rows to it; on a Zen 4 one stream is best, and registers full of
+// rows, for which every line is fetched (measured).
+constexpr int kGemmRows = 6, kGemmRowsOfBytes = 4, kGemmTiles = 2, kStreamHalves = 2;
 #if defined(__AMX_TILE__)
-constexpr int kGemvTiles = 4, kGemvSums = 1, kPageTiles = 4;
-constexpr Ahead kCodesAhead{2048, 1, true}, kCodesOfRowsAhead = kCodesAhead, kFloatsAhead{2048, 1, true}, kPagesAhead{8192, 1, false};
+constexpr int kGemvTiles = 4, kGemvSums = 1, kStreamRows = 4, kStreamTiles = 2, kPageTiles = 4;
+constexpr int64_t kStreamedRows = 8, kStreamedRowsOfOthers = 8;
+constexpr Ahead kCodesAhead{2048, 1, true}, kCodesOfRowsAhead = kCodesAhead;
+constexpr Ahead kFloatsAhead{2048, 1, true}, kFloatsOfRowsAhead = kFloatsAhead, kPagesAhead{8192, 1, false};
 #else
-constexpr int kGemvTiles = 1, kGemvSums = 2, kPageTiles = 1;
-constexpr Ahead kCodesAhead{8192, 2, false}, kCodesOfRowsAhead{0, 1, true}, kFloatsAhead{8192, 4, false}, kPagesAhead{6144, 2, false};
+constexpr int kGemvTiles = 1, kGemvSums = 2, kStreamRows = 8, kStreamTiles = 1, kPageTiles = 1;
+constexpr int64_t kStreamedRows = 32, kStreamedRowsOfOthers = 16;
+constexpr Ahead kCodesAhead{8192, 2, false}, kCodesOfRowsAhead{6144, 1, false};
+constexpr Ahead kFloatsAhead{8192, 4, false}, kFloatsOfRowsAhead{6144, 1, false}, kPagesAhead{6144, 2, false};
 #endif
-constexpr int kStreamHalves = 2;
 constexpr int kPageTilesOfTwo = 4;
 // rows and tiles of a block of float32
 constexpr int kFp32Rows = 6, kFp32Tiles = 4;
@@ -101,6 +106,8 @@ inline void f_store_half(uint16_t* p, F v) {
 inline I i_set(int32_t v) { return _mm512_set1_epi32(v); }
 inline I i_add(I a, I b) { return _mm512_add_epi32(a, b); }
 inline I i_mul(I a, I b) { return _mm512_mullo_epi32(a, b); }
+inline I i_sub(I a, I b) { return _mm512_sub_epi32(a, b); }
+inline I i_times8(I v) { return _mm512_slli_epi32(v, 3); }
 inline I i_times128(I v) { return _mm512_slli_epi32(v, 7); }
 inline I i_over128(I v) { return _mm512_srai_epi32(v, 7); }  // rounded down
 inline I i_load(const int32_t* p) { return _mm512_loadu_si512(p); }

@@ -22,9 +22,11 @@ struct Line {
 };
 
 constexpr int kGemmRows = 2, kGemmRowsOfBytes = 2, kGemmTiles = 1, kGemvTiles = 1, kGemvSums = 1, kStreamTiles = 1;
-constexpr int kStreamHalves = 1;
+constexpr int kStreamRows = 4, kStreamHalves = 1;
+constexpr int64_t kStreamedRows = 8, kStreamedRowsOfOthers = 8;
 constexpr int kPageTiles = 1, kPageTilesOfTwo = 1;
-constexpr Ahead kCodesAhead{0, 1, true}, kCodesOfRowsAhead = kCodesAhead, kFloatsAhead{2048, 1, true}, kPagesAhead{8192, 1, false};
+constexpr Ahead kCodesAhead{0, 1, true}, kCodesOfRowsAhead = kCodesAhead;
+constexpr Ahead kFloatsAhead{2048, 1, true}, kFloatsOfRowsAhead = kFloatsAhead, kPagesAhead{8192, 1, false};
 constexpr int kFp32Rows = 1, kFp32Tiles = 2;  // more rows than one keep compilers from using registers
 
 template <class Each>
@@ -144,6 +146,8 @@ inline I each_int(Each value) {
 inline I i_set(int32_t v) { return each_int([=](int) { return v; }); }
 inline I i_add(const I& x, const I& y) { return each_int([&](int i) { return x.v[i] + y.v[i]; }); }
 inline I i_mul(const I& x, const I& y) { return each_int([&](int i) { return x.v[i] * y.v[i]; }); }
+inline I i_sub(const I& x, const I& y) { return each_int([&](int i) { return x.v[i] - y.v[i]; }); }
+inline I i_times8(const I& x) { return i_mul(x, i_set(8)); }
 inline I i_times128(const I& x) { return i_mul(x, i_set(128)); }
 inline I i_over128(const I& x) { return each_int([&](int i) { return x.v[i] >> 7; }); }  // rounded down
 inline I i_load(const int32_t* p) {

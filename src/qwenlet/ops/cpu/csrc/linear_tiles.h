@@ -1,7 +1,7 @@
 // Linears over weights in tiles: sixteen outputs a register, so no sum ever crosses lanes. Float32 is in linear_fp32.h.
 //
-// A few rows stream the weights once and unpack them on the way. Many rows go in blocks: a stretch of columns of one or
-// two tiles is unpacked into the first cache and used for all rows, some at a time in registers. Both sum whole numbers
+// A few rows stream the weights and unpack them on the way, as many at a time as registers take. Many rows go in blocks: a
+// stretch of columns of one or two tiles is unpacked into the first cache and used for all rows. Both sum whole numbers
 // exactly within a group and the groups in float32 in their order, so both give a row the same bits.
 #pragma once
 
@@ -13,21 +13,18 @@ namespace {
 
 using qwenlet::Inputs;
 
-// What the sum over a group starts from: the zero points' share, as whole numbers.
+// What stands for the weights' zero: 2^(bits - 1), points, or a minimum.
 enum class Zero { kConstant, kPoints, kMinimum };
 
-template <Zero Z>
-inline I group_start(const TileWeight& w, const uint8_t* zeros, int32_t sum) {
-    if (Z == Zero::kConstant) return i_set(w.bits == 4 ? -8 * sum : -128 * sum);
-    if (Z == Zero::kPoints) return i_mul(i_load_u8(zeros), i_set(-sum));
-    return i_set(0);
-}
-
-// acc += dot * scale (+ minimum * sum), the one place where whole numbers become floats
-template <Zero Z>
-inline F group_end(F acc, I dot, F scale, float input_scale, const uint16_t* minimums, int32_t sum) {
+// acc += (dot - zero * sum) * scale (or + minimum * sum): the one place where whole numbers become floats. `at` is the group's
+// place in the weight's tables, `sum` that of the codes, which came to `dot`.
+template <int Bits, Zero Z>
+inline F group_end(F acc, I dot, const TileWeight& w, int64_t at, F scale, float input_scale, int32_t sum) {
+    const I codes = i_set(sum);
+    if (Z == Zero::kConstant) dot = i_sub(dot, Bits == 8 ? i_times128(codes) : i_times8(codes));
+    if (Z == Zero::kPoints) dot = i_sub(dot, i_mul(i_load_u8(w.zeros + at), codes));
     acc = f_fma(f_from(dot), f_mul(scale, f_set(input_scale)), acc);
-    if (Z == Zero::kMinimum) acc = f_fma(f_load_half(minimums), f_set(static_cast<float>(sum) * input_scale), acc);
+    if (Z == Zero::kMinimum) acc = f_fma(f_load_half(w.minimums + at), f_set(static_cast<float>(sum) * input_scale), acc);
     return acc;
 }
 
@@ -46,10 +43,8 @@ struct Sums {
     static constexpr int kParts = Bits == 8 ? 2 : U * H;
     I part[kParts];
 
-    Sums() = default;
-    explicit Sums(I start) {
-        part[0] = start;
-        for (int i = 1; i < kParts; ++i) part[i] = i_set(0);
+    Sums() {
+        for (int i = 0; i < kParts; ++i) part[i] = i_set(0);
     }
     // one line of eight-bit weights, or the two halves of four-bit ones
     void add(int u, Line first, Line second, const int8_t* codes, int64_t group) {
@@ -86,17 +81,10 @@ void stream_quant(const TileWeight& w, const Inputs& x, int64_t row, int64_t til
     for (int64_t g = 0; g < groups; ++g) {
         const int8_t* codes[R];
         Sums<Bits, U, H> dot[R][C];
-        for (int r = 0; r < R; ++r) {
-            codes[r] = x.codes + ((row + r) * x.k + g * w.group) * kCodeBytes<Bits>;
-            const int32_t sum = x.sums[(row + r) * groups + g];
-            for (int c = 0; c < C; ++c)
-                dot[r][c] = Sums<Bits, U, H>(
-                    group_start<Z>(w, Z == Zero::kPoints ? w.zeros + ((tile + c) * groups + g) * kTile : nullptr, sum));
-        }
+        for (int r = 0; r < R; ++r) codes[r] = x.codes + ((row + r) * x.k + g * w.group) * kCodeBytes<Bits>;
         for (int64_t l = 0; l < lines; l += U)
             for (int c = 0; c < C; ++c)
                 for (int u = 0; u < U; ++u) {
-                    // several rows compute more than they wait
                     fetch_ahead(R == 1 ? kCodesAhead : kCodesOfRowsAhead, at[c] + (l + u) * 64, l + u);
                     const Line line = line_load(at[c] + (l + u) * 64);
                     const Line first = Bits == 4 ? line_low(line) : line, second = Bits == 4 ? line_high(line) : line;
@@ -107,8 +95,8 @@ void stream_quant(const TileWeight& w, const Inputs& x, int64_t row, int64_t til
             const F scale = f_load_half(w.scales + group_at);
             for (int r = 0; r < R; ++r) {
                 const int64_t input_at = (row + r) * groups + g;
-                acc[r][c] = group_end<Z>(acc[r][c], dot[r][c].total(), scale, x.scales[input_at], w.minimums + group_at,
-                                         x.sums[input_at]);
+                acc[r][c] = group_end<Bits, Z>(acc[r][c], dot[r][c].total(), w, group_at, scale, x.scales[input_at],
+                                               x.sums[input_at]);
             }
             at[c] += lines * 64;
         }
@@ -127,7 +115,7 @@ void stream_bf16(const TileWeight& w, const Inputs& x, int64_t row, int64_t tile
     for (int64_t l = 0; l < lines; ++l)
         for (int c = 0; c < C; ++c) {
             const uint8_t* at = w.weight + ((tile + c) * lines + l) * 64;
-            fetch_ahead(kFloatsAhead, at, l);
+            fetch_ahead(R == 1 ? kFloatsAhead : kFloatsOfRowsAhead, at, l);
             const Line line = line_load(at);
             for (int r = 0; r < R; ++r) acc[r][c] = dot2(acc[r][c], line, x.bf16 + (row + r) * x.k + 2 * l);
         }
@@ -135,22 +123,27 @@ void stream_bf16(const TileWeight& w, const Inputs& x, int64_t row, int64_t tile
         for (int c = 0; c < C; ++c) put(w, tile + c, acc[r][c], y + (row + r) * stride, add);
 }
 
-template <int Bits, Zero Z, int R, int C>
-inline void stream(const TileWeight& w, const Inputs& x, int64_t row, int64_t tile, float* y, int64_t stride, bool add) {
+// Rows of a pass, at most R of them.
+template <int Bits, Zero Z, int C, int R>
+inline void stream(int64_t rows, const TileWeight& w, const Inputs& x, int64_t row, int64_t tile, float* y, int64_t stride,
+                   bool add) {
+    // few rows have sums of their own for the halves of a byte, so that products needn't wait for each other
+    constexpr int kHalves = R == 1 || R > 4 ? 1 : kStreamHalves;
+    if constexpr (R > 1)
+        if (rows < R) return stream<Bits, Z, C, R - 1>(rows, w, x, row, tile, y, stride, add);
     if constexpr (Bits == 16)
         stream_bf16<R, C>(w, x, row, tile, y, stride, add);
     else
-        stream_quant<Bits, Z, R, C, R == 1 && Bits == 4 ? kGemvSums : 1, R == 1 ? 1 : kStreamHalves>(w, x, row, tile, y, stride, add);
+        stream_quant<Bits, Z, R, C, R == 1 && Bits == 4 ? kGemvSums : 1, kHalves>(w, x, row, tile, y, stride, add);
 }
 
+// All rows, in passes that are as even as they can be: each unpacks the weights anew, all but the first out of a cache.
 template <int Bits, Zero Z, int C>
 void stream_rows(const TileWeight& w, const Inputs& x, int64_t rows, int64_t tile, float* y, int64_t stride, bool add) {
-    int64_t row = 0;
-    for (; row + 4 <= rows; row += 4) stream<Bits, Z, 4, C>(w, x, row, tile, y, stride, add);
-    switch (rows - row) {
-        case 3: return stream<Bits, Z, 3, C>(w, x, row, tile, y, stride, add);
-        case 2: return stream<Bits, Z, 2, C>(w, x, row, tile, y, stride, add);
-        case 1: return stream<Bits, Z, 1, C>(w, x, row, tile, y, stride, add);
+    for (int64_t passes = (rows + kStreamRows - 1) / kStreamRows, row = 0; passes > 0; --passes) {
+        const int64_t some = (rows - row + passes - 1) / passes;
+        stream<Bits, Z, C, kStreamRows>(some, w, x, row, tile, y, stride, add);
+        row += some;
     }
 }
 
@@ -160,7 +153,7 @@ void stream_tiles(const TileWeight& w, const Inputs& x, int64_t rows, int64_t be
     int64_t tile = begin;
     if (rows == 1)
         for (; tile + kGemvTiles <= end; tile += kGemvTiles)
-            stream<Bits, Z, 1, kGemvTiles>(w, x, 0, tile, y, stride, add);
+            stream<Bits, Z, kGemvTiles, 1>(1, w, x, 0, tile, y, stride, add);
     else
         for (; tile + kStreamTiles <= end; tile += kStreamTiles)
             stream_rows<Bits, Z, kStreamTiles>(w, x, rows, tile, y, stride, add);
@@ -192,12 +185,6 @@ void block(const TileWeight& w, const Inputs& x, int64_t row, int64_t tile, int6
         const int64_t groups = w.k / w.group;
         for (int64_t g = column / w.group; g < (column + columns) / w.group; ++g) {
             Sums<Bits, 1> dot[R][C];
-            for (int r = 0; r < R; ++r) {
-                const int32_t sum = x.sums[(row + r) * groups + g];
-                for (int c = 0; c < C; ++c)
-                    dot[r][c] = Sums<Bits, 1>(
-                        group_start<Z>(w, Z == Zero::kPoints ? w.zeros + ((tile + c) * groups + g) * kTile : nullptr, sum));
-            }
             const int8_t* codes = x.codes + (row * x.k + g * w.group) * kCodeBytes<Bits>;
             const uint8_t* from = lines + (g * w.group - column) * 16;
             // two unpacked lines of four-bit weights, one line of eight-bit ones
@@ -218,8 +205,8 @@ void block(const TileWeight& w, const Inputs& x, int64_t row, int64_t tile, int6
                 const F scale = f_load_half(w.scales + group_at);
                 for (int r = 0; r < R; ++r) {
                     const int64_t input_at = (row + r) * groups + g;
-                    acc[r][c] = group_end<Z>(acc[r][c], dot[r][c].total(), scale, x.scales[input_at], w.minimums + group_at,
-                                             x.sums[input_at]);
+                    acc[r][c] = group_end<Bits, Z>(acc[r][c], dot[r][c].total(), w, group_at, scale, x.scales[input_at],
+                                                   x.sums[input_at]);
                 }
             }
         }
@@ -285,13 +272,11 @@ void block_tiles(const TileWeight& w, const Inputs& x, int64_t rows, int64_t til
         for (int c = 0; c < C; ++c) put(w, tile + c, f_load(sums + (r * C + c) * kTile), y + r * stride, add);
 }
 
-// Rows from which unpacking once for all is faster than on the way.
-constexpr int64_t kBlockRows = 9;
-
 template <int Bits, Zero Z>
 void linear_of(const TileWeight& w, const Inputs& x, int64_t rows, int64_t begin, int64_t end, float* y, int64_t stride,
                bool add, char* scratch) {
-    if (rows < kBlockRows) return stream_tiles<Bits, Z>(w, x, rows, begin, end, y, stride, add);
+    if (rows <= (Bits == 4 ? kStreamedRows : kStreamedRowsOfOthers))
+        return stream_tiles<Bits, Z>(w, x, rows, begin, end, y, stride, add);
     int64_t tile = begin;
     for (; tile + kGemmTiles <= end; tile += kGemmTiles)
         block_tiles<Bits, Z, kGemmTiles>(w, x, rows, tile, y, stride, add, scratch);
