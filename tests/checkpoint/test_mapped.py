@@ -1,10 +1,9 @@
-"""Bytes of a file as tensors: mapped, or copied into large pages."""
+"""Bytes of a file as tensors: mapped, or read row by row."""
 
 from __future__ import annotations
 
 import mmap
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,47 +12,12 @@ import torch
 
 from qwenlet.checkpoint import mapped
 
-OFFERED, REFUSED = "always [madvise] never", "always madvise [never]"
-
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "weights"
     path.write_bytes(torch.arange(100_000, dtype=torch.int32).numpy().tobytes())
     return path
-
-
-def setting(tmp_path: Path, text: str) -> Path:
-    path = tmp_path / "enabled"
-    path.write_text(text)
-    return path
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="large pages are asked for on Linux only")
-def test_a_copy_in_large_pages_is_the_file(tmp_path, file, monkeypatch):
-    monkeypatch.setattr(mapped, "_LEAST", 1)
-    monkeypatch.setattr(mapped, "_PIECE", 1000)  # many pieces, the last one short
-    copied = mapped.copied_bytes(file, 404, 300_002, spare=0, setting=setting(tmp_path, OFFERED))
-    assert copied is not None
-    assert torch.equal(copied, mapped.mapped_bytes(file, 404, 300_002))
-
-
-def test_little_is_mapped(tmp_path, file):
-    assert mapped.copied_bytes(file, 0, 400_000, spare=0, setting=setting(tmp_path, OFFERED)) is None
-
-
-@pytest.mark.parametrize(("text", "free"), [(REFUSED, 1 << 40), (OFFERED, 400_000 + (1 << 30) - 1), (OFFERED, None)])
-def test_without_such_pages_or_room_files_are_mapped(tmp_path, file, monkeypatch, text, free):
-    monkeypatch.setattr(mapped, "_LEAST", 1)
-    monkeypatch.setattr(mapped, "available_memory", lambda: free)
-    assert mapped.copied_bytes(file, 0, 400_000, setting=setting(tmp_path, text)) is None
-    assert mapped.copied_bytes(file, 0, 400_000, setting=tmp_path / "nowhere") is None
-
-
-def test_a_file_that_ends_early(tmp_path, file, monkeypatch):
-    monkeypatch.setattr(mapped, "_LEAST", 1)
-    with pytest.raises(OSError, match="ends after 400,000 bytes, expected 400,001"):
-        mapped.copied_bytes(file, 0, 400_001, spare=0, setting=setting(tmp_path, OFFERED))
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="what a mapping was told stands there on Linux only")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qwenlet import plan
-from qwenlet.checkpoint import Checkpoint, check_room, free_memory, load_model, write_rounded
+from qwenlet.checkpoint import Checkpoint, check_room, free_memory, load_model, moving, write_rounded
 from qwenlet.checkpoint.room import setup_of
 from qwenlet.config import EngineConfig, QuantConfig
 from qwenlet.errors import ConfigError
@@ -40,6 +40,9 @@ def test_memory_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     free(monkeypatch, 12_345)
     monkeypatch.setattr(plan, "available_memory", lambda: 67_890)
     assert (free_memory(GPU), free_memory(torch.device("cpu"))) == (12_345, 67_890)
+    # what a file's mapping will still move into memory isn't free
+    monkeypatch.setitem(moving._left, 4096, 890)
+    assert (free_memory(GPU), free_memory(torch.device("cpu"))) == (12_345, 67_000)
 
 
 def test_nothing_fits(tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:

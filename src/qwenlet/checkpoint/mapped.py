@@ -1,9 +1,6 @@
 """Bytes of a file as a tensor, mapped: read when they are looked at, and no longer ours when the tensor is gone.
 
 Of a table few of whose rows are wanted, these alone are read (`FileRows`).
-
-Or copied into pages of 2 MB where the system gives them: a processor finds its way through 4 kB pages of a mapping more
-slowly than it reads them (int4 rows by AVX-512 on a Xeon: 25 GB/s mapped, 30 copied).
 """
 
 from __future__ import annotations
@@ -15,15 +12,11 @@ import os
 import sys
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
-
-from qwenlet.ops.memory import large_pages
-from qwenlet.plan import available_memory
 
 
 def mapped_bytes(path: Path, offset: int, size: int) -> Tensor:
@@ -40,47 +33,6 @@ def mapped_bytes(path: Path, offset: int, size: int) -> Tensor:
     except RuntimeError as error:
         raise OSError(f"{path} can't be mapped: {str(error).splitlines()[0]}") from None
     return whole[offset:]
-
-
-_LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-_LEAST = 1 << 25  # bytes from which a copy is worth its time
-_PIECE = 1 << 25  # bytes a thread reads at once
-
-
-def copied_bytes(
-    path: Path, offset: int, size: int, spare: int = 1 << 30, setting: Path = _LARGE_PAGES
-) -> Tensor | None:
-    """[size] uint8, of the file from `offset` on, in large pages of memory; None where mapping is the better way.
-
-    That is for little, where the system has no such pages (elsewhere than on Linux, or switched off), or where less
-    than `spare` bytes would be left: mapped pages can be taken back, these can't.
-
-    Raises:
-        OSError: the file can't be read, or is shorter.
-    """
-    try:
-        offered = "[never]" not in setting.read_text(encoding="ascii")
-    except OSError:
-        return None
-    free = available_memory()
-    if size < _LEAST or not offered or free is None or free < size + spare:
-        return None
-    memory = large_pages(size)
-    whole = memoryview(memory.numpy().data)
-
-    def read(begin: int) -> None:
-        with open(path, "rb", buffering=0) as file:
-            file.seek(offset + begin)
-            end = min(size, begin + _PIECE)
-            while begin < end:
-                count = file.readinto(whole[begin:end])
-                if not count:
-                    raise OSError(f"{path} ends after {offset + begin:,} bytes, expected {offset + size:,}")
-                begin += count
-
-    with ThreadPoolExecutor(torch.get_num_threads()) as readers:
-        list(readers.map(read, range(0, size, _PIECE)))
-    return memory
 
 
 @lru_cache(maxsize=1)

@@ -7,6 +7,7 @@ import torch
 from qwenlet import plan
 from qwenlet.checkpoint.dtypes import dtype_name
 from qwenlet.checkpoint.load import Checkpoint
+from qwenlet.checkpoint.moving import memory_to_come
 from qwenlet.config import EngineConfig, QuantConfig
 from qwenlet.errors import ConfigError
 
@@ -15,7 +16,8 @@ def free_memory(device: torch.device) -> int | None:
     """Bytes that can be had on a device now; None where the system doesn't say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return plan.available_memory()
+    free = plan.available_memory()
+    return free if free is None else max(0, free - memory_to_come())
 
 
 def check_room(

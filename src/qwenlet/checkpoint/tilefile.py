@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwenlet.checkpoint.mapped import copied_bytes, file_rows, mapped_bytes
+from qwenlet.checkpoint.mapped import file_rows, mapped_bytes
+from qwenlet.checkpoint.moving import moving_bytes
 from qwenlet.checkpoint.partial import partial_path, remove_left
 from qwenlet.linear import QuantEmbedding, QuantLinear, TiledLinear
 from qwenlet.ops.packing import TILE_ROWS, Tiles
@@ -130,11 +131,11 @@ class TileFile:
         mapped = mapped_bytes(self.path, 0, self._end)
         # of an embedding few rows are looked at; linears are read whole for each token
         begin, end = self._linears()
-        copied = copied_bytes(self.path, begin, end - begin)
+        linears = moving_bytes(self.path, begin, end - begin)
         floats = dict(model.named_modules())
         made = {}
         for name, said in self._modules.items():
-            memory, at = (mapped, 0) if copied is None or "embedding" in said else (copied, begin)
+            memory, at = (mapped, 0) if "embedding" in said else (linears, begin)
             parts = {leaf: self._tensor(memory, at, f"{name}.{leaf}") for leaf in (*_TABLES, "bias", "codes")}
             if "embedding" in said:
                 module = self._embedding(name, floats.get(name), parts, dtype)
