@@ -22,7 +22,7 @@ constexpr int kGemmRows = 3, kGemmRowsOfBytes = 2, kGemmTiles = 1, kGemvTiles = 
 constexpr int kStreamRows = 4, kStreamHalves = 1;
 constexpr int64_t kStreamedRows = 8, kStreamedRowsOfOthers = 8;
 constexpr int kPageTiles = 2, kPageTilesOfTwo = 1;
-constexpr Ahead kCodesAhead{0, 1, true}, kCodesOfRowsAhead = kCodesAhead;
+constexpr Ahead kCodesAhead{0, 1, true}, kCodesOfRowsAhead{6144, 1, false};
 constexpr Ahead kFloatsAhead{2048, 1, true}, kFloatsOfRowsAhead = kFloatsAhead, kPagesAhead{8192, 1, false};
 constexpr int kFp32Rows = 6, kFp32Tiles = 1;
 
