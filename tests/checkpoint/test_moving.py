@@ -180,6 +180,43 @@ def test_without_such_pages_or_room_files_stay_mapped(file, setting, monkeypatch
 
 @linux
 def test_a_file_that_ends_early(file, setting):
-    length = file.stat().st_size
-    with pytest.raises(OSError, match=f"ends after {length:,} bytes, expected {length + 1:,}"):
-        moving.moving_bytes(file, 0, length + 1, spare=0, setting=setting)
+    with pytest.raises(OSError, match="can't be mapped"):
+        moving.moving_bytes(file, 0, file.stat().st_size + 1, spare=0, setting=setting)
+    assert not movers()
+
+
+@linux
+def test_addresses_that_are_refused_leave_an_ordinary_mapping(file, setting, monkeypatch):
+    def refuse(*_: object) -> int:
+        raise OSError("no addresses")
+
+    monkeypatch.setattr(moving._System, "reserve", refuse)
+    data = moving.moving_bytes(file, 404, SIZE, spare=0, setting=setting)
+    assert not movers()
+    assert torch.equal(data, mapped_bytes(file, 404, SIZE))
+
+
+@linux
+def test_a_second_mapping_counts_what_the_first_will_take(file, setting, gate, monkeypatch):
+    monkeypatch.setattr(moving, "available_memory", lambda: 2 * SIZE - 1)
+    first = moving.moving_bytes(file, 0, SIZE, spare=0, setting=setting)
+    second = moving.moving_bytes(file, 0, SIZE, spare=0, setting=setting)
+    assert len(movers()) == 1
+    for _ in range(4):
+        gate.release()
+    settle()
+    assert backing(first) == [""] * 4
+    assert backing(second) == [str(file)] * 4
+
+
+@linux
+def test_a_forked_child_waits_for_no_mover(file, setting, gate):
+    data = moving.moving_bytes(file, 0, SIZE, spare=0, setting=setting)
+    child = os.fork()
+    if not child:
+        os._exit(moving.memory_to_come() != 0 or int(data[-1]) != int(mapped_bytes(file, 0, SIZE)[-1]))
+    assert os.waitpid(child, 0)[1] == 0
+    assert moving.memory_to_come() == SIZE
+    for _ in range(4):
+        gate.release()
+    settle()

@@ -29,7 +29,9 @@ _LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _LEAST = 1 << 25  # bytes from which a copy is worth its time
 _PIECE = 1 << 24  # bytes that are there twice for a moment; whole large pages
 THREAD = "qwenlet-moving"
-_left: dict[int, int] = {}  # bytes that are still to be moved, by the address of the mapping
+_left: dict[object, int] = {}  # bytes that each mover has yet to move
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_left.clear)  # threads stay with the parent
 
 
 def moving_bytes(path: Path, offset: int, size: int, spare: int = 1 << 30, setting: Path = _LARGE_PAGES) -> Tensor:
@@ -46,22 +48,20 @@ def moving_bytes(path: Path, offset: int, size: int, spare: int = 1 << 30, setti
         return mapped_bytes(path, offset, size)
     file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        length = os.fstat(file).st_size
-        if length < offset + size:
-            raise OSError(f"{path} ends after {length:,} bytes, expected {offset + size:,}")
         first = offset // mmap.PAGESIZE * mmap.PAGESIZE
+        if os.fstat(file).st_size < offset + size:
+            raise OSError("the file is shorter")
         held = _map(system, file, first, offset + size - first)
     except OSError:
         os.close(file)
-        raise
-    whole = torch.frombuffer(held, dtype=torch.uint8)
-    at = ctypes.addressof(held)
-    _left[at] = len(held)
-    mover = Thread(target=_move, args=(system, weakref.ref(held), at, file, first), name=THREAD, daemon=True)
+        return mapped_bytes(path, offset, size)  # says what is wrong, or needs less
+    whole, mover = torch.frombuffer(held, dtype=torch.uint8), object()
+    _left[mover] = len(held)
+    work = (system, weakref.ref(held), mover, file, first)
     try:
-        mover.start()
+        Thread(target=_move, args=work, name=THREAD, daemon=True).start()
     except RuntimeError:  # no more threads: it stays mapped
-        del _left[at]
+        del _left[mover]
         os.close(file)
     return whole[offset - first :]
 
@@ -77,7 +77,7 @@ def _worthwhile(size: int, spare: int, setting: Path) -> bool:
     except OSError:
         return False
     free = available_memory()
-    return size >= _LEAST and offered and free is not None and free >= size + spare
+    return size >= _LEAST and offered and free is not None and free - memory_to_come() >= size + spare
 
 
 class _System:
@@ -156,18 +156,20 @@ def _map(system: _System, file: int, first: int, size: int) -> ctypes.Array[ctyp
     return held
 
 
-def _move(system: _System, mapped: weakref.ref[ctypes.Array[ctypes.c_uint8]], at: int, file: int, first: int) -> None:
+def _move(
+    system: _System, mapped: weakref.ref[ctypes.Array[ctypes.c_uint8]], mover: object, file: int, first: int
+) -> None:
     """Piece by piece, as long as somebody holds what is mapped, and there is memory; what is left stays mapped."""
     begin = 0
     try:
         with suppress(OSError):
             while (held := mapped()) is not None and begin < len(held):
-                _left[at] = len(held) - begin
-                _move_piece(system, at, begin, min(_PIECE, len(held) - begin), file, first)
+                _left[mover] = len(held) - begin
+                _move_piece(system, ctypes.addressof(held), begin, min(_PIECE, len(held) - begin), file, first)
                 begin += _PIECE
                 del held
     finally:
-        _left.pop(at, None)
+        _left.pop(mover, None)
         os.close(file)
 
 

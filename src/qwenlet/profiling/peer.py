@@ -16,8 +16,8 @@ import torch
 from qwenlet.checkpoint.files import read_parts
 from qwenlet.checkpoint.load import plan_reading
 from qwenlet.checkpoint.names import split
+from qwenlet.checkpoint.room import free_memory
 from qwenlet.errors import ConfigError, MissingExtraError
-from qwenlet.plan import available_memory
 from qwenlet.profiling.ceilings import finish
 from qwenlet.profiling.measure import Loaded, engine_for, prompt_ids, run
 from qwenlet.profiling.workload import PEER_PROMPT, Job
@@ -78,7 +78,7 @@ def peer_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device,
 
 
 def _check_room(needed: int, device: torch.device) -> None:
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    free = free_memory(device)
     if free is not None and needed > free:
         raise ConfigError(
             f"transformers needs {needed / 1e9:.1f} GB for the same weights beside ours; {free / 1e9:.1f} GB are free",
