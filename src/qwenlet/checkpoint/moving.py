@@ -111,8 +111,7 @@ class _System:
         at = -(-room // LARGE_PAGE) * LARGE_PAGE
         if at > room:
             self.unmap(room, at - room)
-        if at < room + LARGE_PAGE:
-            self.unmap(at + size, room + LARGE_PAGE - at)
+        self.unmap(at + size, room + LARGE_PAGE - at)
         self._madvise(at, size, mmap.MADV_HUGEPAGE)  # smaller pages hold as much
         return at
 
